@@ -1,0 +1,1 @@
+"""Foveate: attention that spends its effort where it matters."""
