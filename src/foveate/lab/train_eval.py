@@ -1,0 +1,38 @@
+"""Bits per byte of a causal language model on a text, with full attention or a sliding window."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def bits_per_byte(model: Any, tokenizer: Any, text: str, *, context: int, window: int | None = None) -> float:
+    """Mean bits per byte of `text`, read in pieces of `context` tokens (the last, shorter piece left out).
+
+    With `window`, each token sees itself and the `window - 1` tokens before it.
+    """
+    ids = torch.tensor(tokenizer(text).input_ids)
+    pieces = ids[: len(ids) // context * context].view(-1, context)  # (pieces, context)
+    if not len(pieces):
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than one context of {context}: give more text")
+    bits = sum(token_bits(model, piece, window=window).sum().item() for piece in pieces)
+    size = sum(len(tokenizer.decode(piece[1:]).encode()) for piece in pieces)
+    return bits / size
+
+
+@torch.no_grad()
+def token_bits(model: Any, ids: Tensor, *, window: int | None = None) -> Tensor:
+    """Bits that each token but the first costs, given those before it: (N,) int64 to (N - 1,) float32."""
+    mask = None if window is None else window_mask(len(ids), window)
+    logits = model(input_ids=ids[None], attention_mask=mask, use_cache=False).logits
+    return F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="none") / math.log(2)
+
+
+def window_mask(length: int, window: int) -> Tensor:
+    """The boolean (1, 1, N, N) mask of a causal sliding window."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]

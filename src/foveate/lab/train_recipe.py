@@ -1,0 +1,94 @@
+"""What a training run does, as one frozen value saved beside the model it made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of the curriculum, up to `until` (a fraction of the run).
+
+    `repeat` is the share of rows in which one span is copied to a later place: it teaches copying from far back
+    in hundreds of steps instead of thousands.
+    """
+
+    until: float
+    context: int
+    batch: int
+    repeat: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model's shape, its data, its optimiser and its curriculum.
+
+    >>> Recipe.builtin().context
+    8192
+    """
+
+    vocab: int = 2048
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    intermediate: int = 688
+    context: int = 8192
+    rope_theta: float = 100_000.0
+
+    steps: int = 5000
+    minutes: float | None = None
+    warmup: int = 60
+    hold: float = 0.4
+    muon_lr: float = 0.02
+    muon_decay: float = 0.02
+    adam_lr: float = 0.003
+    clip: float = 1.0
+    bf16: bool = True
+    seed: int = 0
+    threads: int = 2
+    max_bytes_per_source: int = 8_000_000
+    sources: tuple[str, ...] | None = None
+    phases: tuple[Phase, ...] = (Phase(1.0, 1024, 8),)
+
+    @classmethod
+    def builtin(cls) -> Recipe:
+        """What produced the weights that ship with Foveate: about 100 minutes on two shared CPU cores."""
+        curriculum = (
+            Phase(0.10, 512, 8, repeat=0.5),
+            Phase(0.45, 1024, 6, repeat=0.1),
+            Phase(0.85, 2048, 4),
+            Phase(0.95, 4096, 2),
+            Phase(1.00, 8192, 1),
+        )
+        return cls(steps=20_000, minutes=100, phases=curriculum)
+
+    @classmethod
+    def tiny(cls) -> Recipe:
+        """A model of a few thousand parameters, trained in seconds: for tests and first tries."""
+        small = cls(vocab=300, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, context=256)
+        curriculum = (Phase(0.5, 37, 3, repeat=0.5), Phase(1.0, 65, 2))
+        data = {"max_bytes_per_source": 60_000, "sources": ("cpython",)}
+        return replace(small, steps=8, warmup=2, bf16=False, threads=1, phases=curriculum, **data)
+
+    def phase(self, progress: float) -> Phase:
+        """The phase that a run is in after this fraction of it."""
+        return next((phase for phase in self.phases if progress < phase.until), self.phases[-1])
+
+    def rate(self, step: int, progress: float) -> float:
+        """The learning rate's factor: linear warm-up, a plateau, a linear decay to a hundredth."""
+        warm = min(1.0, (step + 1) / self.warmup)
+        decayed = (1 - progress) / (1 - self.hold)
+        return warm * max(0.01, min(1.0, decayed))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        fields: dict[str, Any] = json.loads(text)
+        phases = tuple(Phase(**phase) for phase in fields.pop("phases"))
+        sources = fields.pop("sources")
+        return cls(**fields, phases=phases, sources=tuple(sources) if sources else None)
