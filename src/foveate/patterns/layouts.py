@@ -1,0 +1,190 @@
+"""Layouts: where tokens live, and the order in which local patterns on them become dense tiles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Base of all layouts. A layout has a number of tokens, coordinates for each, and a tile order."""
+
+    @property
+    def length(self) -> int | None:
+        """Number of tokens, or None where any length fits."""
+        return None
+
+    @property
+    def num_axes(self) -> int:
+        return 0
+
+    def coordinates(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Coordinates of each position along each axis (none for a plain sequence)."""
+        return ()
+
+    def slots(self, tile: int, device: torch.device | str = "cpu") -> Tensor | None:
+        """Token at each slot of the tile order (-1: empty slot), or None for the natural order."""
+        return None
+
+    def check(self, num_keys: int) -> None:
+        """Refuse a call whose number of keys is not this layout's number of tokens."""
+        if self.length is not None and self.length != num_keys:
+            raise ValueError(f"{self} has {self.length} tokens, but k has {num_keys}: pass the layout of the keys")
+
+
+@dataclass(frozen=True)
+class Sequence(Layout):
+    """Tokens in a line.
+
+    >>> Sequence(8).length
+    8
+    """
+
+    num_tokens: int | None = None
+
+    @property
+    def length(self) -> int | None:
+        return self.num_tokens
+
+    def __str__(self) -> str:
+        return f"Sequence({self.num_tokens if self.num_tokens is not None else ''})"
+
+
+@dataclass(frozen=True, init=False)
+class Grid(Layout):
+    """Tokens on a 2-D or 3-D grid, flattened row-major: ``Grid(height, width)``, ``Grid(time, height, width)``.
+
+    >>> Grid(4, 6).length
+    24
+    """
+
+    dims: tuple[int, ...]
+
+    def __init__(self, *dims: int) -> None:
+        if not 1 <= len(dims) <= 3 or any(not isinstance(d, int) or d < 1 for d in dims):
+            raise ValueError(f"Grid takes one to three positive sizes, as in Grid(56, 56); got {dims}")
+        object.__setattr__(self, "dims", tuple(dims))
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def num_axes(self) -> int:
+        return len(self.dims)
+
+    def coordinates(self, positions: Tensor) -> tuple[Tensor, ...]:
+        coordinates = []
+        for axis in range(len(self.dims)):
+            below = math.prod(self.dims[axis + 1 :])
+            coordinates.append(positions // below % self.dims[axis])
+        return tuple(coordinates)
+
+    def slots(self, tile: int, device: torch.device | str = "cpu") -> Tensor | None:
+        return _patch_slots(self.dims, patch_shape(tile, len(self.dims))).to(device)
+
+    def __str__(self) -> str:
+        return f"Grid({', '.join(map(str, self.dims))})"
+
+
+@dataclass(frozen=True, init=False)
+class Packed(Layout):
+    """Several sequences laid end to end; no token sees another sequence.
+
+    >>> Packed([3, 5]).length
+    8
+    """
+
+    lengths: tuple[int, ...]
+
+    def __init__(self, lengths: list[int] | tuple[int, ...]) -> None:
+        lengths = tuple(int(n) for n in lengths)
+        if any(n < 0 for n in lengths):
+            raise ValueError(f"lengths of packed sequences are zero or more; got {list(lengths)}")
+        object.__setattr__(self, "lengths", lengths)
+
+    @property
+    def length(self) -> int:
+        return sum(self.lengths)
+
+    def __str__(self) -> str:
+        return f"Packed({list(self.lengths)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Points(Layout):
+    """Tokens at points of space: ``Points(coords)`` with coords (N, 2) or (N, 3); tiles follow a Morton curve.
+
+    >>> Points(torch.rand(10, 3)).length
+    10
+    """
+
+    coords: Tensor
+
+    def __post_init__(self) -> None:
+        if self.coords.dim() != 2 or not self.coords.is_floating_point():
+            raise ValueError(f"Points takes float coordinates (N, axes); got {tuple(self.coords.shape)}")
+
+    @property
+    def length(self) -> int:
+        return self.coords.shape[0]
+
+    @property
+    def num_axes(self) -> int:
+        return self.coords.shape[1]
+
+    def coordinates(self, positions: Tensor) -> tuple[Tensor, ...]:
+        return tuple(axis[positions] for axis in self.coords.to(positions.device).unbind(1))
+
+    def slots(self, tile: int, device: torch.device | str = "cpu") -> Tensor | None:
+        return pad_slots(morton_order(self.coords.cpu()), tile).to(device)
+
+    def __str__(self) -> str:
+        return f"Points({self.length} x {self.num_axes})"
+
+
+def pad_slots(slots: Tensor, tile: int) -> Tensor:
+    """Slots padded with empty ones (-1) to whole tiles."""
+    return torch.nn.functional.pad(slots, (0, -slots.numel() % tile), value=-1)
+
+
+def patch_shape(tile: int, num_axes: int) -> tuple[int, ...]:
+    """The most nearly cubic box of ``tile`` tokens: 64 is 8 x 8 or 4 x 4 x 4; the last axes get the longer sides."""
+    sides = [1] * num_axes
+    axis = num_axes - 1
+    while math.prod(sides) < tile:
+        sides[axis] *= 2
+        axis = (axis - 1) % num_axes
+    return tuple(sides)
+
+
+@lru_cache(maxsize=64)
+def _patch_slots(dims: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
+    """Tokens patch by patch; patches that hang over the border keep empty slots so that tiles stay aligned."""
+    counts = [-(-size // side) for size, side in zip(dims, patch, strict=True)]
+    padded = torch.arange(math.prod(dims)).view(dims)
+    for axis, (size, side, count) in enumerate(zip(dims, patch, counts, strict=True)):
+        filler = list(padded.shape)
+        filler[axis] = count * side - size
+        padded = torch.cat([padded, padded.new_full(filler, -1)], dim=axis)
+    split = [n for pair in zip(counts, patch, strict=True) for n in pair]
+    num_axes = len(dims)
+    outer, inner = range(0, 2 * num_axes, 2), range(1, 2 * num_axes, 2)
+    return padded.view(split).permute(*outer, *inner).reshape(-1).contiguous()
+
+
+def morton_order(coords: Tensor, bits: int = 16) -> Tensor:
+    """Order of points along a Morton (Z) curve: near in the order is near in space."""
+    low, high = coords.amin(0), coords.amax(0)
+    cells = ((coords - low) / (high - low).clamp_min(1e-12) * (2**bits - 1)).long()
+    num_axes = coords.shape[1]
+    code = torch.zeros(coords.shape[0], dtype=torch.long)
+    for bit in range(bits):
+        for axis in range(num_axes):
+            code |= (cells[:, axis] >> bit & 1) << (bit * num_axes + axis)
+    return torch.argsort(code, stable=True)

@@ -1,0 +1,147 @@
+"""Selection: what a kernel runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+FULL = -1  # mask number of a tile whose every pair is visible
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Per (batch entry, head, query tile) row: key tiles, each full or with a bit mask, and single key columns.
+
+    Rows are numbered ``(batch * heads + head) * num_q_tiles + q_tile``; ``batches`` and ``heads`` are 1 where the
+    pattern does not tell them apart. Lists are in compressed-row form: row r owns ``starts[r]:starts[r + 1]``.
+    Tokens are taken in slot order: slot s holds token ``q_slots[s]`` (-1: an empty slot); None is the natural
+    order. A tile that holds an empty key slot always has a mask, with that slot's bits off.
+    """
+
+    num_queries: int
+    num_keys: int
+    tile: int
+    batches: int
+    heads: int
+    tile_starts: Tensor  # (rows + 1,) int64
+    tile_ids: Tensor  # (T,) int32: key tile
+    mask_ids: Tensor  # (T,) int32: row of masks, or FULL
+    masks: Tensor  # (U, tile, tile / 8) uint8: bit b of byte c is key 8 * c + b
+    column_starts: Tensor  # (rows + 1,) int64
+    column_ids: Tensor  # (C,) int32: key slot
+    column_masks: Tensor  # (C, tile / 8) uint8: bit per query of the tile
+    q_slots: Tensor | None = None  # (num_q_tiles * tile,) int64
+    k_slots: Tensor | None = None  # (num_k_tiles * tile,) int64
+
+    @property
+    def num_q_tiles(self) -> int:
+        return self.num_rows // (self.batches * self.heads)
+
+    @property
+    def num_k_tiles(self) -> int:
+        return -(-self.num_keys // self.tile) if self.k_slots is None else self.k_slots.numel() // self.tile
+
+    @property
+    def num_rows(self) -> int:
+        return self.tile_starts.numel() - 1
+
+    @property
+    def num_tiles(self) -> int:
+        return self.tile_ids.numel()
+
+    @property
+    def num_columns(self) -> int:
+        return self.column_ids.numel()
+
+    @cached_property
+    def pairs(self) -> int:
+        """Number of visible (batch entry, head, query, key) pairs."""
+        in_mask = self.unpacked_masks.flatten(1).sum(1)
+        valid_q = self._valid_queries()
+        partial = in_mask[self.mask_ids[self.mask_ids != FULL].long()].sum()
+        rows_of_full = self.tile_rows[self.mask_ids == FULL] % self.num_q_tiles
+        full = valid_q[rows_of_full].sum() * self.tile
+        return int(partial + full + unpack_bits(self.column_masks).sum())
+
+    @property
+    def density(self) -> float:
+        """Visible pairs over all pairs."""
+        total = self.batches * self.heads * self.num_queries * self.num_keys
+        return self.pairs / total if total else 0.0
+
+    @property
+    def computed(self) -> float:
+        """Pairs a kernel computes (whole tiles and columns) over all pairs."""
+        total = self.batches * self.heads * self.num_queries * self.num_keys
+        return (self.num_tiles * self.tile**2 + self.num_columns * self.tile) / total if total else 0.0
+
+    @cached_property
+    def unpacked_masks(self) -> Tensor:
+        """The distinct masks as booleans, (U, tile, tile)."""
+        return unpack_bits(self.masks)
+
+    @cached_property
+    def tile_rows(self) -> Tensor:
+        """Row of each listed tile, (T,)."""
+        return rows_of(self.tile_starts)
+
+    @cached_property
+    def column_rows(self) -> Tensor:
+        """Row of each listed column, (C,)."""
+        return rows_of(self.column_starts)
+
+    def _valid_queries(self) -> Tensor:
+        """Number of real queries in each query tile."""
+        if self.q_slots is not None:
+            return (self.q_slots >= 0).view(-1, self.tile).sum(1)
+        first = torch.arange(self.num_q_tiles, device=self.tile_ids.device) * self.tile
+        return (self.num_queries - first).clamp(max=self.tile)
+
+    def to_dense(self) -> Tensor:
+        """The boolean mask (batches, heads, N, M) this selection stands for; for small sizes and tests."""
+        tile, device = self.tile, self.tile_ids.device
+        slots_q, slots_k = self.num_q_tiles * tile, self.num_k_tiles * tile
+        dense = torch.zeros(self.num_rows, tile, slots_k, dtype=torch.bool, device=device)
+        full = torch.ones(1, tile, tile, dtype=torch.bool, device=device)
+        table = torch.cat([self.unpacked_masks, full])  # FULL = -1 is the last entry
+        tiles = dense.view(self.num_rows, tile, self.num_k_tiles, tile)
+        tiles[self.tile_rows, :, self.tile_ids.long()] |= table[self.mask_ids.long()]
+        seen = dense.new_zeros(self.num_rows, slots_k, tile)
+        seen[self.column_rows, self.column_ids.long()] = unpack_bits(self.column_masks)
+        dense |= seen.transpose(1, 2)
+        by_slot = dense.view(self.batches, self.heads, slots_q, slots_k)
+        return self._unordered(by_slot)
+
+    def _unordered(self, by_slot: Tensor) -> Tensor:
+        rows = natural_positions(self.q_slots, self.num_queries, by_slot.device)
+        columns = natural_positions(self.k_slots, self.num_keys, by_slot.device)
+        return by_slot[:, :, rows][:, :, :, columns]
+
+
+def natural_positions(slots: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Slot of each token, (length,): the inverse of the slot order."""
+    if slots is None:
+        return torch.arange(length, device=device)
+    position = torch.empty(length, dtype=torch.long, device=device)
+    position[slots[slots >= 0]] = torch.nonzero(slots >= 0).squeeze(1)
+    return position
+
+
+def rows_of(starts: Tensor) -> Tensor:
+    """Row of each entry of a compressed-row list."""
+    return torch.repeat_interleave(torch.arange(starts.numel() - 1, device=starts.device), starts.diff())
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Booleans (..., 8 n) to bytes (..., n); bit b of a byte is entry 8 * byte + b."""
+    weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
+    return (bits.unflatten(-1, (-1, 8)).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor) -> Tensor:
+    """Bytes (..., n) to booleans (..., 8 n); the inverse of :func:`pack_bits`."""
+    shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    return (packed.unsqueeze(-1) >> shifts & 1).bool().flatten(-2)
