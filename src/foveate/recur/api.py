@@ -1,0 +1,165 @@
+"""The recurrence operator: what it computes, and which implementation computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.recur.checks import check_call, check_chunk, check_state
+from foveate.recur.chunks import recur_by_chunk
+from foveate.recur.layout import Tokens, join
+from foveate.recur.reference import recur_by_token
+
+SHORT = 2  # tokens up to which the loop over tokens is the faster form
+
+Run = Callable[[Tokens, Tensor], tuple[Tensor, Tensor]]
+
+
+class Recurrent(NamedTuple):
+    """What `recur` and `step` return."""
+
+    out: Tensor  # (B, H, N, Dv), in v's dtype
+    state: Tensor  # (B, S, D, Dv), or (len(lengths), S, D, Dv) of packed sequences
+
+
+def recur(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+    causal: bool = True,
+    chunk: int = 64,
+    impl: str = "auto",
+) -> Recurrent:
+    """Attend through a state that every token updates and every query reads, in time linear in N.
+
+    Token t turns the state S (D x Dv, zero at first) and reads it:
+
+        S_t = exp(decay_t) S_{t-1} + k_t v_t^T                            without beta
+        S_t = S' + beta_t k_t (v_t - k_t^T S')^T, S' = exp(decay_t) S_{t-1}   with beta, the delta rule
+        o_t = scale q_t^T S_t
+
+    >>> import torch
+    >>> q, k, v = (torch.randn(1, 4, 100, 16) for _ in range(3))
+    >>> decay = torch.tensor([0.9, 0.99, 0.999, 1.0]).log()  # one per head, as in RetNet
+    >>> out, state = recur(q, k, v, decay=decay)
+    >>> out.shape, state.shape
+    (torch.Size([1, 4, 100, 16]), torch.Size([1, 4, 16, 16]))
+
+    The Linear Transformer divides by q_t^T z_t, z_t being the sum of the keys so far. A column of ones beside v
+    makes z one more column of the state, and the divisor one more column of out:
+
+    >>> q, k = q.exp(), k.exp()  # any positive feature map
+    >>> out = recur(q, k, torch.nn.functional.pad(v, (0, 1), value=1.0)).out
+    >>> out = out[..., :-1] / out[..., -1:]
+
+    Shapes: q (B, H, N, D), k (B, G, N, D), v (B, Gv, N, Dv), out (B, H, N, Dv).
+        decay   log-factors in [-inf, 0], -inf forgets all: (heads,) constant, (B, heads, N) per token,
+                (B, heads, N, D) per token and channel. Broadcasting beyond that is yours to `expand`.
+        beta    writing strengths in [0, 2], (B, heads, N). Keys should have unit length: with
+                beta |k|^2 > 2 the rule itself diverges.
+        state   (B, S, D, Dv), what an earlier call returned. It is not written to.
+        lengths of sequences packed one after another in N, with B = 1; they may be 0. Then there is
+                one state each, (len(lengths), S, D, Dv), and nothing leaks between them.
+    Every head count (G, Gv, decay's and beta's) divides H: query head h uses key head h // (H / G), and so
+    forth. S is their least common multiple, so query heads that share all of them share a state.
+
+    causal=False lets every query read the final state, S_N = sum_t k_t v_t^T; it takes neither decay nor beta,
+    and k and v may then have another length than q.
+
+    scale defaults to D ** -0.5.
+    chunk, a power of two, is the number of tokens that "chunks" computes at once.
+    impl is "reference" (the formula, token by token), "chunks" (parallel inside chunks) or "auto".
+
+    dtypes: q, k, v, decay and beta of any floating dtype; arithmetic and state are float64 if one of q, k, v is
+    and float32 otherwise, also under autocast; out has v's dtype. Differentiable in every tensor, state included.
+
+    Raises ValueError or TypeError on ill-fitting input. The ranges of decay and beta are checked on the CPU only,
+    and not while compiling: on a GPU looking at them would wait for the device.
+
+    Papers: Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236. Yang et al., Gated Linear Attention
+    Transformers with Hardware-Efficient Training, 2312.06635. Qin et al., Lightning Attention-2, 2401.04658.
+    Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length, 2406.06484; Gated
+    Delta Networks, 2412.06464.
+    """
+    check_call(q, k, v, decay=decay, beta=beta, lengths=lengths, causal=causal)
+    check_chunk(chunk)
+    run = _implementation(impl, q.size(2), causal=causal, chunk=chunk)
+    tokens = _tokens(q, k, v, decay, beta, scale)
+    _, *shape = tokens.state_shape
+    shape = [q.size(0) if lengths is None else len(lengths), *shape]
+    if state is None:
+        state = torch.zeros(shape, dtype=tokens.dtype, device=q.device)
+    check_state(state, shape, tokens.dtype, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        return _run(run, tokens, state) if lengths is None else _run_packed(run, tokens, state, lengths)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    state: Tensor | None = None,
+) -> Recurrent:
+    """Advance the recurrence by one token: `recur` for N = 1, as a decoder calls it.
+
+    >>> import torch
+    >>> q, k, v = (torch.randn(1, 4, 1, 16) for _ in range(3))
+    >>> out, state = step(q, k, v)
+    >>> out, state = step(q, k, v, state=state)
+
+    Shapes, dtypes, errors and papers are those of `recur`; q, k and v have length 1.
+    """
+    if q.dim() == 4 and q.size(2) != 1:
+        raise ValueError(f"step takes one token, (B, H, 1, D), got q {tuple(q.shape)}; use recur for several")
+    return recur(q, k, v, decay=decay, beta=beta, scale=scale, state=state, impl="reference")
+
+
+def _implementation(name: str, length: int, *, causal: bool, chunk: int) -> Run:
+    known: dict[str, Run] = {
+        "reference": partial(recur_by_token, causal=causal),
+        "chunks": partial(recur_by_chunk, causal=causal, chunk=chunk),
+    }
+    if name == "auto":
+        name = "reference" if causal and length <= SHORT else "chunks"
+    if name not in known:
+        raise ValueError(f'impl must be "auto", "reference" or "chunks", got {name!r}')
+    return known[name]
+
+
+def _tokens(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, scale: float | None
+) -> Tokens:
+    if decay is None:
+        decay = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=q.device)
+    elif decay.dim() == 1:
+        decay = decay[None, :, None, None]
+    elif decay.dim() == 3:
+        decay = decay.unsqueeze(-1)
+    beta = None if beta is None else beta.unsqueeze(-1)
+    return Tokens(q, k, v, decay, beta, q.size(-1) ** -0.5 if scale is None else scale)
+
+
+def _run(run: Run, tokens: Tokens, state: Tensor) -> Recurrent:
+    if tokens.q.size(2) == tokens.k.size(2) == 0:
+        return Recurrent(tokens.v.new_zeros(*tokens.q.shape[:3], tokens.v.size(3)), state)
+    return Recurrent(*run(tokens, state))
+
+
+def _run_packed(run: Run, tokens: Tokens, state: Tensor, lengths: Sequence[int]) -> Recurrent:
+    pairs = zip(tokens.split(lengths), state.split(1), strict=True)
+    outs, states = zip(*(_run(run, piece, piece_state) for piece, piece_state in pairs), strict=True)
+    return Recurrent(join(outs, 2), join(states, 0))

@@ -1,0 +1,123 @@
+"""What `recur` refuses, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    lengths: Sequence[int] | None,
+    causal: bool,
+) -> None:
+    named = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}
+    given = {name: x for name, x in named.items() if x is not None}
+    _check_kinds(given)
+    _check_qkv(q, k, v)
+    if not causal and (decay is not None or beta is not None):
+        raise ValueError("causal=False sums over all tokens alike: it takes neither decay nor beta")
+    if k.size(2) != q.size(2) and (causal or lengths is not None):
+        raise ValueError(
+            f"q has {q.size(2)} tokens and k {k.size(2)}; they may differ only with causal=False and no lengths"
+        )
+    if decay is not None:
+        _check_decay(q, decay)
+    if beta is not None:
+        _check_beta(q, beta)
+    if lengths is not None:
+        _check_lengths(q, lengths)
+
+
+def check_chunk(chunk: int) -> None:
+    if chunk < 1 or chunk & (chunk - 1):
+        raise ValueError(f"chunk must be a power of two, got {chunk}; 64 suits most calls")
+
+
+def check_state(state: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    if tuple(state.shape) != tuple(shape):
+        raise ValueError(
+            f"state must be (sequences, state heads, D, Dv) = {tuple(shape)}, got {tuple(state.shape)}"
+        )
+    if state.dtype != dtype:
+        raise TypeError(f"state must be {dtype} for these q, k, v, got {state.dtype}; pass state.to({dtype})")
+    if state.device != device:
+        raise ValueError(f"state must be on q's device {device}, got {state.device}")
+
+
+def _check_kinds(given: dict[str, Tensor]) -> None:
+    for name, x in given.items():
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+        if x.device != given["q"].device:
+            raise ValueError(f"{name} is on {x.device} but q on {given['q'].device}; move them to one device")
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"q, k and v must be (batch, heads, length, dim), got {shapes}")
+    if not q.size(0) == k.size(0) == v.size(0):
+        raise ValueError(f"q, k and v must share their batch size, got {shapes}")
+    if q.size(3) != k.size(3):
+        raise ValueError(f"q and k must share their head dim, got {shapes}")
+    if k.size(2) != v.size(2):
+        raise ValueError(f"k and v must have the same length, got {shapes}")
+    if 0 in (q.size(1), q.size(3), v.size(3)):
+        raise ValueError(f"heads and dims must be at least 1, got {shapes}")
+    _check_heads("k", k.size(1), q)
+    _check_heads("v", v.size(1), q)
+
+
+def _check_heads(name: str, heads: int, q: Tensor) -> None:
+    if heads < 1 or q.size(1) % heads:
+        raise ValueError(f"{name} has {heads} heads, which do not divide the {q.size(1)} heads of q")
+
+
+def _check_decay(q: Tensor, decay: Tensor) -> None:
+    batch, _, length, dim = q.shape
+    heads = decay.size(min(1, decay.dim() - 1)) if decay.dim() else 0
+    if tuple(decay.shape) not in ((heads,), (batch, heads, length), (batch, heads, length, dim)):
+        raise ValueError(
+            f"decay must be (heads,), (B, heads, N) or (B, heads, N, D) with B, N, D = {batch}, {length}, {dim}, "
+            f"got {tuple(decay.shape)}"
+        )
+    _check_heads("decay", heads, q)
+    if _readable(decay) and not bool((decay <= 0).all()):
+        raise ValueError(
+            f"decay is a logarithm, at most 0, but reaches {decay.detach().max().item():.4g}; "
+            "if you hold factors in [0, 1], pass decay.log()"
+        )
+
+
+def _check_beta(q: Tensor, beta: Tensor) -> None:
+    batch, _, length, _ = q.shape
+    if beta.dim() != 3 or (beta.size(0), beta.size(2)) != (batch, length):
+        raise ValueError(f"beta must be (B, heads, N) with B, N = {batch}, {length}, got {tuple(beta.shape)}")
+    _check_heads("beta", beta.size(1), q)
+    if _readable(beta) and not bool(((beta >= 0) & (beta <= 2)).all()):
+        low, high = (x.item() for x in beta.detach().aminmax())
+        raise ValueError(f"beta must lie in [0, 2], but spans [{low:.4g}, {high:.4g}]; is a sigmoid missing?")
+
+
+def _check_lengths(q: Tensor, lengths: Sequence[int]) -> None:
+    if q.size(0) != 1:
+        raise ValueError(
+            f"packed sequences need batch size 1, got {q.size(0)}; lay them out along the length"
+        )
+    if len(lengths) == 0 or min(lengths) < 0:
+        raise ValueError(f"lengths must name at least one sequence, none shorter than 0, got {list(lengths)}")
+    if sum(lengths) != q.size(2):
+        raise ValueError(f"lengths sum to {sum(lengths)}, but q, k and v have {q.size(2)} tokens")
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether its values can be looked at without breaking a graph or waiting for a device."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

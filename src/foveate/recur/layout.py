@@ -1,0 +1,84 @@
+"""The inputs of a recurrence as its implementations see them: cut along time, grouped by state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grouped(NamedTuple):
+    """All inputs in the arithmetic's dtype, heads gathered by the state they share.
+
+    R query heads read each of the S states. The decay broadcasts along every axis where it has size 1.
+    """
+
+    q: Tensor  # (B, S, R, N, D), scaled
+    k: Tensor  # (B, S, M, D)
+    v: Tensor  # (B, S, M, Dv)
+    decay: Tensor  # (B or 1, S or 1, M or 1, D or 1)
+    beta: Tensor | None  # (B, S, M, 1)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A stretch of tokens, as the caller laid it out. Views only: nothing is copied before `grouped`."""
+
+    q: Tensor  # (B, H, N, D)
+    k: Tensor  # (B, G, M, D)
+    v: Tensor  # (B, Gv, M, Dv)
+    decay: Tensor  # (B or 1, any divisor of H, M or 1, D or 1)
+    beta: Tensor | None  # (B, any divisor of H, M, 1)
+    scale: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the arithmetic and the state are held in."""
+        return state_dtype(self.q, self.k, self.v)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        heads = [x.size(1) for x in (self.k, self.v, self.decay, self.beta) if x is not None]
+        return self.q.size(0), math.lcm(*heads), self.q.size(3), self.v.size(3)
+
+    def split(self, lengths: Sequence[int]) -> list[Tokens]:
+        """Consecutive stretches. Uses torch.split, whose backward is one cat, where slices would each pad."""
+        columns = [_split(x, lengths) for x in (self.q, self.k, self.v, self.decay, self.beta)]
+        return [
+            Tokens(q, k, v, decay, beta, self.scale) for q, k, v, decay, beta in zip(*columns, strict=True)
+        ]
+
+    def grouped(self) -> Grouped:
+        num_states = self.state_shape[1]
+        q = self.q.to(self.dtype).unflatten(1, (num_states, -1)) * self.scale
+        k, v = (_spread(x.to(self.dtype), num_states) for x in (self.k, self.v))
+        decay = self.decay.to(self.dtype)
+        decay = decay if decay.size(1) == 1 else _spread(decay, num_states)
+        beta = None if self.beta is None else _spread(self.beta.to(self.dtype), num_states)
+        return Grouped(q, k, v, decay, beta)
+
+
+def state_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def join(pieces: Sequence[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
+
+
+def _split(x: Tensor | None, lengths: Sequence[int]) -> list:
+    if x is None or x.size(2) == 1 != sum(lengths):
+        return [x] * len(lengths)
+    return list(x.split(list(lengths), dim=2))
+
+
+def _spread(x: Tensor, num_states: int) -> Tensor:
+    """Give each of `num_states` heads its head of x; a copy only where several, but not all, share one."""
+    if x.size(1) == 1:
+        return x.expand(-1, num_states, -1, -1)
+    share = num_states // x.size(1)
+    return x.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2)
