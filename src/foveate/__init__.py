@@ -1,1 +1,37 @@
-"""Foveate: attention that spends its effort where it matters."""
+"""Foveate: attention that spends its effort where it matters.
+
+The public names are loaded on first use, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "foveate.attention": "Partial Weights alibi alibi_slopes attend attend_partial merge relative_table relu sigmoid softmax",
+    "foveate.patterns": (
+        "Grid Packed Pattern Points Selection Sequence blocks causal dilated documents full global_tokens"
+        " key_padding per_head power_of_two prefix random_blocks sinks strided window"
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+_MODULES = {"attention", "recurrence", "patterns", "mixers", "cache", "models", "adapt", "lab", "testing"}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(import_module(_HOME_OF[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return import_module(f"foveate.{name}")
+    raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,22 @@
+"""The exact-attention operator."""
+
+from foveate.attention.api import IMPLEMENTATIONS, attend, attend_partial
+from foveate.attention.bias import Bias, alibi, alibi_slopes, relative_table
+from foveate.attention.partial import Partial, merge
+from foveate.attention.weights import Weights, relu, sigmoid, softmax
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Bias",
+    "Partial",
+    "Weights",
+    "alibi",
+    "alibi_slopes",
+    "attend",
+    "attend_partial",
+    "merge",
+    "relative_table",
+    "relu",
+    "sigmoid",
+    "softmax",
+]

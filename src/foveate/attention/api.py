@@ -1,0 +1,110 @@
+"""attend: exact attention weights over the pairs that a pattern allows."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from foveate.attention import reference
+from foveate.attention.bias import Bias
+from foveate.attention.call import Call, prepare
+from foveate.attention.partial import Partial, with_sink
+from foveate.attention.weights import Weights
+from foveate.patterns.algebra import Pattern
+from foveate.patterns.layouts import Layout
+from foveate.patterns.sequence import full
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = full,
+    *,
+    bias: Tensor | Bias | None = None,
+    weights: Weights | str = "softmax",
+    scale: float | None = None,
+    softcap: float | None = None,
+    layout: Layout | None = None,
+    dropout: float = 0.0,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention, exact over the pairs that ``pattern`` allows.
+
+    >>> from foveate import attend, causal, sinks, window
+    >>> q, k, v = torch.randn(1, 8, 300, 64), torch.randn(1, 2, 300, 64), torch.randn(1, 2, 300, 64)
+    >>> attend(q, k, v, window(128) & causal | sinks(4)).shape
+    torch.Size([1, 8, 300, 64])
+
+    Args:
+        q, k, v: (B, H, N, D), (B, G, M, D), (B, Gv, M, Dv); float64, float32, bfloat16 or float16, any strides.
+            G and Gv each divide H: query head h reads key head ``h // (H / G)``; nothing is repeated in memory.
+            Query i sits at key position ``i + M - N``: the last query meets the last key.
+        pattern: which pairs are visible; a row that sees no key gives zeros.
+        bias: added to the logits: a tensor that broadcasts to (B, H, N, M), ``alibi(slopes)`` or
+            ``relative_table(table, dims)``; differentiable.
+        weights: "softmax", "sigmoid", "relu", or ``softmax(sink=...)``, ``sigmoid(bias=...)``, ``relu(bias=...)``.
+        scale: factor on q k^T; D ** -0.5 by default.
+        softcap: c in ``c * tanh(logits / c)``, applied before the bias.
+        layout: where tokens live; needed by grid and point patterns, and keeps ``Packed`` sequences apart.
+        dropout: must be 0: dropping weights inside the kernel would make it disagree with its definition.
+        impl: "auto", or one of ``foveate.attention.IMPLEMENTATIONS``, which then runs or says why it cannot.
+
+    Returns:
+        (B, H, N, Dv) in the dtype of q.
+
+    Raises:
+        ValueError, TypeError: inputs that do not belong together, in words.
+        NotImplementedError: an implementation asked for by name that does not support the call.
+
+    NaN or infinite inputs give NaN in the rows that see them, as plain softmax does.
+    """
+    if dropout:
+        raise ValueError("attend has no dropout on weights: drop outputs instead (torch.nn.functional.dropout)")
+    return attend_partial(
+        q, k, v, pattern, bias=bias, weights=weights, scale=scale, softcap=softcap, layout=layout, impl=impl
+    ).out
+
+
+def attend_partial(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = full,
+    *,
+    bias: Tensor | Bias | None = None,
+    weights: Weights | str = "softmax",
+    scale: float | None = None,
+    softcap: float | None = None,
+    layout: Layout | None = None,
+    impl: str = "auto",
+) -> Partial:
+    """Like :func:`attend`, with the log of each row's sum of weights, so that parts can be merged exactly.
+
+    >>> from foveate import attend_partial
+    >>> q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
+    >>> attend_partial(q, k, v).lse.shape
+    torch.Size([1, 2, 5])
+
+    Returns ``Partial(out, lse)``: lse is float32 (float64 for float64 inputs), -inf for a row that sees no key,
+    and None for sigmoid and ReLU weights. A sink counts in lse.
+    """
+    call, sink = prepare(q, k, v, pattern, bias, weights, scale, softcap, layout)
+    partial = choose(call, impl).run(call)
+    return partial if sink is None else with_sink(partial, sink)
+
+
+def choose(call: Call, impl: str = "auto") -> ModuleType:
+    """The implementation that runs a call: the one asked for, or the first that supports it."""
+    if impl == "auto":
+        return next(module for module in IMPLEMENTATIONS.values() if module.refuse(call) is None)
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is 'auto' or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    reason = IMPLEMENTATIONS[impl].refuse(call)
+    if reason is not None:
+        raise NotImplementedError(f"impl={impl!r} cannot run this call: {reason}")
+    return IMPLEMENTATIONS[impl]

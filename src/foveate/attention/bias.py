@@ -1,0 +1,143 @@
+"""Additive biases on the logits, as functions of (batch entry, head, query position, key position)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.patterns.algebra import Index
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """Base of all biases. ``parameter`` is the tensor that gradients flow to."""
+
+    parameter: Tensor
+
+    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        """Bias of each pair; ``q`` counts queries from 0, ``k`` keys from 0; all arguments broadcast."""
+        raise NotImplementedError
+
+    def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
+        """Refuse a call this bias does not fit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Bias):
+    """A tensor broadcastable to (B, H, N, M)."""
+
+    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        B, H, N, M = parameter.shape
+        zero = torch.zeros_like(q)
+        at_batch = zero if B == 1 else zero + batch
+        at_head = zero if H == 1 else zero + head
+        return parameter[at_batch, at_head, zero if N == 1 else q, torch.zeros_like(k) if M == 1 else k]
+
+    def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
+        want = (batch, heads, num_queries, num_keys)
+        fits = all(have in (1, need) for have, need in zip(self.parameter.shape, want, strict=True))
+        if not fits:
+            raise ValueError(f"bias must broadcast to (B, H, N, M) = {want}; got {tuple(self.parameter.shape)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Alibi(Bias):
+    """``-slope_h * |distance|``; a negative slope favours far keys."""
+
+    offset: int = 0  # position of query 0 among the keys
+
+    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        return -parameter[head] * (q + self.offset - k).abs()
+
+    def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
+        _check_heads("alibi slopes", self.parameter, heads)
+
+
+@dataclass(frozen=True, eq=False)
+class PerHead(Bias):
+    """One constant per head (or for all heads): the bias of sigmoid attention."""
+
+    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        constant = parameter[0] if parameter.numel() == 1 else parameter[head]
+        return constant + torch.zeros_like(q + k, dtype=parameter.dtype)
+
+    def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
+        if self.parameter.numel() != 1:
+            _check_heads("the logit bias", self.parameter, heads)
+
+
+@dataclass(frozen=True, eq=False)
+class RelativeTable(Bias):
+    """A learned value per head and relative position, on a line or a grid.
+
+    ``parameter`` is (H, R) with R the product of ``2 * reach + 1`` over the axes; offsets beyond the reach are
+    clamped to it. ``dims`` are the sizes of the grid, empty for a line.
+    """
+
+    dims: tuple[int, ...] = ()
+    reach: tuple[int, ...] = ()
+    offset: int = 0
+
+    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        index = torch.zeros_like(q + k)
+        for offset, reach in zip(self._offsets(q + self.offset, k), self.reach, strict=True):
+            index = index * (2 * reach + 1) + offset.clamp(-reach, reach) + reach
+        return parameter[head, index]
+
+    def _offsets(self, q: Tensor, k: Tensor) -> list[Tensor]:
+        if not self.dims:
+            return [q - k]
+        strides = [math.prod(self.dims[axis + 1 :]) for axis in range(len(self.dims))]
+        sides = list(zip(strides, self.dims, strict=True))
+        return [q // stride % size - k // stride % size for stride, size in sides]
+
+    def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
+        _check_heads("the relative table", self.parameter[:, 0], heads)
+
+
+def alibi(slopes: Tensor) -> Alibi:
+    """Linear bias ``-slope_h * |distance|``, a slope per query head, of either sign.
+
+    Press, Smith, Lewis, Train Short, Test Long: Attention with Linear Biases, arXiv 2108.12409.
+
+    >>> alibi(torch.tensor([0.5, 0.25])).parameter.shape
+    torch.Size([2])
+    """
+    if slopes.dim() != 1 or not slopes.is_floating_point():
+        raise ValueError(f"alibi takes one float slope per head, (H,); got {slopes.dtype} {tuple(slopes.shape)}")
+    return Alibi(slopes)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """The geometric slopes of the ALiBi paper, (heads,).
+
+    >>> alibi_slopes(4)
+    tensor([0.2500, 0.0625, 0.0156, 0.0039])
+    """
+    return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
+
+
+def relative_table(table: Tensor, dims: tuple[int, ...] | None = None) -> RelativeTable:
+    """Relative-position bias from a table (H, 2 R + 1) on a line or (H, 2 Ry + 1, 2 Rx + 1, ...) on a grid of ``dims``.
+
+    Entry ``[h, dy + Ry, dx + Rx]`` is added where the query lies ``dy`` rows and ``dx`` columns after the key
+    (Liu et al., Swin Transformer, arXiv 2103.14030); offsets beyond the table take its outermost entry.
+
+    >>> relative_table(torch.zeros(3, 13, 13), dims=(7, 7)).reach
+    (6, 6)
+    """
+    axes = table.dim() - 1
+    if axes < 1 or any(side % 2 == 0 for side in table.shape[1:]):
+        raise ValueError(f"a relative table is (H, odd side per axis); got {tuple(table.shape)}")
+    if axes > 1 and (dims is None or len(dims) != axes):
+        raise ValueError(f"a relative table over {axes} axes needs dims, the grid's {axes} sizes; got {dims}")
+    reach = tuple(side // 2 for side in table.shape[1:])
+    return RelativeTable(table.flatten(1), (dims or ()) if axes > 1 else (), reach)
+
+
+def _check_heads(what: str, values: Tensor, heads: int) -> None:
+    if values.shape[0] != heads:
+        raise ValueError(f"{what} must have one entry for each of the {heads} query heads; got {values.shape[0]}")

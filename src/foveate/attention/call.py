@@ -1,0 +1,126 @@
+"""One call of attend, checked and completed: what every implementation receives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from foveate.attention.bias import Alibi, Bias, Dense, PerHead, RelativeTable
+from foveate.attention.weights import Kind, Weights, as_weights
+from foveate.patterns.algebra import Pattern
+from foveate.patterns.layouts import Layout, Sequence
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """q (B, H, N, D), k (B, G, M, D), v (B, Gv, M, Dv) and how to attend; a sink is applied by the caller."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pattern: Pattern
+    biases: tuple[Bias, ...]
+    kind: Kind
+    scale: float
+    softcap: float | None
+    layout: Layout
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def num_queries(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        return self.k.shape[2]
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    bias: Tensor | Bias | None,
+    weights: Weights | str,
+    scale: float | None,
+    softcap: float | None,
+    layout: Layout | None,
+) -> tuple[Call, Tensor | None]:
+    """The checked call, and the sink logits (H,) if there are any."""
+    check_tensors(q, k, v)
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a Foveate pattern such as window(256) & causal; got {type(pattern).__name__}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a positive finite number; got {softcap}")
+    weights = as_weights(weights)
+    heads = q.shape[1]
+    biases = _biases(bias, weights, q, k)
+    if pattern.batches not in (1, q.shape[0]):
+        raise ValueError(f"{pattern} is for a batch of {pattern.batches}, but q has {q.shape[0]}")
+    if heads % pattern.heads:
+        raise ValueError(f"{pattern} tells {pattern.heads} heads apart, which does not divide q's {heads} heads")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    sink = weights.sink
+    if sink is not None:
+        sink = _on_heads("sink", sink, heads).to(q.device)
+    return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout or Sequence()), sink
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse q, k, v that do not belong together."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, dim); got shape {tuple(tensor.shape)}")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v must share one of float64, float32, bfloat16, float16; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device; got {q.device}, {k.device}, {v.device}")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise ValueError(f"q, k, v must have one batch size; got {shapes}")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"k and v must have one length; got {shapes}")
+    if q.shape[3] != k.shape[3] or q.shape[3] == 0:
+        raise ValueError(f"q and k must have one head dim of at least 1; got {shapes}")
+    for name, tensor in (("key", k), ("value", v)):
+        if tensor.shape[1] == 0 or q.shape[1] % tensor.shape[1]:
+            raise ValueError(f"{name} heads must divide query heads; got {shapes}")
+
+
+def _biases(bias: Tensor | Bias | None, weights: Weights, q: Tensor, k: Tensor) -> tuple[Bias, ...]:
+    biases: list[Bias] = []
+    if isinstance(bias, Tensor):
+        biases.append(Dense(bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias))
+    elif isinstance(bias, (Alibi, RelativeTable)):
+        biases.append(replace(bias, offset=k.shape[2] - q.shape[2]))
+    elif isinstance(bias, Bias):
+        biases.append(bias)
+    elif bias is not None:
+        raise TypeError(f"bias must be a tensor, alibi(...) or relative_table(...); got {type(bias).__name__}")
+    if weights.bias is not None:
+        biases.append(PerHead(weights.bias.to(q.device)))
+    for one in biases:
+        if not one.parameter.is_floating_point() or one.parameter.device != q.device:
+            raise ValueError(f"a bias is a float tensor on {q.device}; got {one.parameter.dtype} on {one.parameter.device}")
+        one.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return tuple(biases)
+
+
+def _on_heads(name: str, values: Tensor, heads: int) -> Tensor:
+    if values.numel() not in (1, heads):
+        raise ValueError(f"{name} must be a number or one for each of the {heads} heads; got {values.numel()}")
+    return values.expand(heads)
