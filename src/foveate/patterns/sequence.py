@@ -394,9 +394,9 @@ def random_blocks(block: int, density: float, *, seed: int = 0) -> Pattern:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class KeyPadding(Pattern):
-    """Keys marked True, per batch entry; holds the running count of marks for its bounds."""
+    """Keys marked True, per batch entry (and head)."""
 
-    mask: Tensor  # (B, M)
+    mask: Tensor  # (B, 1 or heads, M)
 
     text = "key_padding(...)"
 
@@ -405,36 +405,45 @@ class KeyPadding(Pattern):
         return self.mask.shape[0]
 
     @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.mask.shape[1]
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.mask,)
 
     def resolve(self, scene: Scene) -> Pattern:
-        if self.mask.shape[1] != scene.num_keys:
-            raise ValueError(f"key_padding marks {self.mask.shape[1]} keys, but there are {scene.num_keys}")
+        if self.mask.shape[-1] != scene.num_keys:
+            raise ValueError(f"key_padding marks {self.mask.shape[-1]} keys, but there are {scene.num_keys}")
         return self
 
+    def rows(self, batch: Index, head: Index) -> tuple[Index, Index]:
+        B, H, _ = self.mask.shape
+        return (batch if B > 1 else 0), (head if H > 1 else 0)
+
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        return self.mask[batch, k.clamp(0, self.mask.shape[1] - 1)] & (q == q)
+        return self.mask[(*self.rows(batch, head), k.clamp(0, self.mask.shape[-1] - 1))] & (q == q)
 
     def bounds(self, boxes: Boxes) -> Bounds:
-        at, last = boxes.position, self.mask.shape[1] - 1
-        before = torch.nn.functional.pad(self.mask.long().cumsum(1), (1, 0))
+        at, last = boxes.position, self.mask.shape[-1] - 1
+        before = torch.nn.functional.pad(self.mask.long().cumsum(-1), (1, 0))
         low, high = at.k_lo.clamp(0, last), at.k_hi.clamp(0, last)
-        marked = before[boxes.batch, high + 1] - before[boxes.batch, low]
+        row = self.rows(boxes.batch, boxes.head)
+        marked = before[(*row, high + 1)] - before[(*row, low)]
         return Bounds(some=marked > 0, every=marked == high - low + 1)
 
 
 def key_padding(mask: Tensor) -> Pattern:
-    """Keys marked True in ``mask`` (B, M) of booleans: padding is what is False.
+    """Keys marked True in a boolean ``mask`` (B, M) or (B, H, M), for every query; padding is what is False.
 
     >>> key_padding(torch.tensor([[True, True, False]])).mask(3)[0, 0].int()
     tensor([[1, 1, 0],
             [1, 1, 0],
             [1, 1, 0]], dtype=torch.int32)
     """
-    if mask.dim() != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"key_padding takes a boolean (batch, keys) mask; got {mask.dtype} {tuple(mask.shape)}")
-    return KeyPadding(mask)
+    if mask.dim() not in (2, 3) or mask.dtype != torch.bool:
+        raise ValueError(f"key_padding takes a boolean (B, M) or (B, H, M) mask; got {mask.dtype} {tuple(mask.shape)}")
+    return KeyPadding(mask if mask.dim() == 3 else mask.unsqueeze(1))
 
 
 def same_group(q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Bounds:

@@ -1,0 +1,120 @@
+"""Mixers: tokens in, tokens out. A mixer's ``step``, token by token, equals its ``forward`` over the sequence."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foveate.mixers.registry import Row
+from foveate.patterns import Grid, Layout, Packed, Pattern, causal, full, key_padding
+
+
+class Stepped(NamedTuple):
+    """One decoded token, (B, 1, C), and the state after it."""
+
+    out: Tensor
+    state: Any
+
+
+class Mixer(nn.Module):
+    """Base of all mixers: (B, N, C) to (B, N, C)."""
+
+    row: ClassVar[Row]
+
+    def __init__(self, dim: int, *, causal: bool = True) -> None:
+        super().__init__()
+        if not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"dim is the model's width, a positive whole number; got {dim!r}")
+        feature = "causal" if causal else "noncausal"
+        if feature not in self.row.supports:
+            raise ValueError(f"{self.row.name} has no {feature} form")
+        self.dim, self.causal = dim, causal
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        layout: Layout | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Mix tokens x (B, N, C), or read a ``context`` (B, M, C).
+
+        ``layout`` says where the tokens live; ``padding`` (B, N or M) is True at real keys, and rows of x that are
+        padding come out as zeros.
+        """
+        self.check(x, context, layout, padding)
+        out = self.mix(x, context, layout, padding)
+        if padding is not None and context is None:
+            out = out * padding.unsqueeze(-1)
+        return out
+
+    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        """What a mechanism defines: forward on checked inputs."""
+        raise NotImplementedError
+
+    def start(self, batch: int) -> Any:
+        """The decoding state before the first token."""
+        raise NotImplementedError(f"{self.row.name} does not decode token by token")
+
+    def step(self, x: Tensor, state: Any) -> Stepped:
+        """Mix one more token x (B, 1, C)."""
+        raise NotImplementedError(f"{self.row.name} does not decode token by token")
+
+    def flops(self, n: int) -> int:
+        """Floating-point operations (a multiply-add is two) of forward on one sequence of n tokens."""
+        raise NotImplementedError
+
+    def state_bytes(self, n: int) -> int:
+        """Bytes a decoder keeps for one sequence after n tokens, at the parameters' precision."""
+        raise NotImplementedError
+
+    def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
+        """Refuse inputs this mechanism does not support, in words."""
+        name, supports = self.row.name, self.row.supports
+        for what, tensor in (("x", x), ("context", context)):
+            if tensor is not None and (tensor.dim() != 3 or tensor.shape[2] != self.dim):
+                raise ValueError(f"{name} takes {what} (batch, length, {self.dim}); got {tuple(tensor.shape)}")
+        if context is not None and ("cross" not in supports or self.causal):
+            raise ValueError(f"{name} cannot read a context{' while causal' if 'cross' in supports else ''}")
+        for kind, feature in ((Grid, "grid"), (Packed, "packed")):
+            if isinstance(layout, kind) and feature not in supports:
+                raise ValueError(f"{name} does not take a {feature} layout; got {layout}")
+        keys = x if context is None else context
+        if layout is not None:
+            layout.check(keys.shape[1])
+        if padding is not None and "padding" not in supports:
+            raise ValueError(f"{name} does not take padding: pass sequences of one length")
+        if padding is not None and (padding.dtype != torch.bool or padding.shape != keys.shape[:2]):
+            raise ValueError(f"padding is boolean {tuple(keys.shape[:2])}; got {padding.dtype} {tuple(padding.shape)}")
+
+    def within(self, padding: Tensor | None) -> Pattern:
+        """What the call allows at most: causality and padding."""
+        allowed = causal if self.causal else full
+        if padding is None:
+            return allowed
+        return key_padding(padding) & allowed if self.causal else key_padding(padding)
+
+    @property
+    def weight(self) -> Tensor:
+        """Any parameter: its dtype and device are the mixer's."""
+        return next(self.parameters())
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H * D) to (B, H, N, D), a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) to (B, N, H * D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def divided(dim: int, heads: int) -> int:
+    """Width of one head; refuses a width the heads do not divide."""
+    if heads < 1 or dim % heads:
+        raise ValueError(f"heads must divide dim: {dim} / {heads} is not whole; pass head_dim to choose another width")
+    return dim // heads
