@@ -1,19 +1,17 @@
 """Patterns: which pairs a query may see, and the selections that kernels run."""
 
-from foveate.patterns.algebra import Pattern, Scene, per_head, resolve
+from foveate.patterns.algebra import Pattern, Scene, resolve
+from foveate.patterns.compound import per_head
 from foveate.patterns.layouts import Grid, Layout, Packed, Points, Sequence
+from foveate.patterns.listed import documents, global_tokens, key_padding, random_blocks
 from foveate.patterns.selection import Selection
 from foveate.patterns.sequence import (
     blocks,
     causal,
     dilated,
-    documents,
     full,
-    global_tokens,
-    key_padding,
     power_of_two,
     prefix,
-    random_blocks,
     sinks,
     strided,
     window,

@@ -1,8 +1,8 @@
 """From a pattern to a selection, coarse to fine, without ever touching all pairs.
 
 Tokens are grouped into tiles, tiles into groups of 8, those into groups of 8, ... Interval reasoning settles
-whole pairs of groups as empty or full; only pairs of groups it cannot settle are split. What is still unsettled
-at the level of tiles gets a bit mask, and each distinct mask is evaluated once.
+whole pairs of groups as empty or full; only pairs of groups it cannot settle are split. What is still
+unsettled at the level of tiles gets a bit mask, and each distinct mask is evaluated once.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def _select_static(pattern: Pattern, layout: Layout, n: int, m: int, tile: int, 
     return build(resolve(pattern, scene), scene, tile=tile, device=torch.device(device))
 
 
-def build(resolved: Pattern, scene: Scene, *, tile: int = 64, device: torch.device | str = "cpu") -> Selection:
+def build(
+    resolved: Pattern, scene: Scene, *, tile: int = 64, device: torch.device | str = "cpu"
+) -> Selection:
     """Build the selection of a resolved pattern."""
     if tile % 8 or tile < 8:
         raise ValueError(f"a tile is a multiple of 8 tokens; got {tile}")
@@ -79,7 +81,9 @@ def build(resolved: Pattern, scene: Scene, *, tile: int = 64, device: torch.devi
     q_levels = _pyramid(q_slots, scene.offset, scene.layout, tile)
     k_levels = _pyramid(k_slots, 0, scene.layout, tile)
     full, partial = _descend(resolved, q_levels, k_levels)
-    masks = _Masks(resolved, q_slots.view(-1, tile), k_slots.view(-1, tile), scene.offset, ordered=slots is None)
+    masks = _Masks(
+        resolved, q_slots.view(-1, tile), k_slots.view(-1, tile), scene.offset, ordered=slots is None
+    )
     tiles, mask_ids, table, columns, column_masks = masks.evaluate(full, partial, q_levels[0], k_levels[0])
     num_q_tiles = q_slots.numel() // tile
     rows = (tiles.batch * resolved.heads + tiles.head) * num_q_tiles + tiles.q
@@ -153,7 +157,9 @@ def _descend(pattern: Pattern, q_levels: list[Pyramid], k_levels: list[Pyramid])
     q_levels, k_levels = q_levels[:depth], k_levels[:depth]
     device = q_levels[0].position[0].device
     counts = (pattern.batches, pattern.heads, q_levels[-1].size, k_levels[-1].size)
-    open_pairs = Pairs(*torch.cartesian_prod(*(torch.arange(n, device=device) for n in counts)).view(-1, 4).unbind(1))
+    open_pairs = Pairs(
+        *torch.cartesian_prod(*(torch.arange(n, device=device) for n in counts)).view(-1, 4).unbind(1)
+    )
     full: list[Pairs] = []
     for level in reversed(range(depth)):
         some, every = pattern.bounds(_boxes(open_pairs, q_levels[level], k_levels[level]))
@@ -178,7 +184,9 @@ def _split(pairs: Pairs, q_levels: list[Pyramid], k_levels: list[Pyramid], level
 class _Masks:
     """Evaluates the masks of tiles, each distinct one once, and sorts sparse ones out into columns."""
 
-    def __init__(self, pattern: Pattern, q_slots: Tensor, k_slots: Tensor, offset: int, *, ordered: bool) -> None:
+    def __init__(
+        self, pattern: Pattern, q_slots: Tensor, k_slots: Tensor, offset: int, *, ordered: bool
+    ) -> None:
         self.pattern, self.q_slots, self.k_slots = pattern, q_slots, k_slots
         self.offset, self.ordered = offset, ordered
         self.tile = q_slots.shape[1]
@@ -217,7 +225,9 @@ class _Masks:
         return first.scatter_reduce(0, number, order, "amin"), number
 
     def _packed(self, pairs: Pairs) -> Tensor:
-        chunks = [self._evaluate(Pairs(*chunk)) for chunk in zip(*(p.split(BATCH) for p in pairs), strict=True)]
+        chunks = [
+            self._evaluate(Pairs(*chunk)) for chunk in zip(*(p.split(BATCH) for p in pairs), strict=True)
+        ]
         empty = torch.empty(0, self.tile, self.tile // 8, dtype=torch.uint8, device=pairs.q.device)
         return torch.cat([empty, *chunks])
 

@@ -34,7 +34,9 @@ class Layout:
     def check(self, num_keys: int) -> None:
         """Refuse a call whose number of keys is not this layout's number of tokens."""
         if self.length is not None and self.length != num_keys:
-            raise ValueError(f"{self} has {self.length} tokens, but k has {num_keys}: pass the layout of the keys")
+            raise ValueError(
+                f"{self} has {self.length} tokens, but k has {num_keys}: pass the layout of the keys"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Sequence(Layout):
 
 @dataclass(frozen=True, init=False)
 class Grid(Layout):
-    """Tokens on a 2-D or 3-D grid, flattened row-major: ``Grid(height, width)``, ``Grid(time, height, width)``.
+    """Tokens on a grid, flattened row-major: ``Grid(height, width)``, ``Grid(time, height, width)``.
 
     >>> Grid(4, 6).length
     24
@@ -118,7 +120,7 @@ class Packed(Layout):
 
 @dataclass(frozen=True, eq=False)
 class Points(Layout):
-    """Tokens at points of space: ``Points(coords)`` with coords (N, 2) or (N, 3); tiles follow a Morton curve.
+    """Tokens at points of space: ``Points(coords)``, coords (N, 2) or (N, 3); tiles follow a Morton curve.
 
     >>> Points(torch.rand(10, 3)).length
     10
@@ -154,7 +156,7 @@ def pad_slots(slots: Tensor, tile: int) -> Tensor:
 
 
 def patch_shape(tile: int, num_axes: int) -> tuple[int, ...]:
-    """The most nearly cubic box of ``tile`` tokens: 64 is 8 x 8 or 4 x 4 x 4; the last axes get the longer sides."""
+    """The most nearly cubic box of ``tile`` tokens: 64 is 8 x 8 or 4 x 4 x 4; last axes get longer sides."""
     sides = [1] * num_axes
     axis = num_axes - 1
     while math.prod(sides) < tile:
@@ -165,7 +167,7 @@ def patch_shape(tile: int, num_axes: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def _patch_slots(dims: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
-    """Tokens patch by patch; patches that hang over the border keep empty slots so that tiles stay aligned."""
+    """Tokens patch by patch; patches that hang over the border keep empty slots to stay aligned."""
     counts = [-(-size // side) for size, side in zip(dims, patch, strict=True)]
     padded = torch.arange(math.prod(dims)).view(dims)
     for axis, (size, side, count) in enumerate(zip(dims, patch, counts, strict=True)):

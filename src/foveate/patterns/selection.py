@@ -13,12 +13,12 @@ FULL = -1  # mask number of a tile whose every pair is visible
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Per (batch entry, head, query tile) row: key tiles, each full or with a bit mask, and single key columns.
+    """Per row (batch entry, head, query tile): key tiles, full or with a bit mask, and single key columns.
 
-    Rows are numbered ``(batch * heads + head) * num_q_tiles + q_tile``; ``batches`` and ``heads`` are 1 where the
-    pattern does not tell them apart. Lists are in compressed-row form: row r owns ``starts[r]:starts[r + 1]``.
-    Tokens are taken in slot order: slot s holds token ``q_slots[s]`` (-1: an empty slot); None is the natural
-    order. A tile that holds an empty key slot always has a mask, with that slot's bits off.
+    Rows are numbered ``(batch * heads + head) * num_q_tiles + q_tile``; ``batches`` and ``heads`` are 1 where
+    the pattern does not tell them apart. Lists are in compressed-row form: row r owns
+    ``starts[r]:starts[r + 1]``. Tokens are taken in slot order: slot s holds token ``q_slots[s]`` (-1: an
+    empty slot); None is the natural order. A tile with an empty key slot always has a mask, those bits off.
     """
 
     num_queries: int

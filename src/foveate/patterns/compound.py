@@ -1,0 +1,212 @@
+"""Patterns made of patterns: ``a & b``, ``a | b``, ``~a`` and ``per_head([a, b])``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene, mix_hash
+
+EMPTY, FILLED = -1, -2  # signatures of settled boxes
+
+
+class Compound(Pattern):
+    """A pattern made of parts."""
+
+    __slots__ = ("parts", "text")
+    parts: tuple[Pattern, ...]
+
+    def __init__(self, parts: tuple[Pattern, ...]) -> None:
+        self.parts = parts
+        self.text = self._write()
+        for name in ("batches", "heads"):
+            counts = {getattr(part, name) for part in parts} - {1}
+            if len(counts) > 1:
+                raise ValueError(
+                    f"{self.text} joins patterns for different numbers of {name}: {sorted(counts)}"
+                )
+
+    def _write(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def batches(self) -> int:  # type: ignore[override]
+        return max(part.batches for part in self.parts)
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return max(part.heads for part in self.parts)
+
+    @property
+    def is_dynamic(self) -> bool:  # type: ignore[override]
+        return any(part.is_dynamic for part in self.parts)
+
+    @property
+    def needs_axes(self) -> bool:  # type: ignore[override]
+        return any(part.needs_axes for part in self.parts)
+
+    @property
+    def sees_future(self) -> bool:  # type: ignore[override]
+        return any(part.sees_future for part in self.parts)
+
+    @property
+    def chooses_ahead(self) -> bool:  # type: ignore[override]
+        return any(part.chooses_ahead for part in self.parts)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.parts for tensor in part.tensors)
+
+    def resolve(self, scene: Scene) -> Pattern:
+        return type(self)(tuple(part.resolve(scene) for part in self.parts))
+
+    def signature(self, boxes: Boxes) -> Tensor:
+        return mix_hash(*(settled_signature(part, boxes) for part in self.parts))
+
+
+class All(Compound):
+    """``a & b``: visible where every part is."""
+
+    __slots__ = ()
+
+    def _write(self) -> str:
+        return " & ".join(f"({p})" if isinstance(p, Any) else p.text for p in self.parts)
+
+    @property
+    def sees_future(self) -> bool:  # type: ignore[override]
+        return all(part.sees_future for part in self.parts)
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        seen = self.parts[0].visible(batch, head, q, k)
+        for part in self.parts[1:]:
+            seen = seen & part.visible(batch, head, q, k)
+        return seen
+
+    def bounds(self, boxes: Boxes) -> Bounds:
+        some, every = self.parts[0].bounds(boxes)
+        for part in self.parts[1:]:
+            more = part.bounds(boxes)
+            some, every = some & more.some, every & more.every
+        return Bounds(some, every)
+
+
+class Any(Compound):
+    """``a | b``: visible where at least one part is."""
+
+    __slots__ = ()
+
+    def _write(self) -> str:
+        return " | ".join(p.text for p in self.parts)
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        seen = self.parts[0].visible(batch, head, q, k)
+        for part in self.parts[1:]:
+            seen = seen | part.visible(batch, head, q, k)
+        return seen
+
+    def bounds(self, boxes: Boxes) -> Bounds:
+        some, every = self.parts[0].bounds(boxes)
+        for part in self.parts[1:]:
+            more = part.bounds(boxes)
+            some, every = some | more.some, every | more.every
+        return Bounds(some, every)
+
+
+class Not(Compound):
+    """``~a``: visible where the part is not."""
+
+    __slots__ = ()
+
+    def __init__(self, part: Pattern | tuple[Pattern, ...]) -> None:
+        super().__init__(part if isinstance(part, tuple) else (part,))
+
+    def _write(self) -> str:
+        (part,) = self.parts
+        return f"~({part})" if isinstance(part, (All, Any)) else f"~{part}"
+
+    @property
+    def sees_future(self) -> bool:  # type: ignore[override]
+        return True
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        return ~self.parts[0].visible(batch, head, q, k)
+
+    def bounds(self, boxes: Boxes) -> Bounds:
+        some, every = self.parts[0].bounds(boxes)
+        return Bounds(some=~every, every=~some)
+
+
+class PerHead(Compound):
+    """Another pattern for each head."""
+
+    __slots__ = ()
+
+    def __init__(self, parts: tuple[Pattern, ...]) -> None:
+        if any(part.heads not in (1, len(parts)) for part in parts):
+            raise ValueError("a pattern inside per_head must hold for one head or tell apart all of them")
+        super().__init__(parts)
+
+    def _write(self) -> str:
+        return f"per_head([{', '.join(p.text for p in self.parts)}])"
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return len(self.parts)
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        if isinstance(head, int):
+            return self.parts[head].visible(batch, head, q, k)
+        seen = self.parts[0].visible(batch, head, q, k)
+        for number, part in enumerate(self.parts[1:], start=1):
+            seen = torch.where(head == number, part.visible(batch, head, q, k), seen)
+        return seen
+
+    def bounds(self, boxes: Boxes) -> Bounds:
+        some, every = self.parts[0].bounds(boxes)
+        for number, part in enumerate(self.parts[1:], start=1):
+            own, here = part.bounds(boxes), boxes.head == number
+            some, every = torch.where(here, own.some, some), torch.where(here, own.every, every)
+        return Bounds(some, every)
+
+    def signature(self, boxes: Boxes) -> Tensor:
+        signature = settled_signature(self.parts[0], boxes)
+        for number, part in enumerate(self.parts[1:], start=1):
+            own = settled_signature(part, boxes)
+            settled = (own == EMPTY) | (own == FILLED)
+            named = torch.where(settled, own, mix_hash(own, torch.full_like(own, self.parts.index(part))))
+            signature = torch.where(boxes.head == number, named, signature)
+        return signature
+
+
+def per_head(patterns: list[Pattern] | tuple[Pattern, ...]) -> Pattern:
+    """Another pattern for each query head, in order.
+
+    >>> from foveate import causal, window
+    >>> per_head([window(16), window(64)]) & causal
+    per_head([window(16), window(64)]) & causal
+
+    Raises ValueError on an empty list, TypeError on anything that is not a pattern.
+    """
+    parts = tuple(patterns)
+    if not parts:
+        raise ValueError("per_head takes one pattern for each head; got an empty list")
+    for part in parts:
+        if not isinstance(part, Pattern):
+            raise TypeError(f"per_head takes patterns such as window(64); got {part!r}")
+    return parts[0] if len(parts) == 1 else PerHead(parts)
+
+
+def settled_signature(part: Pattern, boxes: Boxes) -> Tensor:
+    """A part's signature, coarsened where its bounds already settle the box as empty or full."""
+    some, every = part.bounds(boxes)
+    signature = part.signature(boxes)
+    signature = torch.where(some, signature, torch.full_like(signature, EMPTY))
+    return torch.where(every, torch.full_like(signature, FILLED), signature)
+
+
+def joined(kind: type[Compound], *patterns: Pattern) -> Compound:
+    """Nested parts of one kind as one list, so that ``(a | b) | c`` equals ``a | (b | c)``."""
+    parts: list[Pattern] = []
+    for pattern in patterns:
+        parts.extend(pattern.parts if isinstance(pattern, Compound) and type(pattern) is kind else (pattern,))
+    return kind(tuple(parts))
