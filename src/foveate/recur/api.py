@@ -55,8 +55,8 @@ def recur(
     >>> out.shape, state.shape
     (torch.Size([1, 4, 100, 16]), torch.Size([1, 4, 16, 16]))
 
-    The Linear Transformer divides by q_t^T z_t, z_t being the sum of the keys so far. A column of ones beside v
-    makes z one more column of the state, and the divisor one more column of out:
+    The Linear Transformer divides by q_t^T z_t, z_t being the sum of the keys so far. A column of ones beside
+    v makes z one more column of the state, and the divisor one more column of out:
 
     >>> q, k = q.exp(), k.exp()  # any positive feature map
     >>> out = recur(q, k, torch.nn.functional.pad(v, (0, 1), value=1.0)).out
@@ -73,18 +73,19 @@ def recur(
     Every head count (G, Gv, decay's and beta's) divides H: query head h uses key head h // (H / G), and so
     forth. S is their least common multiple, so query heads that share all of them share a state.
 
-    causal=False lets every query read the final state, S_N = sum_t k_t v_t^T; it takes neither decay nor beta,
-    and k and v may then have another length than q.
+    causal=False lets every query read the final state, S_N = sum_t k_t v_t^T; it takes neither decay nor
+    beta, and k and v may then have another length than q.
 
     scale defaults to D ** -0.5.
     chunk, a power of two, is the number of tokens that "chunks" computes at once.
     impl is "reference" (the formula, token by token), "chunks" (parallel inside chunks) or "auto".
 
-    dtypes: q, k, v, decay and beta of any floating dtype; arithmetic and state are float64 if one of q, k, v is
-    and float32 otherwise, also under autocast; out has v's dtype. Differentiable in every tensor, state included.
+    dtypes: q, k, v, decay and beta of any floating dtype; arithmetic and state are float64 if one of q, k, v
+    is and float32 otherwise, also under autocast; out has v's dtype. Differentiable in every tensor, state
+    included.
 
-    Raises ValueError or TypeError on ill-fitting input. The ranges of decay and beta are checked on the CPU only,
-    and not while compiling: on a GPU looking at them would wait for the device.
+    Raises ValueError or TypeError on ill-fitting input. The ranges of decay and beta are checked on the CPU
+    only, and not while compiling: on a GPU looking at them would wait for the device.
 
     Papers: Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236. Yang et al., Gated Linear Attention
     Transformers with Hardware-Efficient Training, 2312.06635. Qin et al., Lightning Attention-2, 2401.04658.

@@ -26,7 +26,8 @@ def check_call(
         raise ValueError("causal=False sums over all tokens alike: it takes neither decay nor beta")
     if k.size(2) != q.size(2) and (causal or lengths is not None):
         raise ValueError(
-            f"q has {q.size(2)} tokens and k {k.size(2)}; they may differ only with causal=False and no lengths"
+            f"q has {q.size(2)} tokens and k {k.size(2)}; "
+            "they may differ only with causal=False and without lengths"
         )
     if decay is not None:
         _check_decay(q, decay)
@@ -86,8 +87,8 @@ def _check_decay(q: Tensor, decay: Tensor) -> None:
     heads = decay.size(min(1, decay.dim() - 1)) if decay.dim() else 0
     if tuple(decay.shape) not in ((heads,), (batch, heads, length), (batch, heads, length, dim)):
         raise ValueError(
-            f"decay must be (heads,), (B, heads, N) or (B, heads, N, D) with B, N, D = {batch}, {length}, {dim}, "
-            f"got {tuple(decay.shape)}"
+            "decay must be (heads,), (B, heads, N) or (B, heads, N, D) "
+            f"with B, N, D = {batch}, {length}, {dim}, got {tuple(decay.shape)}"
         )
     _check_heads("decay", heads, q)
     if _readable(decay) and not bool((decay <= 0).all()):

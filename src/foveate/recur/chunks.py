@@ -1,7 +1,7 @@
 """Chunk-parallel form: dense products inside chunks, a short loop carrying the state between them.
 
-It follows Lightning Attention-2 (Qin et al., 2401.04658) and GLA (Yang et al., 2312.06635); what it does inside
-a chunk under decay is in `fold.py`, and the delta rule in `delta.py`.
+It follows Lightning Attention-2 (Qin et al., 2401.04658) and GLA (Yang et al., 2312.06635). What happens
+inside a chunk is in `fold.py`, and for the delta rule in `delta.py`.
 """
 
 from __future__ import annotations

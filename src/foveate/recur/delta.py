@@ -17,7 +17,7 @@ from foveate.recur.layout import Grouped
 
 
 class Corrected(NamedTuple):
-    """Each chunk as an affine map of the state entering it: u = values - reads S, S_next = update + transition S."""
+    """Affine maps of the state S entering a chunk: u = values - reads S, S_next = update + transition S."""
 
     values: Tensor  # (B, S, chunks, C, Dv)
     reads: Tensor  # (B, S, chunks, C, D)

@@ -28,7 +28,7 @@ class Folded(NamedTuple):
 
 
 def fold(x: Tensor, y: Tensor, factors: Tensor) -> Folded:
-    """x (B, S, R, chunks, C, D) against y (B, S, chunks, C, D) under factors (..., chunks or 1, C, D or 1)."""
+    """Fold x (B, S, R, chunks, C, D) with y (B, S, chunks, C, D), factors (..., chunks or 1, C, D or 1)."""
     if factors.shape[2:] == y.shape[2:]:
         return _fold_channels(x, y, factors)
     ones = torch.ones_like(factors)
