@@ -13,13 +13,33 @@ from foveate.patterns.algebra import Index
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """Base of all biases. ``parameter`` is the tensor that gradients flow to."""
+    """Base of all biases: each value is an entry of ``parameter``, times a factor of the positions.
+
+    Positions ``q`` and ``k`` count from 0; all index arguments broadcast against one another.
+    """
 
     parameter: Tensor
 
-    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        """Bias of each pair; ``q`` counts queries from 0, ``k`` keys from 0; all arguments broadcast."""
+    def index(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        """Entry of the flattened parameter for each pair."""
         raise NotImplementedError
+
+    def factor(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """What the entry is multiplied by; None is 1."""
+        return None
+
+    def values(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        """Bias of each pair."""
+        values = self.parameter.flatten()[self.index(batch, head, q, k)]
+        factor = self.factor(q, k)
+        return values if factor is None else values * factor
+
+    def add_grad(self, total: Tensor, grad: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> None:
+        """Add the gradient of values to ``total``, the gradient of the flattened parameter."""
+        factor = self.factor(q, k)
+        grad = grad if factor is None else grad * factor
+        index = self.index(batch, head, q, k).expand(grad.shape)
+        total.index_add_(0, index.reshape(-1), grad.reshape(-1).to(total.dtype))
 
     def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
         """Refuse a call this bias does not fit."""
@@ -27,46 +47,46 @@ class Bias:
 
 @dataclass(frozen=True, eq=False)
 class Dense(Bias):
-    """A tensor broadcastable to (B, H, N, M)."""
+    """A tensor (B, H, N, M), or 1 in place of any of them."""
 
-    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        B, H, N, M = parameter.shape
-        zero = torch.zeros_like(q)
-        at_batch = zero if B == 1 else zero + batch
-        at_head = zero if H == 1 else zero + head
-        return parameter[at_batch, at_head, zero if N == 1 else q, torch.zeros_like(k) if M == 1 else k]
+    def index(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        index = torch.zeros_like(q + k)
+        for size, at in zip(self.parameter.shape, (batch, head, q, k), strict=True):
+            index = index * size + (at if size > 1 else 0)
+        return index
 
     def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
         want = (batch, heads, num_queries, num_keys)
-        fits = all(have in (1, need) for have, need in zip(self.parameter.shape, want, strict=True))
-        if not fits:
+        if any(have not in (1, need) for have, need in zip(self.parameter.shape, want, strict=True)):
             raise ValueError(f"bias must broadcast to (B, H, N, M) = {want}; got {tuple(self.parameter.shape)}")
 
 
 @dataclass(frozen=True, eq=False)
-class Alibi(Bias):
-    """``-slope_h * |distance|``; a negative slope favours far keys."""
+class PerHead(Bias):
+    """One constant per head, or one for all heads: the bias of sigmoid attention."""
 
-    offset: int = 0  # position of query 0 among the keys
-
-    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        return -parameter[head] * (q + self.offset - k).abs()
+    def index(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        return torch.zeros_like(q + k) + (head if self.parameter.numel() > 1 else 0)
 
     def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
-        _check_heads("alibi slopes", self.parameter, heads)
+        if self.parameter.numel() > 1:
+            _check_heads("the logit bias", self.parameter, heads)
 
 
 @dataclass(frozen=True, eq=False)
-class PerHead(Bias):
-    """One constant per head (or for all heads): the bias of sigmoid attention."""
+class Alibi(Bias):
+    """``-slope_h * |distance|``; a negative slope favours far keys. Query 0 sits at position ``offset``."""
 
-    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        constant = parameter[0] if parameter.numel() == 1 else parameter[head]
-        return constant + torch.zeros_like(q + k, dtype=parameter.dtype)
+    offset: int = 0
+
+    def index(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        return torch.zeros_like(q + k) + head
+
+    def factor(self, q: Tensor, k: Tensor) -> Tensor | None:
+        return -(q + self.offset - k).abs().to(self.parameter.dtype)
 
     def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
-        if self.parameter.numel() != 1:
-            _check_heads("the logit bias", self.parameter, heads)
+        _check_heads("alibi slopes", self.parameter, heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +101,11 @@ class RelativeTable(Bias):
     reach: tuple[int, ...] = ()
     offset: int = 0
 
-    def values(self, parameter: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        index = torch.zeros_like(q + k)
+    def index(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        index = torch.zeros_like(q + k) + head
         for offset, reach in zip(self._offsets(q + self.offset, k), self.reach, strict=True):
             index = index * (2 * reach + 1) + offset.clamp(-reach, reach) + reach
-        return parameter[head, index]
+        return index
 
     def _offsets(self, q: Tensor, k: Tensor) -> list[Tensor]:
         if not self.dims:
@@ -95,7 +115,7 @@ class RelativeTable(Bias):
         return [q // stride % size - k // stride % size for stride, size in sides]
 
     def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
-        _check_heads("the relative table", self.parameter[:, 0], heads)
+        _check_heads("the relative table", self.parameter, heads)
 
 
 def alibi(slopes: Tensor) -> Alibi:

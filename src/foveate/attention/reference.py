@@ -57,4 +57,4 @@ def _everywhere(bias: Bias, call: Call) -> Tensor:
         torch.arange(n, device=call.q.device).view([-1 if axis == dim else 1 for axis in range(4)])
         for dim, n in enumerate((call.batch, call.heads, call.num_queries, call.num_keys))
     )
-    return bias.values(bias.parameter, batch, head, q, k)
+    return bias.values(batch, head, q, k)

@@ -98,7 +98,7 @@ class AttentionMixer(Mixer):
         bias = self.bias()
         if bias is not None:
             heads = torch.arange(self.heads, device=q.device).view(1, -1, 1, 1)
-            bias = Dense(bias.values(bias.parameter, 0, heads, now, state.positions.view(1, 1, 1, -1)))
+            bias = Dense(bias.values(0, heads, now, state.positions.view(1, 1, 1, -1)))
         weights = self.weights(state.seen)
         return attend(q, state.k, state.v, key_padding(seen.unsqueeze(0)), bias=bias, weights=weights)
 

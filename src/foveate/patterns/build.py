@@ -89,7 +89,8 @@ def build(
     rows = (tiles.batch * resolved.heads + tiles.head) * num_q_tiles + tiles.q
     column_rows = (columns.batch * resolved.heads + columns.head) * num_q_tiles + columns.q
     num_rows = resolved.batches * resolved.heads * num_q_tiles
-    order = torch.argsort(rows * (k_slots.numel() // tile) + tiles.k)
+    num_k_tiles = k_slots.numel() // tile
+    order = torch.argsort((2 * rows + (mask_ids == FULL)) * num_k_tiles + tiles.k)  # masked tiles first
     column_order = torch.argsort(column_rows * k_slots.numel() + columns.k)
     return Selection(
         num_queries=scene.num_queries,

@@ -93,6 +93,11 @@ class Selection:
         """Row of each listed column, (C,)."""
         return rows_of(self.column_starts)
 
+    @cached_property
+    def masked_counts(self) -> Tensor:
+        """Number of masked tiles in each row, (rows,)."""
+        return torch.bincount(self.tile_rows[self.mask_ids != FULL], minlength=self.num_rows)
+
     def _valid_queries(self) -> Tensor:
         """Number of real queries in each query tile."""
         if self.q_slots is not None:
