@@ -18,13 +18,17 @@ from pathlib import Path, PurePosixPath
 from foveate.lab.train_licences import permissive_licence
 
 SUFFIXES = frozenset({".py", ".md", ".rst", ".txt"})
-SKIPPED_FOLDERS = frozenset(
-    "__pycache__ _vendor vendor vendored externals site-packages test tests idle_test testdata data datasets "
-    "encodings pydoc_data unidata licenses".split()
-)
-WHOLE_HELDOUT = ("cpython/Lib/argparse.py", "cpython/Lib/asyncio/", "cpython/Lib/json/", "cpython/Lib/tarfile.py")
+# fmt: off
+SKIPPED_FOLDERS = frozenset({
+    "__pycache__", "_vendor", "data", "datasets", "encodings", "externals", "idle_test", "licenses",
+    "pydoc_data", "site-packages", "test", "testdata", "tests", "unidata", "vendor", "vendored",
+})
+# fmt: on
+_LIB = "cpython/Lib/"
+WHOLE_HELDOUT = (f"{_LIB}argparse.py", f"{_LIB}asyncio/", f"{_LIB}json/", f"{_LIB}tarfile.py")
 HELDOUT_ONE_IN = 40
 MIN_CHARS, MAX_CHARS = 200, 400_000
+MAX_BYTES = 8_000_000
 _GENERATED = re.compile(r"generated (?:by|from|file|with)|auto-?generated|do not edit", re.IGNORECASE)
 
 
@@ -56,7 +60,7 @@ class Source:
 def cpython() -> Source:
     """The running interpreter's standard library, files named `Lib/...`."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path for path in root.rglob("*.py") if _is_wanted(path.relative_to(root).as_posix()))
+    paths = sorted(path for path in root.rglob("*.py") if is_wanted(path.relative_to(root).as_posix()))
     files = {f"Lib/{path.relative_to(root).as_posix()}": path for path in paths}
     return Source("cpython", sysconfig.get_python_version(), "PSF-2.0", files)
 
@@ -73,17 +77,17 @@ def installed() -> list[Source]:
 
 
 def _from_distribution(name: str, dist: metadata.Distribution, licence: str) -> Source:
-    wanted = [file for file in dist.files or [] if _is_wanted(file.as_posix())]
+    wanted = [file for file in dist.files or [] if is_wanted(file.as_posix())]
     files = {file.as_posix(): Path(str(file.locate())) for file in sorted(wanted)}
     return Source(name, dist.version, licence, files, readme=_readme(dist))
 
 
 def _readme(dist: metadata.Distribution) -> str:
-    body = dist.metadata.get_payload() or dist.metadata.get("Description") or ""
-    return body if isinstance(body, str) else ""
+    text = dist.read_text("METADATA") or ""
+    return text.partition("\n\n")[2]
 
 
-def _is_wanted(name: str) -> bool:
+def is_wanted(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part in SKIPPED_FOLDERS or part.endswith((".dist-info", "-packages")) for part in path.parts)
     legal = re.match(r"licen|copying|notice", path.name, re.IGNORECASE)
@@ -106,10 +110,12 @@ def is_natural(text: str) -> bool:
     return letters > 0.4 and digits < 0.12 and max(map(len, lines)) < 1500 and len(text) / len(lines) < 120
 
 
-def collect(sources: Iterable[Source] | None = None, *, max_bytes_per_source: int = 8_000_000) -> list[Document]:
+def collect(
+    sources: Iterable[Source] | None = None, *, max_bytes_per_source: int = 8_000_000
+) -> list[Document]:
     """Every admissible file of the sources (default: the standard library and what is installed), once each.
 
-    Exact duplicates are dropped, held-out files first in line, so that nothing held out has a twin elsewhere.
+    Of exact duplicates one is kept, a held-out one if there is any: nothing held out has a twin elsewhere.
 
     >>> documents = collect([cpython()], max_bytes_per_source=100_000)
     >>> documents[0].licence
@@ -117,8 +123,8 @@ def collect(sources: Iterable[Source] | None = None, *, max_bytes_per_source: in
     """
     chosen = [cpython(), *installed()] if sources is None else list(sources)
     documents = [doc for source in chosen for doc in _capped(_read(source), max_bytes_per_source)]
-    first = {digest(doc.text): doc for doc in sorted(documents, key=lambda doc: is_heldout(doc.path))}
-    return [doc for doc in documents if first[digest(doc.text)] is doc]
+    kept = {digest(doc.text): doc for doc in sorted(documents, key=lambda doc: is_heldout(doc.path))}
+    return [doc for doc in documents if kept[digest(doc.text)] is doc]
 
 
 def _read(source: Source) -> Iterator[Document]:
@@ -135,7 +141,8 @@ def _read(source: Source) -> Iterator[Document]:
 
 def _capped(documents: Iterable[Document], max_bytes: int) -> list[Document]:
     """Whole folders, in an order that depends only on their names, until the budget is full."""
-    folders = {name: list(group) for name, group in groupby(sorted(documents, key=_order), key=lambda d: d.folder)}
+    ordered = sorted(documents, key=_order)
+    folders = {name: list(group) for name, group in groupby(ordered, key=lambda doc: doc.folder)}
     kept, used = [], 0
     for name in sorted(folders, key=digest):
         size = sum(len(doc.text.encode()) for doc in folders[name])
@@ -165,25 +172,6 @@ def is_heldout(path: str) -> bool:
 
 
 def join(documents: Iterable[Document]) -> list[str]:
-    """One long text per folder, files in order, each under its name: what makes a long context worth reading."""
+    """One long text per folder, files in order, each under its name: a long context worth reading."""
     folders = groupby(documents, key=lambda doc: (doc.source, doc.folder))
     return ["\n\n".join(f"# {doc.path}\n{doc.text}" for doc in group) for _, group in folders]
-
-
-def heldout_text(num_bytes: int) -> str:
-    """Held-out code of the running Python's standard library, in a fixed order, cut to `num_bytes`.
-
-    >>> len(heldout_text(1000))
-    1000
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    whole = [name.removeprefix("cpython/Lib/") for name in WHOLE_HELDOUT]
-    paths = [path for name in whole for path in (sorted((root / name).glob("*.py")) or [root / name])]
-    texts = (f"# cpython/Lib/{p.relative_to(root).as_posix()}\n{p.read_text(encoding='utf-8')}" for p in paths)
-    joined, size = [], 0
-    for text in texts:
-        joined.append(text)
-        size += len(text.encode())
-        if size >= num_bytes:
-            break
-    return "\n\n".join(joined).encode()[:num_bytes].decode(errors="ignore")

@@ -15,10 +15,10 @@ def bits_per_byte(model: Any, tokenizer: Any, text: str, *, context: int, window
 
     With `window`, each token sees itself and the `window - 1` tokens before it.
     """
-    ids = torch.tensor(tokenizer(text).input_ids)
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
     pieces = ids[: len(ids) // context * context].view(-1, context)  # (pieces, context)
     if not len(pieces):
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than one context of {context}: give more text")
+        raise ValueError(f"a context of {context} tokens needs a longer text: this one has {len(ids)} tokens")
     bits = sum(token_bits(model, piece, window=window).sum().item() for piece in pieces)
     size = sum(len(tokenizer.decode(piece[1:]).encode()) for piece in pieces)
     return bits / size

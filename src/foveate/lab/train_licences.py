@@ -1,15 +1,18 @@
-"""Which licences let a file be learned from: permissive ones only, read from a distribution's own metadata."""
+"""Which licences let a file be learned from: permissive ones, as a distribution's own metadata names them."""
 
 from __future__ import annotations
 
 import re
-from email.message import Message
+from importlib.metadata import PackageMetadata
 
-PERMISSIVE = frozenset(
-    "0BSD Apache-2.0 BSD-2-Clause BSD-3-Clause BSL-1.0 CC0-1.0 CNRI-Python HPND ISC MIT MIT-0 MIT-CMU PSF-2.0 "
-    "Python-2.0 Unlicense Zlib".split()
-)
+# fmt: off
+PERMISSIVE = frozenset({
+    "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "HPND", "ISC",
+    "MIT", "MIT-0", "MIT-CMU", "PSF-2.0", "Python-2.0", "Unlicense", "Zlib",
+})
+# fmt: on
 
+_CLASSIFIER = "License :: OSI Approved :: "
 _CLASSIFIERS = {
     "Apache Software License": "Apache-2.0",
     "BSD License": "BSD-3-Clause",
@@ -31,32 +34,35 @@ _FREE_TEXT = {
     "isc license": "ISC",
     "mit license": "MIT",
     "new bsd": "BSD-3-Clause",
-} | {name.lower(): name for name in PERMISSIVE}
+}
 
 
 def is_permissive(expression: str) -> bool:
-    """Whether an SPDX expression can be met with permissive licences alone.
+    """Whether an SPDX expression can be met with permissive licences alone; with brackets, all must be.
 
     >>> is_permissive("Apache-2.0 OR GPL-3.0-only"), is_permissive("MIT AND MPL-2.0")
     (True, False)
     """
-    plain = re.sub(r"\s+WITH\s+\S+", "", expression)
+    plain = re.sub(r"\s+WITH\s+[\w.-]+", "", expression)
     if "(" in plain:
-        names = re.split(r"\s+(?:AND|OR)\s+", re.sub(r"[()]", "", plain))
-        return all(name.strip() in PERMISSIVE for name in names)
-    choices = re.split(r"\s+OR\s+", plain)
-    return any(all(name.strip() in PERMISSIVE for name in re.split(r"\s+AND\s+", choice)) for choice in choices)
+        plain = re.sub(r"[()]", "", plain).replace(" OR ", " AND ")
+    choices = [choice.split(" AND ") for choice in plain.split(" OR ")]
+    return any(all(name.strip() in PERMISSIVE for name in choice) for choice in choices)
 
 
-def permissive_licence(metadata: Message) -> str | None:
-    """The licence of a distribution if it is permissive, else None: expression, then classifiers, then text."""
-    expression = str(metadata.get("License-Expression") or "").strip()
+def permissive_licence(metadata: PackageMetadata) -> str | None:
+    """A distribution's licence if permissive, else None: by its expression, else classifiers, else text."""
+    expression = _field(metadata, "License-Expression")
     if expression:
         return expression if is_permissive(expression) else None
-    prefix = "License :: OSI Approved :: "
-    named = [str(c).removeprefix(prefix) for c in metadata.get_all("Classifier") or [] if str(c).startswith(prefix)]
+    classifiers = [str(classifier) for classifier in metadata.get_all("Classifier") or []]
+    named = [name.removeprefix(_CLASSIFIER) for name in classifiers if name.startswith(_CLASSIFIER)]
     if named:
-        known = [_CLASSIFIERS.get(name) for name in named]
-        return None if None in known else " AND ".join(sorted({str(name) for name in known}))
-    free = str(metadata.get("License") or "").strip()
-    return _FREE_TEXT.get(free.lower()) or (free if free and is_permissive(free) else None)
+        known = {_CLASSIFIERS.get(name, "") for name in named}
+        return None if "" in known else " AND ".join(sorted(known))
+    free = _field(metadata, "License")
+    return _FREE_TEXT.get(free.lower()) or (free if is_permissive(free) else None)
+
+
+def _field(metadata: PackageMetadata, name: str) -> str:
+    return str(metadata[name] or "").strip() if name in metadata else ""

@@ -11,8 +11,8 @@ from typing import Any
 class Phase:
     """One stretch of the curriculum, up to `until` (a fraction of the run).
 
-    `repeat` is the share of rows in which one span is copied to a later place: it teaches copying from far back
-    in hundreds of steps instead of thousands.
+    `repeat` is the share of rows in which one span is copied to a later place: it teaches copying from far
+    back in hundreds of steps instead of thousands.
     """
 
     until: float
@@ -70,8 +70,8 @@ class Recipe:
         """A model of a few thousand parameters, trained in seconds: for tests and first tries."""
         small = cls(vocab=300, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, context=256)
         curriculum = (Phase(0.5, 37, 3, repeat=0.5), Phase(1.0, 65, 2))
-        data = {"max_bytes_per_source": 60_000, "sources": ("cpython",)}
-        return replace(small, steps=8, warmup=2, bf16=False, threads=1, phases=curriculum, **data)
+        small = replace(small, max_bytes_per_source=60_000, sources=("cpython",))
+        return replace(small, steps=8, warmup=2, bf16=False, threads=1, phases=curriculum)
 
     def phase(self, progress: float) -> Phase:
         """The phase that a run is in after this fraction of it."""

@@ -1,0 +1,91 @@
+"""From a run to a model folder that `from_pretrained` takes, with its evaluation and its card."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveate.lab.train_card import draw, write_card
+from foveate.lab.train_data import load_tokenizer
+from foveate.lab.train_eval import bits_per_byte
+from foveate.lab.train_model import build_model
+from foveate.lab.train_recipe import Recipe
+from foveate.lab.train_run import read_checkpoint, read_log
+from foveate.models.builtin import read_heldout
+
+CONTEXTS = (1024, 4096, 8192)
+WINDOWS = (128, 512)
+
+
+def export(run: Path, folder: Path) -> Path:
+    """Write the run's latest checkpoint as a bfloat16 Hugging Face model, measured, with a card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe.from_json((run / "recipe.json").read_text(encoding="utf-8"))
+    state = read_checkpoint(run)
+    _write_model(recipe, state["model"], run, folder)
+    for name in ("heldout.txt", "data.json", "recipe.json"):
+        shutil.copyfile(run / name, folder / name)
+    log = read_log(run)
+    write_json(folder / "training_log.json", log)
+    facts = {"steps": state["step"], "tokens": state["seen"], "minutes": round(state["used"] / 60, 1)}
+    facts |= {"machine": machine(), "evaluated_tokens": evaluated_tokens(recipe)}
+    facts |= {"heldout": evaluate(folder, recipe)}
+    write_json(folder / "evaluation.json", facts)
+    draw(log, folder / "training.svg")
+    write_card(folder, recipe, facts)
+    return folder
+
+
+def _write_model(recipe: Recipe, weights: dict[str, torch.Tensor], run: Path, folder: Path) -> None:
+    tokenizer = load_tokenizer(run)
+    tokenizer.model_max_length = recipe.context
+    model = build_model(recipe, tokenizer)
+    model.load_state_dict(weights)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def evaluated_tokens(recipe: Recipe) -> int:
+    return 8 * recipe.context
+
+
+def evaluate(folder: Path, recipe: Recipe) -> list[dict[str, float]]:
+    """Bits per byte of the written model: one row per context, with full attention and with windows."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(folder)
+    names = (folder / "heldout.txt").read_text(encoding="utf-8").splitlines()
+    total = evaluated_tokens(recipe)
+    ids = tokenizer(read_heldout(names, 6 * total), verbose=False).input_ids[:total]
+    text = tokenizer.decode(ids)
+    contexts = [length for length in CONTEXTS if length <= recipe.context] or [recipe.context]
+    return [_evaluate_at(length, model, tokenizer, text) for length in contexts]
+
+
+def _evaluate_at(context: int, model: Any, tokenizer: Any, text: str) -> dict[str, float]:
+    row: dict[str, float] = {"context": context}
+    row["full"] = round(bits_per_byte(model, tokenizer, text, context=context), 4)
+    for window in WINDOWS:
+        bits = bits_per_byte(model, tokenizer, text, context=context, window=window)
+        row[f"window_{window}"] = round(bits, 4)
+    return row
+
+
+def machine() -> str:
+    """The machine in words: processor, cores in use, versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
