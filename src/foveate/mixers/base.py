@@ -22,6 +22,9 @@ class Mixer(nn.Module):
     """Base of all mixers: (B, N, C) to (B, N, C)."""
 
     row: ClassVar[Row]
+    tiny: ClassVar[dict[str, Any]] = {}  # options under which a few dozen tokens are already sparse
+    full_budget: ClassVar[dict[str, Any] | None] = None  # options that make it plain attention, if any do
+    grids: ClassVar[tuple[Layout, ...]] = ()  # layouts to test a grid mechanism on
 
     def __init__(self, dim: int, *, causal: bool = True) -> None:
         super().__init__()
