@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 
+from foveate.options import FORCED
 from foveate.recur.checks import check_call, check_chunk, check_state
 from foveate.recur.chunks import recur_by_chunk
 from foveate.recur.layout import Tokens, join
@@ -101,7 +104,7 @@ def recur(
     if state is None:
         state = torch.zeros(shape, dtype=tokens.dtype, device=q.device)
     check_state(state, shape, tokens.dtype, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q.device.type):
         return _run(run, tokens, state) if lengths is None else _run_packed(run, tokens, state, lengths)
 
 
@@ -135,10 +138,16 @@ def _implementation(name: str, length: int, *, causal: bool, chunk: int) -> Run:
         "chunks": partial(recur_by_chunk, causal=causal, chunk=chunk),
     }
     if name == "auto":
+        name = FORCED.get() or "auto"
+    if name == "auto":
         name = "reference" if causal and length <= SHORT else "chunks"
     if name not in known:
         raise ValueError(f'impl must be "auto", "reference" or "chunks", got {name!r}')
     return known[name]
+
+
+def _no_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
 
 
 def _tokens(
