@@ -18,7 +18,6 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     # torch then fills what torch.empty and its kin return with NaN (or the greatest integer).
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
 
 
