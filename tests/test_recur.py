@@ -191,16 +191,25 @@ def _scattered(x: torch.Tensor) -> torch.Tensor:
     return view
 
 
-@pytest.mark.parametrize(("decay", "delta"), [("channel", False), ("head", True)])
-def test_compiles_into_one_graph_with_its_backward(decay: str, delta: bool) -> None:
-    inputs = make_inputs(decay, delta, length=37, dtype=torch.float32)
-    compiled = torch.compile(recur, fullgraph=True, dynamic=False, backend="aot_eager")
+def test_shapes_follow_on_the_meta_device() -> None:
+    inputs = {name: x.to("meta") for name, x in make_inputs("token", True).items()}
+    out, state = recur(**inputs)
+    assert out.is_meta
+    assert (out.shape, state.shape) == ((2, 2, 65, 5), (2, 2, 7, 5))
+
+
+@pytest.mark.parametrize(
+    ("decay", "delta", "backend"), [("channel", False, "eager"), ("head", True, "aot_eager")]
+)
+def test_compiles_into_one_graph_with_its_backward(decay: str, delta: bool, backend: str) -> None:
+    inputs = make_inputs(decay, delta, length=20, dtype=torch.float32)
+    compiled = torch.compile(recur, fullgraph=True, dynamic=False, backend=backend)
     actual, expected = (with_gradient(f, inputs) for f in (compiled, recur))
     assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def with_gradient(function: Callable, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     inputs = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    out, state = function(**inputs, impl="chunks", chunk=32)
+    out, state = function(**inputs, impl="chunks", chunk=16)
     (out.square().sum() + state.square().sum()).backward()
     return out, state, *(x.grad for x in inputs.values())

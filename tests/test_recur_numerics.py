@@ -81,7 +81,7 @@ def test_weak_and_strong_decay_keep_their_digits(decay: str, delta: bool, streng
 @pytest.mark.parametrize("decay", ["token", "channel"])
 @every_update
 def test_decay_of_mixed_strength_keeps_its_digits(decay: str, delta: bool) -> None:
-    """Rare factors of exp(-1000) among factors near 1, which differences of cumulated logarithms would lose."""
+    """Factors near 1 between factors of exp(-1000): differences of cumulated logarithms would lose them."""
     inputs = make_inputs(decay, delta, length=130, strength=0.01, dtype=torch.float32)
     strong = torch.rand(inputs["decay"].shape, generator=fresh_generator()) < 0.05
     inputs["decay"] = inputs["decay"].masked_fill(strong, -1000.0)

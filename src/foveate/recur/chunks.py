@@ -31,9 +31,9 @@ def recur_by_chunk(tokens: Tokens, state: Tensor, *, causal: bool, chunk: int) -
 
 
 def _read_total(tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v, _, _ = tokens.grouped()
-    state = state + k.mT @ v
-    out = torch.einsum("bsrnd,bsdv->bsrnv", q, state)
+    for k, v in zip(tokens.k.split(SPAN, 2), tokens.v.split(SPAN, 2), strict=True):
+        state = state + tokens.per_state(k).mT @ tokens.per_state(v)
+    out = torch.einsum("bsrnd,bsdv->bsrnv", tokens.queries(), state)
     return out.flatten(1, 2).to(tokens.v.dtype), state
 
 

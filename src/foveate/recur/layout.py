@@ -53,13 +53,22 @@ class Tokens:
         ]
 
     def grouped(self) -> Grouped:
+        k, v = self.per_state(self.k), self.per_state(self.v)
+        decay = self.decay.to(self.dtype) if self.decay.size(1) == 1 else self.per_state(self.decay)
+        beta = None if self.beta is None else self.per_state(self.beta)
+        return Grouped(self.queries(), k, v, decay, beta)
+
+    def queries(self) -> Tensor:
+        return self.q.to(self.dtype).unflatten(1, (self.state_shape[1], -1)) * self.scale
+
+    def per_state(self, x: Tensor) -> Tensor:
+        """Give each state its head of x; a copy only where several states, but not all, share one."""
         num_states = self.state_shape[1]
-        q = self.q.to(self.dtype).unflatten(1, (num_states, -1)) * self.scale
-        k, v = (_spread(x.to(self.dtype), num_states) for x in (self.k, self.v))
-        decay = self.decay.to(self.dtype)
-        decay = decay if decay.size(1) == 1 else _spread(decay, num_states)
-        beta = None if self.beta is None else _spread(self.beta.to(self.dtype), num_states)
-        return Grouped(q, k, v, decay, beta)
+        x = x.to(self.dtype)
+        if x.size(1) == 1:
+            return x.expand(-1, num_states, -1, -1)
+        share = num_states // x.size(1)
+        return x.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2)
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
@@ -74,11 +83,3 @@ def _split(x: Tensor | None, lengths: Sequence[int]) -> list:
     if x is None or x.size(2) == 1 != sum(lengths):
         return [x] * len(lengths)
     return list(x.split(list(lengths), dim=2))
-
-
-def _spread(x: Tensor, num_states: int) -> Tensor:
-    """Give each of `num_states` heads its head of x; a copy only where several, but not all, share one."""
-    if x.size(1) == 1:
-        return x.expand(-1, num_states, -1, -1)
-    share = num_states // x.size(1)
-    return x.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2)
