@@ -11,6 +11,7 @@ from foveate.attention import Bias, Weights, attend
 from foveate.attention.bias import Dense
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
 from foveate.mixers.core import Core, PatternCore, joined
+from foveate.mixers.rotary import rotate
 from foveate.patterns import Layout, Pattern, causal, full, key_padding
 from foveate.patterns.algebra import Boxes, Interval
 
@@ -27,7 +28,7 @@ class KeyValues(NamedTuple):
 
 
 class AttentionMixer(Mixer):
-    """Query, key, value and output projections around a core."""
+    """Query, key, value and output projections around a core; ``rotary`` is the base of rotary positions."""
 
     def __init__(
         self,
@@ -37,9 +38,11 @@ class AttentionMixer(Mixer):
         core: Core | None = None,
         kv_heads: int | None = None,
         head_dim: int | None = None,
+        rotary: float | None = None,
         causal: bool = True,
     ) -> None:
         super().__init__(dim, causal=causal)
+        self.rotary = rotary
         self.heads, self.kv_heads = heads, kv_heads or heads
         if heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
@@ -65,9 +68,15 @@ class AttentionMixer(Mixer):
 
     # ---- forward and step -----------------------------------------------------------------------------------
 
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, context: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of queries (B, H, N, D), keys and values (B, G, M, D); the first key is at position ``first``."""
         q = split_heads(self.to_q(x), self.heads)
-        return q, split_heads(self.to_k(context), self.kv_heads), split_heads(self.to_v(context), self.kv_heads)
+        k, v = split_heads(self.to_k(context), self.kv_heads), split_heads(self.to_v(context), self.kv_heads)
+        if self.rotary is not None:
+            positions = torch.arange(first, first + k.shape[2], device=k.device)
+            at_queries = torch.arange(q.shape[2], device=k.device) + first + k.shape[2] - q.shape[2]
+            q, k = rotate(q, at_queries, self.rotary), rotate(k, positions, self.rotary)
+        return q, k, v
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         q, k, v = self.project(x, x if context is None else context)
@@ -80,7 +89,7 @@ class AttentionMixer(Mixer):
         return KeyValues(empty, empty, torch.empty(0, dtype=torch.long, device=empty.device), 0)
 
     def step(self, x: Tensor, state: KeyValues) -> Stepped:
-        q, k, v = self.project(x, x)
+        q, k, v = self.project(x, x, state.seen)
         k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)
         now = torch.tensor([state.seen], device=x.device)
         state = KeyValues(k, v, torch.cat([state.positions, now]), state.seen + 1)
