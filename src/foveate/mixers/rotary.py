@@ -9,8 +9,8 @@ from torch import Tensor
 def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
     """Turn channel pairs (c, c + D / 2) of x (B, H, N, D) by angles proportional to ``positions`` (N,).
 
-    Products of rotated queries and keys depend on the difference of their positions alone. An odd last channel
-    stays as it is.
+    Products of rotated queries and keys depend on the difference of their positions alone. An odd last
+    channel stays as it is.
 
     Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv 2104.09864.
 
