@@ -80,6 +80,6 @@ def join(pieces: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _split(x: Tensor | None, lengths: Sequence[int]) -> list:
-    if x is None or x.size(2) == 1 != sum(lengths):
+    if x is None or (x.size(2) == 1 and sum(lengths) != 1):  # absent, or constant in time
         return [x] * len(lengths)
     return list(x.split(list(lengths), dim=2))
