@@ -9,8 +9,8 @@ from contextlib import contextmanager
 class Forced:
     """The implementation that stands in for "auto", if any.
 
-    A plain attribute, since torch.compile guards on it: it cannot trace a ContextVar, and does not notice that a
-    threading.local has changed.
+    A plain attribute, since torch.compile guards on it: it cannot trace a ContextVar, and does not notice
+    that a threading.local has changed.
     """
 
     name: str | None = None

@@ -1,0 +1,120 @@
+"""Linear attention: a sum of outer products of keys and values, kept or fading at a constant rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, rms_norm, silu
+
+from foveate.attention import alibi_slopes
+from foveate.mixers.base import join_heads
+from foveate.mixers.recurrent import Inputs, RecurrentMixer, widened
+from foveate.mixers.registry import Paper, register
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """``elu(x) + 1``, positive; as an exponential below 0, where the sum would cancel.
+
+    >>> elu_plus_one(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0.3679, 1.0000, 3.0000])
+    """
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+@register(
+    "linear_transformer",
+    paper=Paper(
+        "Katharopoulos, Vyas, Pappas, Fleuret",
+        "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+        "2006.16236",
+    ),
+    family="linear",
+    formula="o_i = phi(q_i)^T sum_j phi(k_j) v_j^T / phi(q_i)^T sum_j phi(k_j)",
+    supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
+)
+class LinearTransformer(RecurrentMixer):
+    """Attention whose weights are inner products of positive features, so that sums over keys become a state.
+
+    ``feature_map`` turns queries and keys (..., D) into positive features (..., F).
+
+    >>> mixer = LinearTransformer(64, heads=4)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        feature_map: Callable[[Tensor], Tensor] = elu_plus_one,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, heads, **options)
+        self.feature_map = feature_map
+        self.num_features = feature_map(torch.zeros(1, self.head_dim)).shape[-1]
+
+    def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+        # a column of ones beside v sums the keys; it overflows float16 where the outputs would not
+        return Inputs(self.feature_map(q), self.feature_map(k), pad(widened(v), (0, 1), value=1.0))
+
+    def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
+        total, weight = heads[..., :-1], heads[..., -1:]
+        blind = weight == 0  # no key, or all its features underflowed
+        mean = torch.where(blind, 0, total / torch.where(blind, 1, weight))
+        return super().read_out(x, mean.to(x.dtype))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.kv_heads, self.num_features, self.value_dim + 1
+
+
+@register(
+    "lightning_attention_2",
+    paper=Paper(
+        "Qin, Sun, Li, Shen, Sun, Zhong",
+        "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths"
+        " in Large Language Models",
+        "2401.04658",
+    ),
+    family="linear",
+    formula="S_t = lambda_h S_{t-1} + k_t v_t^T, o_t = norm(q_t^T S_t) * u_t",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
+    notes=(
+        "The paper fixes the tiling, a constant decay per head, and a norm instead of a denominator. Around "
+        "it stands the block of TransNormerLLM (2307.14995), on which it was measured: SiLU features, an RMS "
+        "norm without weights over all heads, a linear gate, ALiBi's slopes as decay rates."
+    ),
+)
+class LightningAttention2(RecurrentMixer):
+    """Linear attention in which each head fades at a constant rate of its own, normalised instead of divided.
+
+    ``pace`` multiplies the decay rates; TransNormerLLM lets it fall from 1 in the first layer to 0 in the
+    last.
+
+    >>> mixer = LightningAttention2(64, heads=4)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    def __init__(self, dim: int, heads: int = 8, *, pace: float = 1.0, **options: Any) -> None:
+        super().__init__(dim, heads, **options)
+        if not pace >= 0:
+            raise ValueError(f"pace is a factor on the decay rates, 0 or more; got {pace}")
+        self.pace = pace
+        self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
+
+    def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+        rates = self.pace * alibi_slopes(self.heads)
+        return Inputs(silu(q), silu(k), v, decay=-rates.to(x.device))
+
+    def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
+        flat = join_heads(heads)
+        return self.to_out(rms_norm(flat, flat.shape[-1:], eps=1e-6) * self.to_gate(x))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.heads, self.head_dim, self.value_dim

@@ -1,0 +1,189 @@
+"""Mixers that carry a state from token to token: projections and gates around the recurrence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
+from foveate.mixers.short_conv import ShortConv
+from foveate.patterns import Layout, Packed
+from foveate.recur import recur, step
+
+Lengths = Sequence[int] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What ``recur`` takes: q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), decay and beta."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None = None
+    beta: Tensor | None = None
+
+    def only(self, real: Tensor) -> Inputs:
+        """These inputs with tokens outside ``real`` (B, M) neither writing to the state nor fading it."""
+        hidden = ~real[:, None, :]  # (B, 1, M)
+        k, v = (x.masked_fill(hidden.unsqueeze(-1), 0) for x in (self.k, self.v))
+        decay, beta = self.decay, self.beta
+        if decay is not None:
+            if decay.dim() == 1:
+                decay = decay[None, :, None].expand(real.shape[0], -1, real.shape[1])
+            decay = decay.masked_fill(hidden if decay.dim() == 3 else hidden.unsqueeze(-1), 0)
+        if beta is not None:
+            beta = beta.masked_fill(hidden, 0)
+        return replace(self, k=k, v=v, decay=decay, beta=beta)
+
+
+class Memory(NamedTuple):
+    """Decoding state: the recurrence's, (B, S, D, Dv), and the tails of q's, k's and v's convolutions."""
+
+    state: Tensor
+    tails: tuple[Tensor, ...]
+
+
+class Projected(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tails: tuple[Tensor, ...]
+
+
+class RecurrentMixer(Mixer):
+    """Query, key, value and output projections around ``recur``; a mechanism adds features, gates and norms.
+
+    ``head_dim`` is the width of queries and keys (dim / heads by default), ``value_dim`` that of values
+    (head_dim by default). ``conv``, where not 0, is the width of short convolutions, followed by SiLU, on
+    queries, keys and values.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        causal: bool = True,
+        conv: int = 0,
+    ) -> None:
+        super().__init__(dim, causal=causal)
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        if heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
+        self.head_dim = head_dim or divided(dim, heads)
+        self.value_dim = value_dim or self.head_dim
+        self.to_q = nn.Linear(dim, heads * self.head_dim, bias=False)
+        self.to_k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
+        self.to_v = nn.Linear(dim, self.kv_heads * self.value_dim, bias=False)
+        self.to_out = nn.Linear(heads * self.value_dim, dim, bias=False)
+        widths = (layer.out_features for layer in (self.to_q, self.to_k, self.to_v))
+        self.convs = nn.ModuleList(ShortConv(width, conv) for width in widths if conv)
+
+    # ---- what a mechanism defines ----------------------------------------------------------------------
+
+    def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+        """The recurrence's inputs from the tokens x (B, N, C) and the projected heads (B, H, N, D)."""
+        return Inputs(q, k, v)
+
+    def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
+        """(B, N, C) from what the state said (B, H, N, Dv)."""
+        return self.to_out(join_heads(heads))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """States, keys and values of the recurrence, (S, D, Dv)."""
+        return self.kv_heads, self.head_dim, self.value_dim
+
+    @property
+    def tail_shapes(self) -> list[tuple[int, int]]:
+        """Channels and tokens that each convolution keeps."""
+        return [conv.tail_shape for conv in self.convs if isinstance(conv, ShortConv)]
+
+    # ---- forward, and the same with a state in hand ----------------------------------------------------
+
+    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        if not isinstance(layout, Packed) or x.shape[0] == 0:
+            return self.read(x, x if context is None else context, None, padding)
+        if context is not None:
+            raise ValueError(
+                f"{self.row.name} reads a context as a whole: it takes no packed layout beside it"
+            )
+        lengths = layout.lengths * x.shape[0]  # the batch laid end to end is one longer pack
+        flat = x.flatten(0, 1).unsqueeze(0)
+        padding = None if padding is None else padding.reshape(1, -1)
+        return self.read(flat, flat, lengths or None, padding).view(x.shape)
+
+    def read(self, x: Tensor, context: Tensor, lengths: Lengths, padding: Tensor | None) -> Tensor:
+        if padding is not None and context is x:
+            x = context = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
+        q, k, v, _ = self.project(x, context, (), lengths)
+        inputs = self.inputs(x, q, k, v)
+        if padding is not None:
+            inputs = inputs.only(padding)
+        return self.read_out(x, recur(**vars(inputs), lengths=lengths, causal=self.causal).out)
+
+    def project(
+        self, x: Tensor, context: Tensor, tails: tuple[Tensor, ...], lengths: Lengths = None
+    ) -> Projected:
+        """Heads of queries, keys and values, and the tails of their convolutions."""
+        flat = [self.to_q(x), self.to_k(context), self.to_v(context)]
+        if self.convs:
+            past = tails or (None, None, None)
+            convolved = [conv(y, tail, lengths) for conv, y, tail in zip(self.convs, flat, past, strict=True)]
+            flat, tails = [silu(each.out) for each in convolved], tuple(each.tail for each in convolved)
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = (split_heads(y, number) for y, number in zip(flat, heads, strict=True))
+        return Projected(q, k, v, tails)
+
+    def start(self, batch: int) -> Memory:
+        if not self.causal:
+            raise NotImplementedError(f"{self.row.name} does not decode token by token unless causal")
+        weight = self.weight
+        state = weight.new_zeros(batch, *self.state_shape, dtype=wide(weight.dtype))
+        return Memory(state, tuple(weight.new_zeros(batch, *shape) for shape in self.tail_shapes))
+
+    def step(self, x: Tensor, state: Memory) -> Stepped:
+        return self.advance(x, state)
+
+    def advance(self, x: Tensor, state: Memory) -> Stepped:
+        """Mix the next tokens x (B, N, C): ``step`` for several tokens at once, as for a prompt."""
+        q, k, v, tails = self.project(x, x, state.tails)
+        inputs = self.inputs(x, q, k, v)
+        run = step if x.shape[1] == 1 else recur
+        out, memory = run(**vars(inputs), state=state.state)
+        return Stepped(self.read_out(x, out), Memory(memory, tails))
+
+    # ---- costs -----------------------------------------------------------------------------------------
+
+    def flops(self, n: int) -> int:
+        """Matrix products: projections, convolutions, writes to each state, reads by each head."""
+        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
+        states, keys, values = self.state_shape
+        return 2 * n * (weights + (states * self.writes + self.heads) * keys * values)
+
+    writes = 1  # products of a key with a value or with the state, for each token and state
+
+    def state_bytes(self, n: int) -> int:
+        tails = sum(math.prod(shape) for shape in self.tail_shapes)
+        state_size, tail_size = wide(self.weight.dtype).itemsize, self.weight.element_size()
+        return math.prod(self.state_shape) * state_size + tails * tail_size
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(wide(x.dtype))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states: float32 at least, since half precision forgets what it adds up."""
+    return torch.promote_types(dtype, torch.float32)
