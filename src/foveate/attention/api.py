@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from foveate.attention import reference
+from foveate.attention import reference, sdpa, tiles
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call, prepare
 from foveate.attention.partial import Partial, with_sink
@@ -16,7 +16,7 @@ from foveate.patterns.algebra import Pattern
 from foveate.patterns.layouts import Layout
 from foveate.patterns.sequence import full
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"sdpa": sdpa, "tiles": tiles, "reference": reference}
 
 
 def attend(
@@ -65,9 +65,8 @@ def attend(
     """
     if dropout:
         raise ValueError("attend has no dropout on weights: drop outputs instead (torch.nn.functional.dropout)")
-    return attend_partial(
-        q, k, v, pattern, bias=bias, weights=weights, scale=scale, softcap=softcap, layout=layout, impl=impl
-    ).out
+    call, sink = prepare(q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=False)
+    return _run(call, sink, impl).out
 
 
 def attend_partial(
@@ -93,7 +92,11 @@ def attend_partial(
     Returns ``Partial(out, lse)``: lse is float32 (float64 for float64 inputs), -inf for a row that sees no key,
     and None for sigmoid and ReLU weights. A sink counts in lse.
     """
-    call, sink = prepare(q, k, v, pattern, bias, weights, scale, softcap, layout)
+    call, sink = prepare(q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=True)
+    return _run(call, sink, impl)
+
+
+def _run(call: Call, sink: Tensor | None, impl: str) -> Partial:
     partial = choose(call, impl).run(call)
     return partial if sink is None else with_sink(partial, sink)
 

@@ -29,6 +29,7 @@ class Call:
     scale: float
     softcap: float | None
     layout: Layout
+    needs_lse: bool
 
     @property
     def batch(self) -> int:
@@ -57,6 +58,7 @@ def prepare(
     scale: float | None,
     softcap: float | None,
     layout: Layout | None,
+    needs_lse: bool,
 ) -> tuple[Call, Tensor | None]:
     """The checked call, and the sink logits (H,) if there are any."""
     check_tensors(q, k, v)
@@ -75,7 +77,7 @@ def prepare(
     sink = weights.sink
     if sink is not None:
         sink = _on_heads("sink", sink, heads).to(q.device)
-    return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout or Sequence()), sink
+    return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout or Sequence(), needs_lse or sink is not None), sink
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,0 +1,77 @@
+"""attend by torch's scaled_dot_product_attention: dense and causal calls, and small masked ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from foveate.attention.bias import Dense
+from foveate.attention.call import Call
+from foveate.attention.partial import Partial
+from foveate.patterns.algebra import Scene, resolve
+from foveate.patterns.dense import dense_mask
+from foveate.patterns.layouts import Packed
+from foveate.patterns.sequence import causal, full
+
+SMALL = 2**18  # pairs per head up to which a dense mask is cheaper than gathering tiles
+
+
+def refuse(call: Call) -> str | None:
+    """Why this implementation cannot run the call; None if it can."""
+    if call.kind != "softmax":
+        return f"it has softmax weights only, not {call.kind}"
+    if call.needs_lse:
+        return "it does not return the log row sums that a sink or a partial result needs"
+    if call.softcap is not None:
+        return "it has no soft-cap"
+    if call.k.shape[1] != call.v.shape[1]:
+        return "it wants as many key heads as value heads"
+    if any(not isinstance(bias, Dense) for bias in call.biases):
+        return "it has dense biases only"
+    if _needs_mask(call) and call.num_queries * call.num_keys > SMALL:
+        return f"{call.pattern} would cost it a dense {call.num_queries} x {call.num_keys} mask"
+    return None
+
+
+def run(call: Call) -> Partial:
+    """One fused call, with the mask or bias written out where there is one."""
+    mask = _mask(call)
+    is_causal = mask is None and call.pattern == causal and call.num_queries > 1
+    heads, groups = call.heads, call.k.shape[1]
+    fold = heads // groups
+    q = call.q
+    packs = fold > 1 and not is_causal and (mask is None or mask.shape[1] == 1)
+    if packs:  # the query heads of a group as further queries: keys are then read once
+        q = q.reshape(call.batch, groups, fold * call.num_queries, -1)
+        mask = mask if mask is None else mask.repeat(1, 1, fold, 1)
+    out = scaled_dot_product_attention(
+        q, call.k, call.v, attn_mask=mask, is_causal=is_causal, scale=call.scale, enable_gqa=fold > 1 and not packs
+    )
+    return Partial(out.reshape(call.batch, heads, call.num_queries, -1), None)
+
+
+def _needs_mask(call: Call) -> bool:
+    if isinstance(call.layout, Packed):
+        return True
+    if call.pattern == causal:
+        return not (call.num_queries == call.num_keys and not call.biases) and call.num_queries != 1
+    return call.pattern != full
+
+
+def _mask(call: Call) -> Tensor | None:
+    """What SDPA adds to the logits (B or 1, H or 1, N, M), or None."""
+    visible = _visible(call) if _needs_mask(call) else None
+    if not call.biases:
+        return visible
+    bias = call.biases[0].parameter.to(call.q.dtype)
+    shape = (bias.shape[0], bias.shape[1], call.num_queries, call.num_keys)
+    return bias.expand(shape) if visible is None else torch.where(visible, bias, float("-inf"))
+
+
+def _visible(call: Call) -> Tensor:
+    scene = Scene(call.num_queries, call.num_keys, call.layout, call.q.detach(), call.k.detach(), call.scale)
+    visible = dense_mask(resolve(call.pattern, scene), scene, call.q.device)
+    if visible.shape[1] in (1, call.heads):
+        return visible
+    return visible.repeat_interleave(call.heads // visible.shape[1], dim=1)
