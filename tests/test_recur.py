@@ -9,7 +9,7 @@ import torch
 from recur_inputs import DECAYS, Inputs, cut, fresh_generator, has_time, make_inputs, plain_recur
 from torch.testing import assert_close
 
-from foveate.recur import Recurrent, recur, step
+from foveate.recurrence import Recurrent, recur, step
 
 HEADS = {
     "equal": (4, 4, 4, 4),

@@ -8,7 +8,7 @@ from recur_inputs import DECAYS, Inputs, fresh_generator, make_inputs
 from torch import Tensor
 from torch.testing import assert_close
 
-from foveate.recur import recur
+from foveate.recurrence import recur
 
 every_decay = pytest.mark.parametrize("decay", DECAYS)
 every_update = pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from recur_inputs import make_inputs
 
-from foveate.recur import recur, step
+from foveate.recurrence import recur, step
 
 X = torch.zeros
 

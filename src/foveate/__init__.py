@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "foveate.attention": "Partial Weights alibi alibi_slopes attend attend_partial merge relative_table relu sigmoid softmax",
+    "foveate.recurrence": "Recurrent recur step",
     "foveate.patterns": (
         "Grid Packed Pattern Points Selection Sequence blocks causal dilated documents full global_tokens"
-        " key_padding per_head power_of_two prefix random_blocks sinks strided window"
+        " key_padding neighborhood parse per_head power_of_two prefix random_blocks sinks strided strips window"
+        " window_partition within"
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
 from foveate.mixers.short_conv import ShortConv
 from foveate.patterns import Layout, Packed
-from foveate.recur import recur, step
+from foveate.recurrence import recur, step
 
 Lengths = Sequence[int] | None
 

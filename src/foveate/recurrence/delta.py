@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.recur.fold import Folded, fold
-from foveate.recur.layout import Grouped
+from foveate.recurrence.fold import Folded, fold
+from foveate.recurrence.layout import Grouped
 
 
 class Corrected(NamedTuple):

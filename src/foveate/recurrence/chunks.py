@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.recur.delta import Corrected, correct
-from foveate.recur.fold import fold
-from foveate.recur.layout import Grouped, Tokens, join
+from foveate.recurrence.delta import Corrected, correct
+from foveate.recurrence.fold import fold
+from foveate.recurrence.layout import Grouped, Tokens, join
 
 SPAN = 1024  # tokens whose chunks are computed together: bounds memory, and keeps it in a CPU's cache
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 
 from foveate.options import FORCED
-from foveate.recur.checks import check_call, check_chunk, check_state
-from foveate.recur.chunks import recur_by_chunk
-from foveate.recur.layout import Tokens, join
-from foveate.recur.reference import recur_by_token
+from foveate.recurrence.checks import check_call, check_chunk, check_state
+from foveate.recurrence.chunks import recur_by_chunk
+from foveate.recurrence.layout import Tokens, join
+from foveate.recurrence.reference import recur_by_token
 
 SHORT = 2  # tokens up to which the loop over tokens is the faster form
 

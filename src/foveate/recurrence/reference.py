@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.recur.layout import Grouped, Tokens
+from foveate.recurrence.layout import Grouped, Tokens
 
 
 def recur_by_token(tokens: Tokens, state: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
