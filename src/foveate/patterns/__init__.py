@@ -2,8 +2,11 @@
 
 from foveate.patterns.algebra import Pattern, Scene, resolve
 from foveate.patterns.compound import per_head
+from foveate.patterns.grid import neighborhood, strips, window_partition
 from foveate.patterns.layouts import Grid, Layout, Packed, Points, Sequence
 from foveate.patterns.listed import documents, global_tokens, key_padding, random_blocks
+from foveate.patterns.parse import parse
+from foveate.patterns.points import within
 from foveate.patterns.selection import Selection
 from foveate.patterns.sequence import (
     blocks,
@@ -33,6 +36,8 @@ __all__ = [
     "full",
     "global_tokens",
     "key_padding",
+    "neighborhood",
+    "parse",
     "per_head",
     "power_of_two",
     "prefix",
@@ -40,5 +45,8 @@ __all__ = [
     "resolve",
     "sinks",
     "strided",
+    "strips",
     "window",
+    "window_partition",
+    "within",
 ]

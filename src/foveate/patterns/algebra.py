@@ -225,8 +225,11 @@ def resolve(pattern: Pattern, scene: Scene) -> Pattern:
 
 
 def mix_hash(*values: Tensor) -> Tensor:
-    """One well-mixed 64-bit integer from several (the splitmix64 finaliser, wrapping)."""
-    mixed = torch.zeros_like(values[0], dtype=torch.long)
+    """One well-mixed 64-bit integer from several (the splitmix64 finaliser, wrapping).
+
+    It starts from an odd constant: from 0 it would map 0 to 0, and hashes of hashes would collide.
+    """
+    mixed = torch.full_like(values[0], 0x243F6A8885A308D3, dtype=torch.long)
     for value in values:
         mixed = (mixed + value) * -7046029254386353131
         mixed = (mixed ^ (mixed >> 30 & 0x3FFFFFFFF)) * -4658895280553007687

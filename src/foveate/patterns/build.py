@@ -70,20 +70,25 @@ def _select_static(pattern: Pattern, layout: Layout, n: int, m: int, tile: int, 
 
 
 def build(
-    resolved: Pattern, scene: Scene, *, tile: int = 64, device: torch.device | str = "cpu"
+    resolved: Pattern,
+    scene: Scene,
+    *,
+    tile: int = 64,
+    device: torch.device | str = "cpu",
+    reorder: bool = True,
 ) -> Selection:
-    """Build the selection of a resolved pattern."""
+    """Build the selection of a resolved pattern; without ``reorder`` in the natural order of tokens."""
     if tile % 8 or tile < 8:
         raise ValueError(f"a tile is a multiple of 8 tokens; got {tile}")
-    slots = scene.layout.slots(tile, device) if resolved.needs_axes and scene.offset == 0 else None
+    reorder = reorder and resolved.needs_axes and scene.offset == 0
+    slots = scene.layout.slots(tile, device) if reorder else None
     q_slots = _natural_slots(scene.num_queries, tile, device) if slots is None else slots
     k_slots = _natural_slots(scene.num_keys, tile, device) if slots is None else slots
     q_levels = _pyramid(q_slots, scene.offset, scene.layout, tile)
     k_levels = _pyramid(k_slots, 0, scene.layout, tile)
     full, partial = _descend(resolved, q_levels, k_levels)
-    masks = _Masks(
-        resolved, q_slots.view(-1, tile), k_slots.view(-1, tile), scene.offset, ordered=slots is None
-    )
+    alike = slots is None or scene.layout.tiles_alike
+    masks = _Masks(resolved, q_slots.view(-1, tile), k_slots.view(-1, tile), scene.offset, alike=alike)
     tiles, mask_ids, table, columns, column_masks = masks.evaluate(full, partial, q_levels[0], k_levels[0])
     num_q_tiles = q_slots.numel() // tile
     rows = (tiles.batch * resolved.heads + tiles.head) * num_q_tiles + tiles.q
@@ -122,7 +127,8 @@ def _starts(rows: Tensor, num_rows: int) -> Tensor:
 def _pyramid(slots: Tensor, offset: int, layout: Layout, tile: int) -> list[Pyramid]:
     """Levels from tiles (first) to at most FAN groups (last)."""
     exists, position = slots >= 0, slots + offset
-    ranges = [_ranges(values, exists, tile) for values in (position, *layout.coordinates(slots.clamp_min(0)))]
+    coordinates = layout.coordinates(position.clamp_min(0))
+    ranges = [_ranges(values, exists, tile) for values in (position, *coordinates)]
     levels = [Pyramid(ranges[0], tuple(ranges[1:]))]
     while levels[-1].size > FAN:
         coarser = [_coarser(low, high) for low, high in (levels[-1].position, *levels[-1].axes)]
@@ -186,10 +192,10 @@ class _Masks:
     """Evaluates the masks of tiles, each distinct one once, and sorts sparse ones out into columns."""
 
     def __init__(
-        self, pattern: Pattern, q_slots: Tensor, k_slots: Tensor, offset: int, *, ordered: bool
+        self, pattern: Pattern, q_slots: Tensor, k_slots: Tensor, offset: int, *, alike: bool
     ) -> None:
         self.pattern, self.q_slots, self.k_slots = pattern, q_slots, k_slots
-        self.offset, self.ordered = offset, ordered
+        self.offset, self.alike = offset, alike
         self.tile = q_slots.shape[1]
 
     def evaluate(
@@ -214,13 +220,12 @@ class _Masks:
 
     def _distinct(self, pairs: Pairs, q_level: Pyramid, k_level: Pyramid) -> tuple[Tensor, Tensor]:
         """Index of a representative for each distinct mask, and each pair's number among them."""
-        if pairs.q.numel() == 0 or not self.ordered:
+        if pairs.q.numel() == 0 or not self.alike:
             every = torch.arange(pairs.q.numel(), device=pairs.q.device)
             return every, every
         signature = self.pattern.signature(_boxes(pairs, q_level, k_level))
-        q_tail = torch.where((self.q_slots < 0).any(1)[pairs.q], pairs.q, -1)
-        k_tail = torch.where((self.k_slots < 0).any(1)[pairs.k], pairs.k, -1)
-        _, number = torch.unique(mix_hash(signature, q_tail, k_tail), return_inverse=True)
+        holes = _holes(self.q_slots)[pairs.q], _holes(self.k_slots)[pairs.k]
+        _, number = torch.unique(mix_hash(signature, *holes), return_inverse=True)
         first = torch.full((int(number.max()) + 1,), pairs.q.numel(), device=number.device)
         order = torch.arange(number.numel(), device=number.device)
         return first.scatter_reduce(0, number, order, "amin"), number
@@ -284,6 +289,11 @@ def _unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.equal(table[number], rows):  # a hash collision: sort whole rows instead
         return torch.unique(rows, dim=0, return_inverse=True)
     return table, number
+
+
+def _holes(slots: Tensor) -> Tensor:
+    """A number per tile for which of its slots are empty."""
+    return mix_hash(*pack_bits(slots < 0).long().unbind(1))
 
 
 def _popcount(packed: Tensor) -> Tensor:

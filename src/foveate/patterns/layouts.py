@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +23,11 @@ class Layout:
     @property
     def num_axes(self) -> int:
         return 0
+
+    @property
+    def tiles_alike(self) -> bool:
+        """Whether every tile of the tile order is its first token plus offsets common to all tiles."""
+        return True
 
     def coordinates(self, positions: Tensor) -> tuple[Tensor, ...]:
         """Coordinates of each position along each axis (none for a plain sequence)."""
@@ -87,6 +93,13 @@ class Grid(Layout):
             coordinates.append(positions // below % self.dims[axis])
         return tuple(coordinates)
 
+    def positions(self, coordinates: Iterable[Tensor]) -> Tensor:
+        """Position of each token from its coordinates; the inverse of :meth:`coordinates`."""
+        total, *finer = coordinates
+        for coordinate, size in zip(finer, self.dims[1:], strict=True):
+            total = total * size + coordinate
+        return total
+
     def slots(self, tile: int, device: torch.device | str = "cpu") -> Tensor | None:
         return _patch_slots(self.dims, patch_shape(tile, len(self.dims))).to(device)
 
@@ -139,6 +152,10 @@ class Points(Layout):
     @property
     def num_axes(self) -> int:
         return self.coords.shape[1]
+
+    @property
+    def tiles_alike(self) -> bool:
+        return False
 
     def coordinates(self, positions: Tensor) -> tuple[Tensor, ...]:
         return tuple(axis[positions] for axis in self.coords.to(positions.device).unbind(1))

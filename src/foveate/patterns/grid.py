@@ -1,0 +1,228 @@
+"""Static patterns on grids. Each is a rule per axis; a pair is visible where the rule of every axis holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.patterns.algebra import Bounds, Boxes, Index, Interval, Pattern, Scene, mix_hash
+from foveate.patterns.axis_rules import AxisRule, Near, SameRegion, Whole
+from foveate.patterns.layouts import Grid, Layout
+from foveate.patterns.per_axis import check_equal_axes, flags, is_whole, pairs, per_axis, spread
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class OnGrid(Pattern):
+    """A grid pattern; `grid` is None until it is resolved."""
+
+    grid: Grid | None = dataclasses.field(default=None, kw_only=True)
+    needs_axes = True
+
+    def rules(self, dims: tuple[int, ...]) -> tuple[AxisRule, ...]:
+        """One rule for each axis of a grid of these sizes; ValueError in words where it does not fit."""
+        raise NotImplementedError
+
+    def resolve(self, scene: Scene) -> Pattern:
+        require_layout(self, scene, Grid, "Grid(height, width)")
+        assert isinstance(scene.layout, Grid)
+        self.rules(scene.layout.dims)
+        return dataclasses.replace(self, grid=scene.layout)
+
+    def placed(self) -> tuple[Grid, tuple[AxisRule, ...]]:
+        if self.grid is None:
+            raise ValueError(f"{self} lives on a grid: pass layout=Grid(height, width) and resolve it first")
+        return self.grid, self.rules(self.grid.dims)
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        grid, rules = self.placed()
+        coordinates = zip(rules, grid.coordinates(q), grid.coordinates(k), strict=True)
+        seen = [rule.visible(at_q, at_k) for rule, at_q, at_k in coordinates]
+        return torch.stack(torch.broadcast_tensors(*seen)).all(0)
+
+    def bounds(self, boxes: Boxes) -> Bounds:
+        _, rules = self.placed()
+        parts = [rule.bounds(at) for rule, at in zip(rules, boxes.axes, strict=True)]
+        some, every = (torch.stack(flags).all(0) for flags in zip(*parts, strict=True))
+        return Bounds(some, every)
+
+    def signature(self, boxes: Boxes) -> Tensor:
+        """By rule along each axis; where a tile wraps round a row, only the first axis may be shifted."""
+        grid, rules = self.placed()
+        straight = _is_box(grid, boxes)
+        starts = zip(
+            grid.coordinates(boxes.position.q_lo), grid.coordinates(boxes.position.k_lo), strict=True
+        )
+        signatures = [straight.long()]
+        for axis, (rule, (q, k)) in enumerate(zip(rules, starts, strict=True)):
+            own = rule.signature(q, k, boxes.axes[axis])
+            signatures.append(own if axis == 0 else torch.where(straight, own, mix_hash(q, k)))
+        return mix_hash(*signatures)
+
+
+def require_layout(pattern: Pattern, scene: Scene, kind: type[Layout], example: str) -> None:
+    """Refuse a scene whose layout is not of this kind, or whose queries are not all among the keys."""
+    if not isinstance(scene.layout, kind):
+        raise ValueError(f"{pattern} needs layout={example}; got {scene.layout}")
+    if scene.num_queries > scene.num_keys:
+        raise ValueError(
+            f"{pattern} takes queries that are among its keys; got {scene.num_queries} queries for"
+            f" {scene.num_keys} keys"
+        )
+
+
+def _is_box(grid: Grid, boxes: Boxes) -> Tensor:
+    """Whether queries and keys each fill a box of the grid, rather than wrap round the end of a row."""
+    corners = Interval(*(grid.positions(edges) for edges in zip(*boxes.axes, strict=True)))
+    matches = [corner == edge for corner, edge in zip(corners, boxes.position, strict=True)]
+    return torch.stack(matches).all(0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Neighborhood(OnGrid):
+    kernel: int | tuple[int, ...]
+    dilation: int | tuple[int, ...]
+    stride: int | tuple[int, ...]
+    causal: bool | tuple[bool, ...]
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        settings = [str(self.kernel)]
+        for name, default in (("dilation", 1), ("stride", 1), ("causal", False)):
+            value = getattr(self, name)
+            if value != default:
+                settings.append(f"{name}={value}")
+        return f"neighborhood({', '.join(settings)})"
+
+    @property
+    def sees_future(self) -> bool:  # type: ignore[override]
+        return not (all(self.causal) if isinstance(self.causal, tuple) else self.causal)
+
+    def rules(self, dims: tuple[int, ...]) -> tuple[AxisRule, ...]:
+        settings = (self.kernel, self.dilation, self.stride, self.causal)
+        columns = (spread(self, setting, dims) for setting in settings)
+        rules = tuple(Near(*axis) for axis in zip(dims, *columns, strict=True))
+        for rule in rules:
+            if rule.kernel * rule.dilation > rule.size:
+                raise ValueError(
+                    f"{self} spans {rule.kernel} x {rule.dilation} tokens, more than an axis of"
+                    f" {Grid(*dims)}: kernel * dilation may be at most {rule.size}"
+                )
+        return rules
+
+
+def neighborhood(
+    kernel: int | tuple[int, ...],
+    *,
+    dilation: int | tuple[int, ...] = 1,
+    stride: int | tuple[int, ...] = 1,
+    causal: bool | tuple[bool, ...] = False,
+) -> Pattern:
+    """The ``kernel`` nearest keys along each axis of a grid, shifted inward at the borders.
+
+    Every query sees exactly ``kernel`` keys along each axis that is not causal. Each argument is one value,
+    or one for each axis. ``dilation`` splits an axis into interleaved groups that see only themselves.
+    ``stride`` lets so many neighbouring queries share the window of one of them. Along a ``causal`` axis a
+    query sees the last ``kernel`` keys up to its own coordinate, fewer at the border.
+
+    Hassani et al., Neighborhood Attention Transformer, arXiv 2204.07143; Hassani and Shi, Dilated
+    Neighborhood Attention Transformer, arXiv 2209.15001; Hassani et al., Generalized Neighborhood Attention,
+    arXiv 2504.16922, whose semantics it follows exactly.
+
+    >>> from foveate import Grid
+    >>> neighborhood(3).mask(5, layout=Grid(5))[0, 0].int()
+    tensor([[1, 1, 1, 0, 0],
+            [1, 1, 1, 0, 0],
+            [0, 1, 1, 1, 0],
+            [0, 0, 1, 1, 1],
+            [0, 0, 1, 1, 1]], dtype=torch.int32)
+
+    Raises ValueError for a kernel below 2, a stride above the kernel, and, once the grid is known, where
+    ``kernel * dilation`` exceeds an axis or the number of axes differs.
+    """
+    kernel = per_axis("neighborhood", "kernel", kernel, least=2)
+    dilation = per_axis("neighborhood", "dilation", dilation)
+    stride = per_axis("neighborhood", "stride", stride)
+    causal = flags("neighborhood", "causal", causal)
+    check_equal_axes("neighborhood", kernel, dilation, stride, causal)
+    if any(step > width for width, step in pairs(kernel, stride)):
+        raise ValueError(f"neighborhood takes a stride of at most its kernel {kernel}; got {stride}")
+    return Neighborhood(kernel, dilation, stride, causal)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WindowPartition(OnGrid):
+    window: int | tuple[int, ...]
+    shift: int | tuple[int, ...]
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return f"window_partition({self.window}{f', shift={self.shift}' if self.shift != 0 else ''})"
+
+    def rules(self, dims: tuple[int, ...]) -> tuple[AxisRule, ...]:
+        windows, shifts = spread(self, self.window, dims), spread(self, self.shift, dims)
+        return tuple(SameRegion(*axis) for axis in zip(windows, shifts, strict=True))
+
+
+def window_partition(window: int | tuple[int, ...], shift: int | tuple[int, ...] = 0) -> Pattern:
+    """Keys of the query's own window, where windows of size ``window`` tile the grid from ``shift`` on.
+
+    With a shift this is Swin's shifted-window attention: what its cyclic shift brings together from opposite
+    borders stays apart. Both arguments are one value, or one for each axis.
+
+    Liu et al., Swin Transformer: Hierarchical Vision Transformer using Shifted Windows, arXiv 2103.14030.
+
+    >>> from foveate import Grid
+    >>> window_partition(2, shift=1).mask(4, layout=Grid(4))[0, 0].int()
+    tensor([[1, 0, 0, 0],
+            [0, 1, 1, 0],
+            [0, 1, 1, 0],
+            [0, 0, 0, 1]], dtype=torch.int32)
+
+    Raises ValueError for a window below 1, or a shift that is negative or not below the window.
+    """
+    window = per_axis("window_partition", "window", window)
+    shift = per_axis("window_partition", "shift", shift, least=0)
+    check_equal_axes("window_partition", window, shift)
+    if any(step >= width for width, step in pairs(window, shift)):
+        raise ValueError(f"window_partition takes a shift below its window {window}; got {shift}")
+    return WindowPartition(window, shift)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Strips(OnGrid):
+    width: int
+    axis: int
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return f"strips({self.width}{f', axis={self.axis}' if self.axis else ''})"
+
+    def rules(self, dims: tuple[int, ...]) -> tuple[AxisRule, ...]:
+        if self.axis >= len(dims):
+            raise ValueError(
+                f"{self} names axis {self.axis}, but {Grid(*dims)} has axes 0 to {len(dims) - 1}"
+            )
+        return tuple(SameRegion(self.width, 0) if axis == self.axis else Whole() for axis in range(len(dims)))
+
+
+def strips(width: int, axis: int = 0) -> Pattern:
+    """Keys in the query's own strip, ``width`` tokens wide along ``axis`` and as long as the grid otherwise.
+
+    With heads split between ``strips(w, axis=0)`` and ``strips(w, axis=1)`` it is cross-shaped window
+    attention: Dong et al., CSWin Transformer, arXiv 2107.00652.
+
+    >>> from foveate import Grid
+    >>> strips(1, axis=1).mask(4, layout=Grid(2, 2))[0, 0].int()
+    tensor([[1, 0, 1, 0],
+            [0, 1, 0, 1],
+            [1, 0, 1, 0],
+            [0, 1, 0, 1]], dtype=torch.int32)
+    """
+    if not is_whole(axis, 0) or axis > 2:
+        raise ValueError(f"strips takes axis 0, 1 or 2; got {axis!r}")
+    if not is_whole(width, 1):
+        raise ValueError(f"strips takes a whole width of at least 1; got {width!r}")
+    return Strips(width, axis)
