@@ -16,7 +16,7 @@ def describe() -> dict[str, Any]:
     """Processor, cores, memory, accelerator, system and versions, ready for JSON.
 
     >>> sorted(describe())[:4]
-    ['accelerator', 'blas', 'cores', 'instructions']
+    ['accelerator', 'blas', 'cores', 'cpu']
     """
     facts = _cpu_facts()
     flags = (facts.get("flags") or facts.get("Features") or "").split()

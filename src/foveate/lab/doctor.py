@@ -1,0 +1,155 @@
+"""What runs on this machine: every implementation is tried on small calls and held against the definition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from foveate import __version__
+from foveate.lab import machine
+
+EXTRAS = {
+    "hf": ("transformers", "tokenizers", "safetensors"),
+    "report": ("matplotlib",),
+    "peers": ("flash-linear-attention", "natten"),
+}
+LENGTH = 130
+TOLERANCE = 1e-4
+
+Verdict = Literal["runs", "does not run", "disagrees"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One implementation on one call."""
+
+    operator: str
+    implementation: str
+    call: str
+    verdict: Verdict
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """An optional part of the package: what of it is here, what is missing, and how to get it."""
+
+    name: str
+    present: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        return f"pip install 'foveate[{self.name}]'"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `foveate doctor` prints."""
+
+    machine: dict[str, Any]
+    trials: tuple[Trial, ...]
+    extras: tuple[Extra, ...]
+
+    @property
+    def disagreements(self) -> tuple[Trial, ...]:
+        return tuple(trial for trial in self.trials if trial.verdict == "disagrees")
+
+    def to_json(self) -> str:
+        extras = [asdict(extra) | {"command": extra.command} for extra in self.extras]
+        trials = [asdict(trial) for trial in self.trials]
+        return json.dumps({"machine": self.machine, "trials": trials, "extras": extras}, indent=2)
+
+
+def examine() -> Report:
+    """Look at the machine, try every implementation, and see which extras are installed.
+
+    >>> report = examine()
+    >>> report.disagreements
+    ()
+    """
+    return Report(machine.describe() | versions(), (*try_attend(), *try_recur()), extras())
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what is used where it is there."""
+    return {"foveate": __version__} | {name: _version(name) for name in ("numpy", "transformers", "triton")}
+
+
+def extras() -> tuple[Extra, ...]:
+    """Which extras are complete."""
+    found = []
+    for name, packages in EXTRAS.items():
+        present = tuple(package for package in packages if _version(package))
+        found.append(Extra(name, present, tuple(package for package in packages if package not in present)))
+    return tuple(found)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def try_attend() -> list[Trial]:
+    """Every implementation of attend on a few kinds of calls."""
+    from foveate.attention import IMPLEMENTATIONS, attend, sigmoid
+    from foveate.patterns import causal, window
+
+    calls: dict[str, dict[str, Any]] = {
+        "causal": {"pattern": causal},
+        "window": {"pattern": window(16) & causal},
+        "sigmoid weights": {"weights": sigmoid(bias=-4.0)},
+        "soft-cap": {"pattern": causal, "softcap": 20.0},
+    }
+    q, k, v = _inputs()
+    return [
+        _try("attend", name, call, partial(attend, q, k, v, **options))
+        for name in IMPLEMENTATIONS
+        for call, options in calls.items()
+    ]
+
+
+def try_recur() -> list[Trial]:
+    """Every implementation of recur with and without the delta rule."""
+    from foveate.recurrence import recur
+
+    q, k, v = _inputs()
+    k = torch.nn.functional.normalize(k, dim=-1)
+    calls: dict[str, dict[str, Any]] = {
+        "decay per head": {"decay": torch.tensor([-0.1, -0.01])},
+        "delta rule": {"beta": torch.full((1, 2, LENGTH), 0.5)},
+    }
+
+    def run(**options: Any) -> Tensor:
+        return recur(q, k, v, **options).out
+
+    return [
+        _try("recur", name, call, partial(run, **options))
+        for name in ("chunks", "reference")
+        for call, options in calls.items()
+    ]
+
+
+def _inputs() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 2, LENGTH, 16, generator=generator) for _ in range(3)]
+
+
+def _try(operator: str, name: str, call: str, run: Callable[..., Tensor]) -> Trial:
+    try:
+        got = run(impl=name)
+    except NotImplementedError as refused:
+        return Trial(operator, name, call, "does not run", str(refused).partition(": ")[2] or str(refused))
+    error = (got - run(impl="reference")).abs().max().item()
+    if error <= TOLERANCE:
+        return Trial(operator, name, call, "runs")
+    return Trial(operator, name, call, "disagrees", f"differs from the definition by {error:.1e}")
