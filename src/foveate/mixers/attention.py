@@ -68,14 +68,18 @@ class AttentionMixer(Mixer):
 
     # ---- forward and step -----------------------------------------------------------------------------------
 
-    def project(self, x: Tensor, context: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads of queries (B, H, N, D), keys and values (B, G, M, D); the first key is at position ``first``."""
+    def heads_of(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, N, D), keys and values (B, G, M, D)."""
         q = split_heads(self.to_q(x), self.heads)
-        k, v = split_heads(self.to_k(context), self.kv_heads), split_heads(self.to_v(context), self.kv_heads)
+        return q, split_heads(self.to_k(context), self.kv_heads), split_heads(self.to_v(context), self.kv_heads)
+
+    def project(self, x: Tensor, context: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads, turned to their positions if those are rotary; the first key sits at position ``first``."""
+        q, k, v = self.heads_of(x, context)
         if self.rotary is not None:
-            positions = torch.arange(first, first + k.shape[2], device=k.device)
-            at_queries = torch.arange(q.shape[2], device=k.device) + first + k.shape[2] - q.shape[2]
-            q, k = rotate(q, at_queries, self.rotary), rotate(k, positions, self.rotary)
+            last = first + k.shape[2]
+            q = rotate(q, torch.arange(last - q.shape[2], last, device=q.device), self.rotary)
+            k = rotate(k, torch.arange(first, last, device=k.device), self.rotary)
         return q, k, v
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from foveate.attention import Bias, Weights, attend_partial, merge
-from foveate.attention.bias import Alibi, Dense, RelativeTable
 from foveate.attention.partial import with_sink
 from foveate.attention.weights import as_weights
+from foveate.mixers.bias_part import part_of_bias, placed
 from foveate.patterns import Layout, Pattern, Scene, Sequence, full
-from foveate.patterns.algebra import Index
 from foveate.patterns.part import Parts
 
 
@@ -63,7 +62,7 @@ class ChunkedCore:
                     k[:, :, keys],
                     v[:, :, keys],
                     parts.part(at, keys),
-                    bias=None if bias is None else PartOfBias.of(bias, at.start, keys.start),
+                    bias=part_of_bias(bias, at.start, first_key=keys.start),
                     weights=replace(weights, sink=None),
                     scale=scale,
                     softcap=softcap,
@@ -88,29 +87,3 @@ def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)
-
-
-@dataclass(frozen=True, eq=False)
-class PartOfBias(Bias):
-    """A bias as the queries from ``first_query`` and the keys from ``first_key`` on see it."""
-
-    whole: Bias
-    first_query: int
-    first_key: int
-
-    @classmethod
-    def of(cls, whole: Bias, first_query: int, first_key: int) -> PartOfBias:
-        return cls(whole.parameter, whole, first_query, first_key)
-
-    def index(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        return self.whole.index(batch, head, q + self.first_query, k + self.first_key)
-
-    def factor(self, q: Tensor, k: Tensor) -> Tensor | None:
-        return self.whole.factor(q + self.first_query, k + self.first_key)
-
-
-def placed(bias: Tensor | Bias | None, offset: int) -> Bias | None:
-    """A bias that knows where query 0 sits among the keys."""
-    if isinstance(bias, Tensor):
-        return Dense(bias[(None,) * (4 - bias.dim())])
-    return replace(bias, offset=offset) if isinstance(bias, (Alibi, RelativeTable)) else bias

@@ -104,7 +104,7 @@ class StreamingLLM(AttentionMixer):
     supports={"causal", "padding", "packed", "decode", "gqa"},
 )
 class SWAT(AttentionMixer):
-    """Sliding-window attention with sigmoid weights, half of whose heads favour recent keys and half old ones.
+    """Sliding-window attention with sigmoid weights, half of the heads favouring old keys.
 
     The balanced ALiBi slopes s_h of the two halves are opposite; queries and keys carry rotary positions.
     """
@@ -145,7 +145,7 @@ RATIOS = (0.25, 0.5, 1.0, 2.0)
 
 
 def layer_windows(window: int, layers: int) -> list[int]:
-    """The base window of each layer of a model: from a quarter of ``window`` in the first to twice in the last.
+    """The base window of each layer of a model, a quarter of ``window`` in the first to twice it in the last.
 
     >>> layer_windows(512, 8)
     [128, 128, 256, 256, 512, 512, 1024, 1024]
