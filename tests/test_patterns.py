@@ -154,9 +154,12 @@ def test_equal_signatures_mean_equal_masks(case: Case, tile: int) -> None:
 
 def _orders(case: Case, tile: int) -> list[tuple[Tensor, Tensor]]:
     q, k = torch.arange(case.num_queries) + case.scene.offset, torch.arange(case.num_keys)
-    orders = [tuple(x[: len(x) // tile * tile].view(-1, tile) for x in (q, k))]
+    whole_q, whole_k = (x[: len(x) // tile * tile].view(-1, tile) for x in (q, k))
+    orders = [(whole_q, whole_k)]
     if isinstance(case.layout, Grid):
-        patches = case.layout.slots(tile).view(-1, tile)
+        slots = case.layout.slots(tile)
+        assert slots is not None
+        patches = slots.view(-1, tile)
         whole = patches[(patches >= 0).all(1)]
         orders.append((whole, whole))
     return orders

@@ -17,8 +17,9 @@ class Selection:
 
     Rows are numbered ``(batch * heads + head) * num_q_tiles + q_tile``; ``batches`` and ``heads`` are 1 where
     the pattern does not tell them apart. Lists are in compressed-row form: row r owns
-    ``starts[r]:starts[r + 1]``. Tokens are taken in slot order: slot s holds token ``q_slots[s]`` (-1: an
-    empty slot); None is the natural order. A tile with an empty key slot always has a mask, those bits off.
+    ``starts[r]:starts[r + 1]``, masked tiles before full ones, keys ascending in each. Tokens are taken in
+    slot order: slot s holds token ``q_slots[s]`` (-1: an empty slot); None is the natural order. A tile with
+    an empty key slot always has a mask, those bits off.
     """
 
     num_queries: int
