@@ -11,16 +11,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "foveate.attention": "Partial Weights alibi alibi_slopes attend attend_partial merge relative_table relu sigmoid softmax",
-    "foveate.recurrence": "Recurrent recur step",
+    "foveate.attention": (
+        "Partial Weights alibi alibi_slopes attend attend_partial explain merge relative_table relu sigmoid softmax"
+    ),
+    "foveate.recurrence": "Recurrent recur",
     "foveate.patterns": (
         "Grid Packed Pattern Points Selection Sequence blocks causal dilated documents full global_tokens"
-        " key_padding neighborhood parse per_head power_of_two prefix random_blocks sinks strided strips window"
-        " window_partition within"
+        " key_padding mass_blocks neighborhood parse per_head power_of_two prefix random_blocks sinks strided"
+        " strips topk_blocks topk_keys vertical_slash window window_partition within"
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = {"attention", "recurrence", "patterns", "mixers", "cache", "models", "adapt", "lab", "testing"}
+_MODULES = {"attention", "recurrence", "patterns", "mixers", "models", "adapt", "lab", "testing"}
 
 __all__ = ["__version__", *sorted(_HOME_OF)]
 

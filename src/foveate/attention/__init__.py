@@ -1,6 +1,7 @@
 """The exact-attention operator."""
 
 from foveate.attention.api import IMPLEMENTATIONS, attend, attend_partial
+from foveate.attention.explain import Explanation, explain
 from foveate.attention.bias import Bias, alibi, alibi_slopes, relative_table
 from foveate.attention.partial import Partial, merge
 from foveate.attention.weights import Weights, relu, sigmoid, softmax
@@ -8,12 +9,14 @@ from foveate.attention.weights import Weights, relu, sigmoid, softmax
 __all__ = [
     "IMPLEMENTATIONS",
     "Bias",
+    "Explanation",
     "Partial",
     "Weights",
     "alibi",
     "alibi_slopes",
     "attend",
     "attend_partial",
+    "explain",
     "merge",
     "relative_table",
     "relu",

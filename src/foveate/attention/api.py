@@ -7,16 +7,22 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from foveate.attention import reference, sdpa, tiles
+from foveate.attention import flex, reference, sdpa, tiles
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call, prepare
 from foveate.attention.partial import Partial, with_sink
 from foveate.attention.weights import Weights
+from foveate.options import FORCED
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.layouts import Layout
 from foveate.patterns.sequence import full
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"sdpa": sdpa, "tiles": tiles, "reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "sdpa": sdpa,
+    "flex": flex,
+    "tiles": tiles,
+    "reference": reference,
+}  # in the order of preference
 
 
 def attend(
@@ -103,6 +109,7 @@ def _run(call: Call, sink: Tensor | None, impl: str) -> Partial:
 
 def choose(call: Call, impl: str = "auto") -> ModuleType:
     """The implementation that runs a call: the one asked for, or the first that supports it."""
+    impl = (FORCED.get() or impl) if impl == "auto" else impl
     if impl == "auto":
         return next(module for module in IMPLEMENTATIONS.values() if module.refuse(call) is None)
     if impl not in IMPLEMENTATIONS:

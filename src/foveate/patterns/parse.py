@@ -5,29 +5,32 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from operator import and_, or_
 from typing import Any
+
+from torch import Tensor
 
 from foveate.patterns.algebra import Pattern
 
 _JOINS = {ast.BitAnd: and_, ast.BitOr: or_}
 
 
-def parse(text: str) -> Pattern:
+def parse(text: str, held: Sequence[Tensor] = ()) -> Pattern:
     """The pattern that a text stands for, written as in Python; nothing but patterns is ever evaluated.
 
     >>> parse("window(512) & causal | sinks(4)")
     window(512) & causal | sinks(4)
 
-    Every static pattern that holds no tensor is what its text says: ``parse(str(p)) == p``.
+    Every pattern is what its text says: ``parse(str(p)) == p``. One that holds tensors prints ``...`` for each;
+    they are given beside the text: ``parse(str(p), p.tensors) == p``.
 
     Raises ValueError, in words, for anything that is not a pattern, and names the nearest known names.
     """
     if not isinstance(text, str):
         raise TypeError(f"parse takes the text of a pattern; got {text!r}")
     try:
-        return _pattern(ast.parse(text.strip(), mode="eval").body)
+        return _pattern(ast.parse(text.strip(), mode="eval").body, iter(held))
     except SyntaxError as error:
         raise ValueError(f"{text!r} is not a pattern: {error.msg} at character {error.offset}") from None
     except (RecursionError, MemoryError):
@@ -48,15 +51,15 @@ def _makes_one(value: object) -> bool:
     return inspect.signature(value).return_annotation in ("Pattern", Pattern)
 
 
-def _pattern(node: ast.AST) -> Pattern:
+def _pattern(node: ast.AST, held: Iterator[Tensor]) -> Pattern:
     if isinstance(node, ast.BinOp) and type(node.op) in _JOINS:
-        return _JOINS[type(node.op)](_pattern(node.left), _pattern(node.right))
+        return _JOINS[type(node.op)](_pattern(node.left, held), _pattern(node.right, held))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
-        return ~_pattern(node.operand)
+        return ~_pattern(node.operand, held)
     if isinstance(node, ast.Name):
         return _constant(node.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return _call(node, node.func.id)
+        return _call(node, node.func.id, held)
     raise ValueError(f"a pattern is a name, a call, or patterns joined by &, | and ~; got {_shown(node)}")
 
 
@@ -67,12 +70,12 @@ def _constant(name: str) -> Pattern:
     return value
 
 
-def _call(node: ast.Call, name: str) -> Pattern:
+def _call(node: ast.Call, name: str, held: Iterator[Tensor]) -> Pattern:
     make = _known(name)
     if isinstance(make, Pattern):
         raise ValueError(f"{name} takes no arguments: write {name} alone")
-    arguments = [_argument(argument) for argument in node.args]
-    named = {keyword.arg: _argument(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+    arguments = [_argument(argument, held) for argument in node.args]
+    named = {keyword.arg: _argument(keyword.value, held) for keyword in node.keywords if keyword.arg is not None}
     if len(named) < len(node.keywords):
         raise ValueError(f"arguments are written out one by one; got {_shown(node)}")
     try:
@@ -97,19 +100,28 @@ def _known(name: str) -> Pattern | Callable[..., Pattern]:
     return known[name]
 
 
-def _argument(node: ast.AST) -> Any:
+def _argument(node: ast.AST, held: Iterator[Tensor]) -> Any:
     if isinstance(node, (ast.List, ast.Tuple)):
-        items = [_argument(item) for item in node.elts]
+        items = [_argument(item, held) for item in node.elts]
         return tuple(items) if isinstance(node, ast.Tuple) else items
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, type(None))):
         return node.value
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return _negative(node.operand)
+    if isinstance(node, ast.Constant) and node.value is ...:
+        return _held(held)
     if isinstance(node, ast.Constant):
         raise ValueError(
             f"{_shown(node)} cannot be written in a text: only numbers, flags, lists and patterns"
         )
-    return _pattern(node)
+    return _pattern(node, held)
+
+
+def _held(held: Iterator[Tensor]) -> Tensor:
+    tensor = next(held, None)
+    if tensor is None:
+        raise ValueError("a text that says ... holds a tensor: give it beside the text")
+    return tensor
 
 
 def _negative(node: ast.AST) -> int | float:

@@ -1,0 +1,133 @@
+"""attend's tiles as an operator of torch's dispatcher, so that torch.compile takes it whole.
+
+A graph holds tensors and text: the pattern travels as what it prints, and is read back inside the operator.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.attention import bias as biases_by_name
+from foveate.attention import tiles
+from foveate.attention.bias import Bias, RelativeTable
+from foveate.attention.call import Call
+from foveate.attention.partial import Partial
+from foveate.patterns import layouts
+from foveate.patterns.layouts import Layout, Points
+from foveate.patterns.parse import parse
+
+
+def attend_tiles(call: Call) -> Partial:
+    """Run a call by the operator; what :func:`foveate.attention.tiles.run` does inside torch.compile."""
+    if isinstance(call.layout, Points):
+        raise NotImplementedError("a Points layout cannot be traced by torch.compile: attend outside of it")
+    text = "\n".join((call.kind, str(call.pattern), str(call.layout), *(_bias_text(b) for b in call.biases)))
+    parameters = [bias.parameter for bias in call.biases]
+    softcap = 0.0 if call.softcap is None else call.softcap
+    out, lse = _attend(call.q, call.k, call.v, parameters, list(call.pattern.tensors), text, call.scale, softcap)
+    return Partial(out, lse if call.kind == "softmax" else None)
+
+
+def _bias_text(bias: Bias) -> str:
+    shape = f" {list(bias.dims)} {list(bias.reach)}" if isinstance(bias, RelativeTable) else ""
+    return type(bias).__name__ + shape
+
+
+@lru_cache(maxsize=256)
+def _layout(text: str) -> Layout:
+    name, arguments = text.rstrip(")").split("(")
+    return getattr(layouts, name)(*ast.literal_eval(f"({arguments},)" if arguments else "()"))
+
+
+def _bias(text: str, parameter: Tensor, offset: int) -> Bias:
+    name, *shape = text.split(" ", 1)
+    kind = getattr(biases_by_name, name)
+    if name == "RelativeTable":
+        dims, reach = ast.literal_eval(shape[0].replace("] [", "], ["))
+        return kind(parameter, tuple(dims), tuple(reach), offset)
+    return kind(parameter, offset) if name == "Alibi" else kind(parameter)
+
+
+def _spec(
+    q: Tensor, k: Tensor, parameters: list[Tensor], held: list[Tensor], text: str, scale: float, softcap: float
+) -> tiles.Spec:
+    kind, pattern, layout, *bias_texts = text.split("\n")
+    offset = k.shape[2] - q.shape[2]
+    selection = parse(pattern, held).select(q, k, _layout(layout), tile=tiles.TILE, scale=scale)
+    biases = tuple(_bias(t, p, offset) for t, p in zip(bias_texts, parameters, strict=True))
+    return tiles.Spec(selection, biases, kind, scale, softcap or None)  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("foveate::attend_tiles", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parameters: list[Tensor],
+    held: list[Tensor],
+    text: str,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    return tiles.forward(_spec(q, k, parameters, held, text, scale, softcap), q, k, v)
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
+    precise = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=precise)
+
+
+@torch.library.custom_op("foveate::attend_tiles_backward", mutates_args=())
+def _attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    parameters: list[Tensor],
+    held: list[Tensor],
+    text: str,
+    scale: float,
+    softcap: float,
+) -> list[Tensor]:
+    spec = _spec(q, k, parameters, held, text, scale, softcap)
+    return list(tiles.backward(spec, q, k, v, out, lse, grad_out, grad_lse))
+
+
+@_attend_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    parameters: list[Tensor],
+    *_rest: Any,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, *parameters)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, parameters, held, *ctx.rest = inputs
+    ctx.num_parameters = len(parameters)
+    ctx.save_for_backward(q, k, v, *output, *parameters, *held)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, lse, *others = ctx.saved_tensors
+    parameters, held = others[: ctx.num_parameters], others[ctx.num_parameters :]
+    grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, parameters, held, *ctx.rest)
+    return (*grads[:3], grads[3:], [None] * len(held), None, None, None)
+
+
+_attend.register_autograd(_backward, setup_context=_setup)
