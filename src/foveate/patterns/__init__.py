@@ -2,6 +2,7 @@
 
 from foveate.patterns.algebra import Pattern, Scene, resolve
 from foveate.patterns.compound import per_head
+from foveate.patterns.dynamic import mass_blocks, topk_blocks, topk_keys, vertical_slash
 from foveate.patterns.grid import neighborhood, strips, window_partition
 from foveate.patterns.layouts import Grid, Layout, Packed, Points, Sequence
 from foveate.patterns.listed import documents, global_tokens, key_padding, random_blocks
@@ -36,6 +37,7 @@ __all__ = [
     "full",
     "global_tokens",
     "key_padding",
+    "mass_blocks",
     "neighborhood",
     "parse",
     "per_head",
@@ -46,6 +48,9 @@ __all__ = [
     "sinks",
     "strided",
     "strips",
+    "topk_blocks",
+    "topk_keys",
+    "vertical_slash",
     "window",
     "window_partition",
     "within",
