@@ -3,6 +3,7 @@
 from foveate.patterns.algebra import Pattern, Scene, resolve
 from foveate.patterns.compound import per_head
 from foveate.patterns.dynamic import mass_blocks, topk_blocks, topk_keys, vertical_slash
+from foveate.patterns.flex import to_block_mask
 from foveate.patterns.grid import neighborhood, strips, window_partition
 from foveate.patterns.layouts import Grid, Layout, Packed, Points, Sequence
 from foveate.patterns.listed import documents, global_tokens, key_padding, random_blocks
@@ -48,6 +49,7 @@ __all__ = [
     "sinks",
     "strided",
     "strips",
+    "to_block_mask",
     "topk_blocks",
     "topk_keys",
     "vertical_slash",
