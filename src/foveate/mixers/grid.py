@@ -1,0 +1,205 @@
+"""Local attention on grids of two or three axes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from foveate.attention import attend, relative_table
+from foveate.mixers.attention import AttentionMixer
+from foveate.mixers.core import PatternCore, joined
+from foveate.mixers.registry import Paper, register
+from foveate.patterns import Grid, Layout, Pattern, neighborhood
+
+Size = int | tuple[int, ...]
+
+
+class GridMixer(AttentionMixer):
+    """Attention over a grid pattern, with a learned bias per relative position up to ``reach`` per axis."""
+
+    core: PatternCore
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        pattern: Pattern,
+        keys: int,
+        reach: tuple[int, ...] | None,
+        causal: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, heads, core=PatternCore(pattern), causal=causal, **options)
+        self.keys = keys
+        sides = [2 * steps + 1 for steps in reach or ()]
+        self.table = nn.Parameter(torch.randn(heads, *sides) * 0.02) if sides else None
+
+    def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
+        super().check(x, context, layout, padding)
+        if not isinstance(layout, Grid):
+            raise ValueError(
+                f"{self.row.name} lives on a grid: pass layout=Grid(height, width); got {layout}"
+            )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, within: Pattern, layout: Layout | None) -> Tensor:
+        assert isinstance(layout, Grid)
+        bias = None if self.table is None else relative_table(self.table, layout.dims)
+        return attend(q, k, v, joined(self.core.pattern, within), bias=bias, layout=layout)
+
+    def pairs(self, n: int) -> int:
+        return self.heads * n * min(self.keys, n)
+
+
+def sides_of(size: Size, axes: int) -> tuple[int, ...]:
+    """One size for each axis."""
+    sides = size if isinstance(size, tuple) else (size,) * axes
+    if len(sides) != axes:
+        raise ValueError(f"{size} is for {len(sides)} axes, but axes={axes}")
+    return sides
+
+
+def neighborhood_core(*, kernel: Size = 13) -> PatternCore:
+    """The ``kernel`` nearest keys along each axis of a grid.
+
+    >>> neighborhood_core(kernel=7).pattern
+    neighborhood(7)
+    """
+    return PatternCore(neighborhood(kernel))
+
+
+@register(
+    "neighborhood_attention",
+    paper=Paper("Hassani, Walton, Li, Li, Shi", "Neighborhood Attention Transformer", "2204.07143"),
+    family="neighborhood",
+    formula="o_i = Σ_{j ∈ ρ(i)} softmax_j(q_i·k_j / √d + b(i - j)) v_j, ρ(i): the k × k nearest tokens",
+    supports={"noncausal", "padding", "grid", "gqa"},
+    core=neighborhood_core,
+)
+class NeighborhoodAttention(GridMixer):
+    """Attention of each token of a grid to the k × k tokens nearest to it, as many at borders as inside."""
+
+    tiny: ClassVar[dict[str, Any]] = {"kernel": 3}
+    grids: ClassVar[tuple[Layout, ...]] = (Grid(8, 7), Grid(7, 9))
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        kernel: Size = 7,
+        axes: int = 2,
+        relative_bias: bool = True,
+        **options: Any,
+    ) -> None:
+        sides = sides_of(kernel, axes)
+        reach = tuple(side - 1 for side in sides) if relative_bias else None
+        super().__init__(
+            dim, heads, pattern=neighborhood(kernel), keys=math.prod(sides), reach=reach, **options
+        )
+
+
+def dilated_neighborhood_core(*, kernel: Size = 13, dilation: Size = 2) -> PatternCore:
+    """The ``kernel`` nearest keys along each axis among those a multiple of ``dilation`` away.
+
+    >>> dilated_neighborhood_core(kernel=7, dilation=4).pattern
+    neighborhood(7, dilation=4)
+    """
+    return PatternCore(neighborhood(kernel, dilation=dilation))
+
+
+@register(
+    "dilated_neighborhood_attention",
+    paper=Paper("Hassani, Shi", "Dilated Neighborhood Attention Transformer", "2209.15001"),
+    family="neighborhood",
+    formula="o_i = Σ_{j ∈ ρ_δ(i)} softmax_j(q_i·k_j / √d + b(i - j)) v_j, ρ_δ(i): k × k nearest, j ≡ i mod δ",
+    supports={"noncausal", "padding", "grid", "gqa"},
+    core=dilated_neighborhood_core,
+)
+class DilatedNeighborhoodAttention(GridMixer):
+    """Neighborhood attention with gaps: the k × k nearest tokens among every δ-th along each axis."""
+
+    tiny: ClassVar[dict[str, Any]] = {"kernel": 3, "dilation": 2}
+    grids: ClassVar[tuple[Layout, ...]] = (Grid(15, 14), Grid(14, 17))
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        kernel: Size = 7,
+        dilation: Size = 2,
+        axes: int = 2,
+        relative_bias: bool = True,
+        **options: Any,
+    ) -> None:
+        sides, gaps = sides_of(kernel, axes), sides_of(dilation, axes)
+        reach = tuple((side - 1) * gap for side, gap in zip(sides, gaps, strict=True))
+        super().__init__(
+            dim,
+            heads,
+            pattern=neighborhood(kernel, dilation=dilation),
+            keys=math.prod(sides),
+            reach=reach if relative_bias else None,
+            **options,
+        )
+
+
+def generalized_neighborhood_core(
+    *, kernel: Size = 16, stride: Size = 8, dilation: Size = 1, axis_causal: bool | tuple[bool, ...] = False
+) -> PatternCore:
+    """Neighborhoods that ``stride`` neighbouring queries share; at a stride of ``kernel``, separate windows.
+
+    >>> generalized_neighborhood_core(kernel=8, stride=4).pattern
+    neighborhood(8, stride=4)
+    """
+    return PatternCore(neighborhood(kernel, dilation=dilation, stride=stride, causal=axis_causal))
+
+
+@register(
+    "generalized_neighborhood_attention",
+    paper=Paper(
+        "Hassani et al.",
+        "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
+        "2504.16922",
+    ),
+    family="neighborhood",
+    formula="o_i = Σ_{j ∈ ρ(r(i))} softmax_j(q_i·k_j / √d) v_j, r(i): the one that stands for i's group",
+    supports={"noncausal", "padding", "grid", "gqa"},
+    core=generalized_neighborhood_core,
+)
+class GeneralizedNeighborhoodAttention(GridMixer):
+    """Neighborhood attention in which groups of queries share one window, from sliding to separate windows.
+
+    ``axis_causal`` lets queries see no later coordinate along an axis, such as time in a video.
+    """
+
+    tiny: ClassVar[dict[str, Any]] = {"kernel": 4, "stride": 2}
+    grids: ClassVar[tuple[Layout, ...]] = (Grid(8, 9), Grid(4, 5, 6))
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        kernel: Size = 8,
+        stride: Size = 4,
+        dilation: Size = 1,
+        axis_causal: bool | tuple[bool, ...] = False,
+        axes: int = 2,
+        relative_bias: bool = False,
+        **options: Any,
+    ) -> None:
+        sides, gaps = sides_of(kernel, axes), sides_of(dilation, axes)
+        reach = tuple((side - 1) * gap for side, gap in zip(sides, gaps, strict=True))
+        super().__init__(
+            dim,
+            heads,
+            pattern=neighborhood(kernel, dilation=dilation, stride=stride, causal=axis_causal),
+            keys=math.prod(sides),
+            reach=reach if relative_bias else None,
+            **options,
+        )
