@@ -1,8 +1,8 @@
 """The exact-attention operator."""
 
 from foveate.attention.api import IMPLEMENTATIONS, attend, attend_partial
-from foveate.attention.explain import Explanation, explain
 from foveate.attention.bias import Bias, alibi, alibi_slopes, relative_table
+from foveate.attention.explain import Explanation, explain
 from foveate.attention.partial import Partial, merge
 from foveate.attention.weights import Weights, relu, sigmoid, softmax
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from foveate.attention import flex, reference, sdpa, tiles

@@ -66,8 +66,8 @@ def prepare(
         raise TypeError(f"pattern must be a Foveate pattern such as window(256) & causal; got {type(pattern).__name__}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be a positive finite number; got {softcap}")
-    weights = as_weights(weights)
-    heads = q.shape[1]
+    weights, layout, heads = as_weights(weights), layout or Sequence(), q.shape[1]
+    layout.check(k.shape[2])
     biases = _biases(bias, weights, q, k)
     if pattern.batches not in (1, q.shape[0]):
         raise ValueError(f"{pattern} is for a batch of {pattern.batches}, but q has {q.shape[0]}")
@@ -77,7 +77,7 @@ def prepare(
     sink = weights.sink
     if sink is not None:
         sink = _on_heads("sink", sink, heads).to(q.device)
-    return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout or Sequence(), needs_lse or sink is not None), sink
+    return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout, needs_lse or sink is not None), sink
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -89,7 +89,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be (batch, heads, length, dim); got shape {tuple(tensor.shape)}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v must share one of float64, float32, bfloat16, float16; got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise TypeError(
+            f"q, k, v must share one of float64, float32, bfloat16, float16; got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k, v must be on one device; got {q.device}, {k.device}, {v.device}")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
@@ -117,7 +119,9 @@ def _biases(bias: Tensor | Bias | None, weights: Weights, q: Tensor, k: Tensor) 
         biases.append(PerHead(weights.bias.to(q.device)))
     for one in biases:
         if not one.parameter.is_floating_point() or one.parameter.device != q.device:
-            raise ValueError(f"a bias is a float tensor on {q.device}; got {one.parameter.dtype} on {one.parameter.device}")
+            raise ValueError(
+                f"a bias is a float tensor on {q.device}; got {one.parameter.dtype} on {one.parameter.device}"
+            )
         one.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     return tuple(biases)
 

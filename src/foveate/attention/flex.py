@@ -44,8 +44,8 @@ def attend_flex(call: Call, flex_attention: Any) -> Partial:
     """Attend with a given (compiled or eager) FlexAttention."""
     from torch.nn.attention.flex_attention import AuxRequest
 
+    from foveate.patterns import documents
     from foveate.patterns.flex import to_block_mask
-    from foveate.patterns.sequence import documents
 
     pattern = call.pattern
     if isinstance(call.layout, Packed):

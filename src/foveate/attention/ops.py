@@ -54,7 +54,13 @@ def _bias(text: str, parameter: Tensor, offset: int) -> Bias:
 
 
 def _spec(
-    q: Tensor, k: Tensor, parameters: list[Tensor], held: list[Tensor], text: str, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    parameters: list[Tensor],
+    held: list[Tensor],
+    text: str,
+    scale: float,
+    softcap: float,
 ) -> tiles.Spec:
     kind, pattern, layout, *bias_texts = text.split("\n")
     offset = k.shape[2] - q.shape[2]

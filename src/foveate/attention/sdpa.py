@@ -23,6 +23,8 @@ def refuse(call: Call) -> str | None:
         return f"it has softmax weights only, not {call.kind}"
     if call.needs_lse:
         return "it does not return the log row sums that a sink or a partial result needs"
+    if call.q.numel() == 0 or call.num_keys == 0:
+        return "it does not take empty inputs"
     if call.softcap is not None:
         return "it has no soft-cap"
     if call.k.shape[1] != call.v.shape[1]:
@@ -43,12 +45,18 @@ def run(call: Call) -> Partial:
     q = call.q
     packs = fold > 1 and not is_causal and (mask is None or mask.shape[1] == 1)
     if packs:  # the query heads of a group as further queries: keys are then read once
-        q = q.reshape(call.batch, groups, fold * call.num_queries, -1)
+        q = q.reshape(call.batch, groups, fold * call.num_queries, q.shape[3])
         mask = mask if mask is None else mask.repeat(1, 1, fold, 1)
     out = scaled_dot_product_attention(
-        q, call.k, call.v, attn_mask=mask, is_causal=is_causal, scale=call.scale, enable_gqa=fold > 1 and not packs
+        q,
+        call.k,
+        call.v,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=call.scale,
+        enable_gqa=fold > 1 and not packs,
     )
-    return Partial(out.reshape(call.batch, heads, call.num_queries, -1), None)
+    return Partial(out.reshape(call.batch, heads, call.num_queries, call.v.shape[3]), None)
 
 
 def _needs_mask(call: Call) -> bool:

@@ -152,14 +152,14 @@ class _Work:
         """(B, H, N, X) to (rows, fold * tile, X), in the computing precision."""
         share, tiles = self.sharing, self.rows.selection.num_q_tiles
         x = self.queries.into(x).to(self.precise)
-        x = x.reshape(share.batch, share.sets, self.fold, tiles, self.tile, -1)
-        return x.transpose(2, 3).reshape(self.rows.num_rows, self.fold * self.tile, -1)
+        x = x.reshape(share.batch, share.sets, self.fold, tiles, self.tile, x.shape[3])
+        return x.transpose(2, 3).reshape(self.rows.num_rows, self.fold * self.tile, x.shape[5])
 
     def unfold(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of :meth:`folded`."""
         share, tiles = self.sharing, self.rows.selection.num_q_tiles
-        x = x.view(share.batch, share.sets, tiles, self.fold, self.tile, -1).transpose(2, 3)
-        x = x.reshape(share.batch, share.sets * self.fold, tiles * self.tile, -1)
+        x = x.view(share.batch, share.sets, tiles, self.fold, self.tile, x.shape[2]).transpose(2, 3)
+        x = x.reshape(share.batch, share.sets * self.fold, tiles * self.tile, x.shape[5])
         return self.queries.back(x).to(dtype).contiguous()
 
     def key_head(self, batch: Batch) -> Tensor:
