@@ -15,9 +15,7 @@ from foveate.patterns.flex import to_block_mask
 
 
 def block_mask_of(case: Case, block_size: int) -> BlockMask:
-    return to_block_mask(
-        case.pattern, case.num_queries, case.num_keys, layout=case.layout, block_size=block_size
-    )
+    return to_block_mask(case.pattern, case.num_queries, case.num_keys, layout=case.layout, block_size=block_size)
 
 
 def listed(block_mask: BlockMask) -> tuple[Tensor, Tensor]:
@@ -63,6 +61,7 @@ def test_flex_attention_over_it_is_attention_over_the_mask(case: Case) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_flex_attention_skips_blocks_rightly() -> None:
     grid = Grid(16, 24)
     for pattern, layout in (

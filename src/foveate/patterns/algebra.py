@@ -12,6 +12,7 @@ A pattern that needs more than positions (a grid, the queries and keys themselve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from foveate.patterns.layouts import Layout, Sequence
 
 if TYPE_CHECKING:
+    from foveate.patterns.draw import Drawing
     from foveate.patterns.selection import Selection
 
 Index = Tensor | int
@@ -125,9 +127,7 @@ class Pattern:
         tensor([False, False, False,  True,  True,  True,  True,  True])
         """
         if self.is_dynamic:
-            raise ValueError(
-                f"{self} chooses from q and k: ask pattern.resolve(Scene(..., q=q, k=k)).allows(...)"
-            )
+            raise ValueError(f"{self} chooses from q and k: ask pattern.resolve(Scene(..., q=q, k=k)).allows(...)")
         q_index, k_index = torch.as_tensor(q_index), torch.as_tensor(k_index)
         most = int(max(q_index.max(), k_index.max())) + 1 if q_index.numel() and k_index.numel() else 1
         length = layout.length if layout is not None and layout.length is not None else most
@@ -169,6 +169,34 @@ class Pattern:
 
         scene = Scene(num_queries, num_queries if num_keys is None else num_keys, layout or LINE)
         return dense_mask(resolve(self, scene), scene)
+
+    def draw(
+        self,
+        num_queries: int | None = None,
+        num_keys: int | None = None,
+        *,
+        layout: Layout | None = None,
+        path: str | PathLike[str] | None = None,
+        head: int = 0,
+    ) -> Drawing:
+        """A picture of one head: ``print`` it, show it in a notebook, or name a ``path`` (.svg or .png).
+
+        >>> from foveate import window
+        >>> print(window(1).draw(4))
+        window(1)
+        <BLANKLINE>
+        4 queries x 4 keys, 62.5% visible
+        ██▄
+         ▀██
+
+        Sizes default to those of the layout, or to 64; on a grid it also shows what the middle query sees.
+        """
+        from foveate.patterns.draw import draw
+
+        drawing = draw(self, num_queries, num_keys, layout=layout, head=head)
+        if path is not None:
+            drawing.save(path)
+        return drawing
 
     @property
     def is_causal(self) -> bool:
