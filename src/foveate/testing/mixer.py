@@ -1,0 +1,136 @@
+"""check_mixer: every property that a mixer's row lays claim to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from foveate.mixers.base import Mixer
+from foveate.mixers.registry import Feature, Row, row
+from foveate.testing import company, kinship, manners, numbers, order
+from foveate.testing.report import Check, Report, fresh_seed, verdict
+from foveate.testing.subject import Subject
+
+
+@dataclass(frozen=True)
+class Property:
+    """What must hold, of mechanisms that claim the features it needs, in causal form, the other, or both."""
+
+    name: str
+    test: Callable[[Subject], None]
+    needs: frozenset[Feature] = frozenset()
+    causal: bool | None = None
+
+    def applies(self, subject: Subject) -> bool:
+        return self.needs <= subject.row.supports and self.causal in (None, subject.causal)
+
+
+def needing(*features: Feature) -> frozenset[Feature]:
+    return frozenset(features)
+
+
+PROPERTIES = (
+    Property("definition", numbers.definition),
+    Property("odd lengths", numbers.odd_lengths),
+    Property("gradients", numbers.gradients),
+    Property("differences", numbers.differences),
+    Property("single precision", numbers.single_precision),
+    Property("half precision", numbers.half_precision),
+    Property("causality", order.causality, needing("causal"), causal=True),
+    Property("causal gradients", order.blind_gradients, needing("causal"), causal=True),
+    Property("step", order.stepping, needing("decode"), causal=True),
+    Property("chunks", order.chunks, needing("decode"), causal=True),
+    Property("packed", order.packed, needing("packed")),
+    Property("padding", company.padding, needing("padding")),
+    Property("neighbours", company.neighbours),
+    Property("blind rows", company.blind_rows, needing("padding")),
+    Property("full budget", kinship.full_budget),
+    Property("shared keys", kinship.shared_keys, needing("gqa")),
+    Property("cross", kinship.cross, needing("cross"), causal=False),
+    Property("refusals", manners.refusals),
+    Property("costs", manners.costs),
+)
+
+
+def check_mixer(
+    mixer: type[Mixer] | Row | str,
+    *,
+    seed: int | None = None,
+    options: dict[str, Any] | None = None,
+    raise_on_failure: bool = True,
+) -> Report:
+    """Put a mixer to every property that its registered features lay claim to.
+
+    >>> print(check_mixer("linear_transformer", seed=0))
+    linear_transformer: 18 passed, 1 skipped (seed=0)
+
+    Args:
+        mixer: a registered mixer class, its row, or its name.
+        seed: of all random numbers; a fresh one by default. Every failure names it.
+        options: arguments of the mixer, added to its class's ``tiny``.
+        raise_on_failure: whether a failure raises, or is only reported.
+
+    Forward and gradients are compared with the same mixer whose operators run their definitions
+    (:func:`reference_only`), and gradients with differences of outputs besides. Padding, packing, batching,
+    decoding and causality are compared with sequences run on their own. A class may define:
+
+        tiny                options under which a few dozen tokens are already sparse
+        full_budget         options under which it is plain attention
+        exact(x)            plain attention with its parameters, if it is not an ``AttentionMixer``
+        grids               layouts to run on, if it lives on grids
+        advance(x, state)   ``step`` for several tokens at once
+        exempt              properties that fail by design, each with the reason, as in
+                            {"causality": "what it keeps is chosen by the last queries"}
+
+    Raises AssertionError naming each property that fails, with the numbers and the seed; TypeError for what is
+    no registered mixer.
+    """
+    found = as_row(mixer)
+    seed = fresh_seed() if seed is None else seed
+    chosen = getattr(found.mixer, "tiny", {}) | (options or {})
+    forms = {form: Subject(found, chosen, form == "causal") for form in ("causal", "noncausal")}
+    subjects = {form: subject for form, subject in forms.items() if form in found.supports}
+    exempt = exemptions(found)
+    checks = [
+        Check(prop.name, "skipped", f"by design: {exempt[prop.name]}")
+        if prop.name in exempt
+        else verdict(prop.name, seed, runs_of(prop, subjects))
+        for prop in PROPERTIES
+    ]
+    report = Report(found.name, seed, tuple(checks))
+    if raise_on_failure:
+        report.raise_failures()
+    return report
+
+
+def runs_of(prop: Property, subjects: dict[str, Subject]) -> list[tuple[str, Callable[[], None]]]:
+    """The property in each form it applies to; the form is named where there are two."""
+    return [
+        (f"{form}: " if len(subjects) > 1 else "", partial(prop.test, subject))
+        for form, subject in subjects.items()
+        if prop.applies(subject)
+    ]
+
+
+def exemptions(found: Row) -> dict[str, str]:
+    """The properties that a mixer's class says fail by design, and why."""
+    exempt: dict[str, str] = getattr(found.mixer, "exempt", {})
+    unknown = exempt.keys() - {prop.name for prop in PROPERTIES}
+    if unknown:
+        raise ValueError(f"{found.name} is exempt from {', '.join(sorted(unknown))}, which no property is called")
+    return exempt
+
+
+def as_row(mixer: type[Mixer] | Row | str) -> Row:
+    if isinstance(mixer, str):
+        return row(mixer)
+    if isinstance(mixer, Row):
+        return mixer
+    if isinstance(mixer, type) and issubclass(mixer, Mixer) and "row" in vars(mixer):
+        return mixer.row
+    raise TypeError(
+        "check_mixer takes a mixer class registered by @foveate.mixers.registry.register(...), its row or its "
+        f"name; got {mixer!r}"
+    )
