@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from foveate.adapt.named import as_core
 from foveate.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -88,39 +89,3 @@ def replace_attention(
         yield swap
     finally:
         swap.undo()
-
-
-def as_core(core: Core | Pattern | str, **options: Any) -> Core:
-    """The core meant by a core, a pattern, a mechanism's name, or a pattern written out.
-
-    >>> from foveate import window
-    >>> as_core(window(8)).pattern
-    window(8)
-
-    Raises ValueError for an unknown name, and for a mechanism that has parameters and so needs training.
-    """
-    from foveate.mixers.core import PatternCore
-
-    if isinstance(core, str):
-        return _named(core, options)
-    if options:
-        raise TypeError(f"options ({', '.join(options)}) go with a mechanism's name; got {core!r}")
-    if isinstance(core, Pattern):
-        return PatternCore(core)
-    if not callable(core) or not isinstance(getattr(core, "pattern", None), Pattern):
-        raise TypeError(f"expected a core, a pattern or a name such as 'streaming_llm'; got {core!r}")
-    return core
-
-
-def _named(text: str, options: dict[str, Any]) -> Core:
-    from foveate.mixers import registry
-    from foveate.mixers.core import PatternCore
-
-    if "(" in text or text in ("full", "causal"):
-        from foveate.patterns.parse import parse
-
-        return PatternCore(parse(text))
-    row = registry.row(text)
-    if row.core is None:
-        raise ValueError(f"{text} has parameters of its own: a pretrained model must be trained to use it")
-    return row.core(**options)

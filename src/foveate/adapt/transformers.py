@@ -72,9 +72,7 @@ def _pretrained(model: nn.Module) -> Any:
 def _check_name(name: str) -> None:
     clash = next((part for part in _FORBIDDEN if part in name), None)
     if clash is not None or not name:
-        raise ValueError(
-            f"transformers gives {clash or 'an empty name'!r} a meaning of its own; got name={name!r}"
-        )
+        raise ValueError(f"transformers gives {clash or 'an empty name'!r} a meaning of its own; got name={name!r}")
 
 
 def _register(name: str) -> None:
@@ -164,9 +162,7 @@ def _refuse(dropout: float, kwargs: Mapping[str, Any]) -> None:
         raise ValueError("attention weights are never formed, so output_attentions=True cannot be served")
     unknown = [name for name, value in kwargs.items() if _changes_result(name, value)]
     if unknown:
-        raise ValueError(
-            f"attention of this model depends on {', '.join(unknown)}, which Foveate does not know"
-        )
+        raise ValueError(f"attention of this model depends on {', '.join(unknown)}, which Foveate does not know")
 
 
 def _changes_result(name: str, value: Any) -> bool:

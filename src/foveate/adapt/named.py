@@ -1,0 +1,91 @@
+"""Cores by name: what users write for a mechanism."""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING, Any
+
+from foveate.patterns import Pattern
+
+if TYPE_CHECKING:
+    from foveate.mixers.core import Core
+    from foveate.mixers.registry import Row
+
+
+def as_core(core: Core | Pattern | str, **options: Any) -> Core:
+    """The core meant by a core, a pattern, a mechanism's name (with options), or a pattern written out.
+
+    >>> from foveate import window
+    >>> as_core(window(8)).pattern
+    window(8)
+    >>> as_core("streaming_llm(window=256)").pattern
+    sinks(4) | window(255, 0)
+    >>> as_core("window(8) & causal").pattern
+    window(8) & causal
+
+    Raises ValueError for an unknown name, and for a mechanism that has parameters and so needs training.
+    """
+    from foveate.mixers.core import PatternCore
+
+    if isinstance(core, str):
+        return _written(core, options)
+    if options:
+        raise TypeError(f"options ({', '.join(options)}) go with a mechanism's name; got {core!r}")
+    if isinstance(core, Pattern):
+        return PatternCore(core)
+    if not callable(core) or not isinstance(getattr(core, "pattern", None), Pattern):
+        raise TypeError(f"expected a core, a pattern or a name such as 'streaming_llm'; got {core!r}")
+    return core
+
+
+def _written(text: str, options: dict[str, Any]) -> Core:
+    from foveate.mixers.core import PatternCore
+    from foveate.patterns.parse import parse
+
+    named = mechanism(text)
+    if named is None:
+        return PatternCore(parse(text))
+    row, written = named
+    if row.core is None:
+        raise ValueError(f"{row.name} has parameters of its own: a pretrained model must be trained to use it")
+    return row.core(**written | options)
+
+
+def mechanism(text: str) -> tuple[Row, dict[str, Any]] | None:
+    """Row and options where a text is a mechanism's name or a call of it; None where it may be a pattern.
+
+    >>> row, options = mechanism("streaming_llm(window=256)")
+    >>> row.name, options
+    ('streaming_llm', {'window': 256})
+
+    Raises ValueError for a single word that is neither a mechanism nor a pattern.
+    """
+    from foveate.mixers import registry
+    from foveate.patterns.parse import constructors
+
+    name, options = _call(text.strip())
+    if name is None:
+        return None
+    if name not in {row.name for row in registry.rows()} and name in constructors():
+        return None
+    return registry.row(name), {key: _value(node, text) for key, node in options.items()}
+
+
+def _call(text: str) -> tuple[str | None, dict[str, ast.expr]]:
+    """The name of ``name`` or ``name(key=value, ...)``, with the values; None for anything else."""
+    try:
+        node = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return None, {}
+    if isinstance(node, ast.Name):
+        return node.id, {}
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+        return None, {}
+    return node.func.id, {keyword.arg or "**": keyword.value for keyword in node.keywords}
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"options are plain values such as 64 or 0.5; got {text!r}") from None

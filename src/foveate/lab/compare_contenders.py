@@ -1,0 +1,74 @@
+"""Who is compared: mechanisms of the catalogue that need no training, and patterns written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foveate.adapt.named import as_core, mechanism
+from foveate.lab.results import Contender, Refusal
+from foveate.mixers import registry
+from foveate.mixers.core import Core
+
+AHEAD = "chooses what each token sees with a view of later tokens: for prefill only, and its loss is flattered"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A contender with the core that stands for it."""
+
+    about: Contender
+    core: Core
+
+
+def enlist(mechanisms: Sequence[str] | None, *, heads: int, kv_heads: int) -> tuple[list[Candidate], list[Refusal]]:
+    """Candidates for a causal model, and those that do not apply to it with the reason.
+
+    ``mechanisms`` are names of the catalogue, names with options as in "streaming_llm(window=256)", or patterns
+    written out; None means all of the catalogue. An unknown name is a ValueError.
+    """
+    names = [row.name for row in registry.rows()] if mechanisms is None else list(dict.fromkeys(mechanisms))
+    candidates: list[Candidate] = []
+    refused: list[Refusal] = []
+    for name in names:
+        found = _candidate(name, heads=heads, kv_heads=kv_heads)
+        if isinstance(found, Candidate):
+            candidates.append(found)
+        else:
+            refused.append(found)
+    return candidates, refused
+
+
+def _candidate(text: str, *, heads: int, kv_heads: int) -> Candidate | Refusal:
+    call = mechanism(text)
+    if call is None:
+        return _checked(text, as_core(text), heads, None)
+    row, options = call
+    if row.core is None:
+        return Refusal(text, "has parameters of its own: a model must be trained with it")
+    if "causal" not in row.supports:
+        return Refusal(text, "is not causal, and a language model must not see the future")
+    if kv_heads != heads and "gqa" not in row.supports:
+        return Refusal(text, f"needs as many key heads as query heads; the model has {kv_heads} and {heads}")
+    try:
+        core = row.core(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{text}: {error}") from None
+    return _checked(text, core, heads, row)
+
+
+def _checked(text: str, core: Core, heads: int, row: registry.Row | None) -> Candidate | Refusal:
+    if core.pattern.needs_axes:
+        return Refusal(text, "looks at a grid or at points, and text has neither")
+    if heads % core.pattern.heads:
+        return Refusal(text, f"tells {core.pattern.heads} heads apart, which does not divide the model's {heads}")
+    return Candidate(_about(text, core, row), core)
+
+
+def _about(text: str, core: Core, row: registry.Row | None) -> Contender:
+    snippet = f"from foveate.adapt import use\n\nuse(model, {text!r})"
+    note = AHEAD if core.pattern.chooses_ahead else ""
+    if row is None:
+        return Contender(text, str(core.pattern), snippet, note, family="pattern")
+    paper = f"{row.paper.authors}. {row.paper.title}"
+    return Contender(text, str(core.pattern), snippet, note, row.family, paper, row.paper.url, row.formula)

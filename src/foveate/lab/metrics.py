@@ -1,0 +1,61 @@
+"""How good a model's predictions are, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.lab.results import Quality
+
+RESAMPLES = 2000
+MOST_TOKENS_A_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of each token but the first of W windows: its cost in nats, and the token thought likeliest; (W, L - 1)."""
+
+    nats: Tensor
+    best: Tensor
+
+
+def judge(found: Predictions, exact: Predictions, num_bytes: int, *, seed: int = 0) -> Quality:
+    """Bits per byte of the text, and how they and the best guesses change against exact attention.
+
+    The interval of the relative change is a bootstrap over chunks of consecutive tokens, each chunk paired with
+    the same chunk under exact attention.
+    """
+    if not bool(found.nats.isfinite().all()):
+        raise ValueError("it gives predictions that are not finite numbers")
+    bits, exact_bits = (_chunk_sums(p.nats) / math.log(2) for p in (found, exact))
+    low, high = bootstrap_change(bits, exact_bits, seed=seed)
+    return Quality(
+        bits_per_byte=float(bits.sum()) / num_bytes,
+        change=float(bits.sum() / exact_bits.sum()) - 1,
+        change_low=low,
+        change_high=high,
+        agreement=float((found.best == exact.best).double().mean()),
+        chunk_bits=[round(value, 4) for value in bits.tolist()],
+    )
+
+
+def bootstrap_change(bits: Tensor, exact_bits: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of ``sum(bits) / sum(exact_bits) - 1`` when the paired chunks (C,) are drawn anew.
+
+    >>> bootstrap_change(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0]))
+    (1.0, 1.0)
+    """
+    draw = torch.randint(len(bits), (RESAMPLES, len(bits)), generator=torch.Generator().manual_seed(seed))
+    change = bits[draw].sum(1) / exact_bits[draw].sum(1) - 1
+    low, high = torch.quantile(change.double(), torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return low, high
+
+
+def _chunk_sums(nats: Tensor) -> Tensor:
+    """Sums over chunks of consecutive tokens of one window; all chunks of about one size, eight a window at least."""
+    tokens = nats.shape[1]
+    chunks = max(8, -(-tokens // MOST_TOKENS_A_CHUNK))
+    return torch.cat([part.double().sum(1) for part in nats.tensor_split(chunks, dim=1)])

@@ -1,0 +1,30 @@
+"""Which mechanism to take."""
+
+from __future__ import annotations
+
+from foveate.lab.results import Entry, Recommendation
+
+
+def recommend(entries: list[Entry], max_loss: float) -> Recommendation:
+    """The fastest mechanism that surely costs at most ``max_loss`` of the bits per byte and is surely faster.
+
+    Surely: the upper end of the 95 % interval of the loss, and the lower quartile of the speed-up.
+    """
+    good = [entry for entry in entries if entry.quality.change_high <= max_loss]
+    faster = [entry for entry in good if entry.speedup.low > 1]
+    if not faster:
+        return Recommendation(None, _why_none(entries, good, max_loss))
+    best = max(faster, key=lambda entry: entry.speedup.median)
+    return Recommendation(
+        best.name,
+        f"{best.speedup.median:.2f} times as fast as exact attention, for at most "
+        f"{max(best.quality.change_high, 0):.2%} more bits per byte ({max_loss:.2%} allowed)",
+    )
+
+
+def _why_none(entries: list[Entry], good: list[Entry], max_loss: float) -> str:
+    if not entries:
+        return "no other mechanism was measured"
+    if not good:
+        return f"every mechanism may cost more than {max_loss:.2%} of the bits per byte"
+    return f"no mechanism that surely costs at most {max_loss:.2%} of the bits per byte is surely faster"
