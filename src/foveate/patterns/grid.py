@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 
 import torch
 from torch import Tensor
@@ -39,8 +41,7 @@ class OnGrid(Pattern):
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         grid, rules = self.placed()
         coordinates = zip(rules, grid.coordinates(q), grid.coordinates(k), strict=True)
-        seen = [rule.visible(at_q, at_k) for rule, at_q, at_k in coordinates]
-        return torch.stack(torch.broadcast_tensors(*seen)).all(0)
+        return reduce(and_, (rule.visible(at_q, at_k) for rule, at_q, at_k in coordinates))
 
     def bounds(self, boxes: Boxes) -> Bounds:
         _, rules = self.placed()
