@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.base import Mixer, join_heads
 from foveate.mixers.core import PatternCore
+from foveate.patterns import Layout
 from foveate.testing.closeness import assert_same, reference_only
 from foveate.testing.report import Skip
 from foveate.testing.subject import HEADS, Subject
@@ -22,18 +25,20 @@ def full_budget(subject: Subject) -> None:
         raise Skip("no options make it plain attention")
     for place in subject.places(37):
         mixer, x = subject.with_options(**options).mixer(), subject.tokens(place.length)
-        assert_same(f"{place.length} tokens", mixer(x, layout=place.layout), exact(mixer, x), 1e-8)
+        assert_same(f"{place.length} tokens", mixer(x, layout=place.layout), exact(mixer, x, place.layout), 1e-8)
 
 
-def exact(mixer: Mixer, x: Tensor) -> Tensor:
+def exact(mixer: Mixer, x: Tensor, layout: Layout | None) -> Tensor:
     """Attention to everything that causality allows, with the mixer's own projections."""
-    if hasattr(mixer, "exact"):
-        return mixer.exact(x)
+    own: Callable[[Tensor, Layout | None], Tensor] | None = getattr(mixer, "exact", None)
+    if own is not None:
+        return own(x, layout)
     if not isinstance(mixer, AttentionMixer):
-        raise Skip("it is no AttentionMixer and has no exact(x), its formula with nothing left out")
+        raise Skip("it is no AttentionMixer and has no exact(x, layout), its formula with nothing left out")
     q, k, v = mixer.project(x, x)
+    allowed, weights = mixer.within(None), mixer.weights(x.shape[1])
     with reference_only():
-        heads = PatternCore()(q, k, v, within=mixer.within(None), bias=mixer.bias(), weights=mixer.weights(x.shape[1]))
+        heads = PatternCore()(q, k, v, within=allowed, bias=mixer.bias(), weights=weights, layout=layout)
     return mixer.to_out(join_heads(heads))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,7 +78,7 @@ def check_mixer(
 
         tiny                options under which a few dozen tokens are already sparse
         full_budget         options under which it is plain attention
-        exact(x)            plain attention with its parameters, if it is not an ``AttentionMixer``
+        exact(x, layout)    plain attention with its parameters, if it is not an ``AttentionMixer``
         grids               layouts to run on, if it lives on grids
         advance(x, state)   ``step`` for several tokens at once
         exempt              properties that fail by design, each with the reason, as in
@@ -90,8 +90,8 @@ def check_mixer(
     found = as_row(mixer)
     seed = fresh_seed() if seed is None else seed
     chosen = getattr(found.mixer, "tiny", {}) | (options or {})
-    forms = {form: Subject(found, chosen, form == "causal") for form in ("causal", "noncausal")}
-    subjects = {form: subject for form, subject in forms.items() if form in found.supports}
+    forms: tuple[Feature, ...] = ("causal", "noncausal")
+    subjects = {form: Subject(found, chosen, form == "causal") for form in forms if form in found.supports}
     exempt = exemptions(found)
     checks = [
         Check(prop.name, "skipped", f"by design: {exempt[prop.name]}")
@@ -105,7 +105,7 @@ def check_mixer(
     return report
 
 
-def runs_of(prop: Property, subjects: dict[str, Subject]) -> list[tuple[str, Callable[[], None]]]:
+def runs_of(prop: Property, subjects: Mapping[Feature, Subject]) -> list[tuple[str, Callable[[], None]]]:
     """The property in each form it applies to; the form is named where there are two."""
     return [
         (f"{form}: " if len(subjects) > 1 else "", partial(prop.test, subject))

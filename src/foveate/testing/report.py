@@ -52,7 +52,7 @@ class Report:
             raise AssertionError("\n".join([f"{self.subject}, seed={self.seed}:", *lines]))
 
     def __str__(self) -> str:
-        counts = Counter(check.status for check in self.checks)
+        counts: Counter[str] = Counter(check.status for check in self.checks)
         said = ", ".join(f"{counts[status]} {status}" for status in COLOURS if counts[status])
         return f"{self.subject}: {said or 'nothing to check'} (seed={self.seed})"
 

@@ -53,8 +53,8 @@ def blind_rows(sight: Sight) -> None:
 
 
 def _outputs(sight: Sight, heads: Heads, towards: Tensor) -> dict[str, Tensor]:
-    leaves = [x.detach().requires_grad_() for x in heads]
-    out = attend(*leaves, sight.pattern, layout=sight.layout)
-    gradients = torch.autograd.grad((out * towards).sum(), leaves)
+    q, k, v = (x.detach().requires_grad_() for x in heads)
+    out = attend(q, k, v, sight.pattern, layout=sight.layout)
+    gradients = torch.autograd.grad((out * towards).sum(), (q, k, v))
     names = ("gradient of q", "gradient of k", "gradient of v")
     return {"out": out.detach()} | dict(zip(names, gradients, strict=True))

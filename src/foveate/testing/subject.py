@@ -40,7 +40,7 @@ class Subject:
         mixer = self.row.mixer(DIM, **self.arguments).double().eval()
         with torch.no_grad():
             for parameter in mixer.parameters():
-                parameter += 0.05 * torch.randn_like(parameter)
+                parameter.add_(0.05 * torch.randn_like(parameter))
         return mixer.to(dtype)
 
     @property
