@@ -1,0 +1,22 @@
+"""Decoding token by token: a state that does not grow, the same outputs as over the whole sequence."""
+
+import torch
+
+from foveate.mixers.registry import mixer
+
+DIM, HEADS, LENGTH = 64, 4, 100
+
+torch.manual_seed(0)
+tokens = torch.randn(1, LENGTH, DIM)
+print(f"{'mechanism':20s} {'kept after 100':>15s} {'after 100,000':>15s}   step = forward")
+for name in ("flash_attention", "streaming_llm", "linear_transformer", "gated_deltanet"):
+    attention = mixer(name, DIM, heads=HEADS, **({"window": 64} if name == "streaming_llm" else {}))
+    with torch.no_grad():
+        state, outs = attention.start(batch=1), []
+        for t in range(LENGTH):
+            out, state = attention.step(tokens[:, t : t + 1], state)
+            outs.append(out)
+        error = (torch.cat(outs, dim=1) - attention(tokens)).abs().max().item()
+    kept = [f"{attention.state_bytes(n) / 1024:,.0f} KiB" for n in (LENGTH, 100_000)]
+    print(f"{name:20s} {kept[0]:>15s} {kept[1]:>15s}   within {error:.0e}")
+    assert error < 1e-4

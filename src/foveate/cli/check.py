@@ -1,0 +1,48 @@
+"""`foveate check`: the conformance suite on one mechanism, the catalogue's or the user's own."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foveate.cli.screen import FAILED, out
+
+HELP = """Put a mechanism to every property it lays claim to.
+
+Gradients, causality, decoding, packed sequences, padding, costs and more.
+Status 1 if one fails. MODULE:CLASS is a registered mixer of your own;
+modules are also looked for in the current folder.
+
+[bold]Examples[/bold]
+
+  foveate check streaming_llm
+  foveate check my_mixers:Gaussian --seed 7
+"""
+
+
+def check(
+    mechanism: Annotated[str, typer.Argument(metavar="NAME|MODULE:CLASS", help="What to check.")],
+    seed: Annotated[int | None, typer.Option(help="Of all random numbers; a fresh one unless given.")] = None,
+) -> None:
+    from foveate.testing import check_mixer
+
+    module, colon, name = mechanism.partition(":")
+    report = check_mixer(_own(module, name) if colon else mechanism, seed=seed, raise_on_failure=False)
+    out().print(report)
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
+def _own(module: str, name: str) -> Any:
+    """A class of the user's own module."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"no module is called {error.name!r} here; MODULE:CLASS is like my_mixers:Gaussian") from error
+    except AttributeError as error:
+        raise ValueError(f"{module} has no class called {name!r}") from error
