@@ -54,6 +54,7 @@ class ChunkedCore:
         weights = as_weights(weights)
         scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
         parts, bias = Parts.of(within, scene), placed(bias, scene.offset)
+        key_chunk = self.key_chunk or math.isqrt(k.shape[2])
 
         def rows_of(q: Tensor, k: Tensor, v: Tensor, at: slice) -> Tensor:
             chunks = [
@@ -67,7 +68,7 @@ class ChunkedCore:
                     scale=scale,
                     softcap=softcap,
                 )
-                for keys in cuts(k.shape[2], self.key_chunk or math.isqrt(k.shape[2]))
+                for keys in parts.worth(at, cuts(k.shape[2], key_chunk))
             ]
             whole = merge(chunks)
             return (whole if weights.sink is None else with_sink(whole, weights.sink)).out

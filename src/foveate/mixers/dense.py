@@ -53,7 +53,7 @@ class FlashAttention(AttentionMixer):
 class MemoryEfficientAttention(AttentionMixer):
     """Softmax attention over chunks of about √n keys, merged exactly and recomputed in the backward pass."""
 
-    tiny: ClassVar[dict[str, Any]] = {"query_chunk": 8, "key_chunk": 5}
+    tiny: ClassVar[dict[str, Any]] = {"query_chunk": 16, "key_chunk": 13}
     full_budget: ClassVar[dict[str, Any] | None] = {}
 
     def __init__(

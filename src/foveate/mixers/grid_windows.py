@@ -167,7 +167,7 @@ class FlashWindowAttention(GridMixer):
     """Attention inside separate windows of a grid, optionally shifted, with Swin's relative-position bias."""
 
     tiny: ClassVar[dict[str, Any]] = {"window": 3, "shift": 1}
-    full_budget: ClassVar[dict[str, Any] | None] = {"window": 64, "relative_bias": False}
+    full_budget: ClassVar[dict[str, Any] | None] = {"window": 64, "shift": 0, "relative_bias": False}
     grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(8, 6))
 
     def __init__(

@@ -20,7 +20,7 @@ PAPER = Paper(
     "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
     "2407.02490",
 )
-PREFILL = "For prefill: its choice for early queries looks at later ones."
+AHEAD = "its choice for early queries looks at later ones"
 
 
 def a_shape_core(*, sinks: int = 128, window: int = 1024) -> PatternCore:
@@ -59,7 +59,7 @@ def _a_shape(count: int, window: int) -> Pattern:
     paper=PAPER,
     family="dynamic-sparse",
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j < s or i - w < j ≤ i",
-    supports={"causal", "padding", "decode", "gqa"},
+    supports={"causal", "decode", "gqa"},
     core=a_shape_core,
 )
 class AShape(AttentionMixer):
@@ -68,9 +68,7 @@ class AShape(AttentionMixer):
     tiny: ClassVar[dict[str, Any]] = {"sinks": 3, "window": 6}
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
 
-    def __init__(
-        self, dim: int, heads: int = 8, *, sinks: int = 128, window: int = 1024, **options: Any
-    ) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, sinks: int = 128, window: int = 1024, **options: Any) -> None:
         super().__init__(dim, heads, core=a_shape_core(sinks=sinks, window=window), **options)
 
 
@@ -81,13 +79,14 @@ class AShape(AttentionMixer):
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j ∈ V or i - j ∈ S, V and S from the last 64 queries",
     supports={"causal", "gqa"},
     core=vertical_slash_core,
-    notes=PREFILL,
+    notes="For prefill: " + AHEAD + ".",
 )
 class VerticalSlash(AttentionMixer):
     """Attention to the keys and the distances that the last queries attend to most."""
 
     tiny: ClassVar[dict[str, Any]] = {"vertical": 4, "slash": 5, "last": 6}
     full_budget: ClassVar[dict[str, Any] | None] = {"vertical": 1 << 20}
+    exempt: ClassVar[dict[str, str]] = {"causality": AHEAD}
 
     def __init__(
         self,
@@ -113,13 +112,14 @@ class VerticalSlash(AttentionMixer):
     formula="o_i = Σ_{j ∈ B_i} softmax_j(q_i·k_j / √d) v_j, B_i: top-k blocks by mean(q_block)·mean(k_block)",
     supports={"causal", "gqa"},
     core=block_sparse_core,
-    notes=PREFILL,
+    notes="For prefill: " + AHEAD + ".",
 )
 class BlockSparse(AttentionMixer):
     """Attention of each block of queries to the blocks of keys that suit its mean query best."""
 
     tiny: ClassVar[dict[str, Any]] = {"block": 4, "k": 3}
     full_budget: ClassVar[dict[str, Any] | None] = {"k": 1 << 20}
+    exempt: ClassVar[dict[str, str]] = {"causality": AHEAD}
 
     def __init__(self, dim: int, heads: int = 8, *, block: int = 64, k: int = 16, **options: Any) -> None:
         super().__init__(dim, heads, core=block_sparse_core(block=block, k=k), **options)
@@ -165,7 +165,7 @@ def minference_core(
     formula="o_i^h = Σ_j softmax_j(q_i·k_j / √d) v_j over the pattern found offline for head h",
     supports={"causal", "gqa"},
     core=minference_core,
-    notes=PREFILL,
+    notes="For prefill: " + AHEAD + ".",
 )
 class MInference(AttentionMixer):
     """Attention in which each head follows an A-shape, a vertical-slash or a block-sparse pattern."""
@@ -178,9 +178,8 @@ class MInference(AttentionMixer):
             "block_sparse": topk_blocks(4, 2, per="block"),
         },
     }
-    full_budget: ClassVar[dict[str, Any] | None] = {
-        "patterns": {"vertical_slash": vertical_slash(1 << 20, 1)}
-    }
+    full_budget: ClassVar[dict[str, Any] | None] = {"patterns": {"vertical_slash": vertical_slash(1 << 20, 1)}}
+    exempt: ClassVar[dict[str, str]] = {"causality": AHEAD}
 
     def __init__(
         self,
@@ -191,9 +190,7 @@ class MInference(AttentionMixer):
         patterns: Mapping[str, Pattern] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(
-            dim, heads, core=minference_core(assignment=assignment, patterns=patterns), **options
-        )
+        super().__init__(dim, heads, core=minference_core(assignment=assignment, patterns=patterns), **options)
 
     def pairs(self, n: int) -> int:
         pattern = self.core.pattern

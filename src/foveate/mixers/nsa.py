@@ -68,6 +68,7 @@ class NSA(Mixer):
         "window": 5,
         "hidden": 8,
     }
+    exempt: ClassVar[dict[str, str]] = {"shared keys": "the heads of a group choose their blocks together"}
 
     def __init__(
         self,
@@ -95,7 +96,9 @@ class NSA(Mixer):
         self.near = recent(window)
         self.window = window
         self.to_q = nn.Linear(dim, heads * self.head_dim, bias=False)
-        self.to_kv = nn.Linear(dim, 6 * self.kv_heads * self.head_dim, bias=False)
+        width = self.kv_heads * self.head_dim
+        self.to_k = nn.ModuleList(nn.Linear(dim, width, bias=False) for _ in range(3))
+        self.to_v = nn.ModuleList(nn.Linear(dim, width, bias=False) for _ in range(3))
         self.to_gates = nn.Linear(dim, 3 * heads)
         self.compress_k = Compressor(block, stride, self.head_dim, hidden or 2 * self.head_dim)
         self.compress_v = Compressor(block, stride, self.head_dim, hidden or 2 * self.head_dim)
@@ -107,7 +110,8 @@ class NSA(Mixer):
 
     def keys_values(self, x: Tensor) -> list[KV]:
         """Keys and values of the three branches."""
-        return [KV(*split_heads(kv, 2 * self.kv_heads).chunk(2, 1)) for kv in self.to_kv(x).chunk(3, -1)]
+        branches = zip(self.to_k, self.to_v, strict=True)
+        return [KV(split_heads(to_k(x), self.kv_heads), split_heads(to_v(x), self.kv_heads)) for to_k, to_v in branches]
 
     def compress(self, tokens: KV) -> KV:
         return KV(self.compress_k(tokens.k), self.compress_v(tokens.v))
@@ -130,9 +134,7 @@ class NSA(Mixer):
         count = compressed.k.shape[2]
         if count == 0:
             return torch.zeros_like(q)
-        return attend(
-            q, *compressed, Finished(self.selector.block, self.selector.stride, lead=num_keys - count)
-        )
+        return attend(q, *compressed, Finished(self.selector.block, self.selector.stride, lead=num_keys - count))
 
     def start(self, batch: int) -> NSAState:
         empty = self.weight.new_empty(batch, self.kv_heads, 0, self.head_dim)
@@ -153,7 +155,7 @@ class NSA(Mixer):
     def flops(self, n: int) -> int:
         chosen = self.selector
         count = num_blocks(n, chosen.block, chosen.stride)
-        dense = sum(layer.weight.numel() for layer in (self.to_q, self.to_kv, self.to_gates, self.to_out))
+        dense = sum(layer.weight.numel() for layer in (self.to_q, *self.to_k, *self.to_v, self.to_gates, self.to_out))
         compressing = sum(part.weight.numel() for part in (self.compress_k.up, self.compress_k.down))
         near = pairs_of_width(chosen.size * chosen.count, n) + pairs_of_width(self.window, n)
         pairs = self.heads * (near + 3 * n * count // 4)  # compressed blocks: half seen, and scored once more

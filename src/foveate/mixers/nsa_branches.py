@@ -25,7 +25,7 @@ class Compressor(nn.Module):
         self.block, self.stride = block, stride
         self.place = nn.Parameter(torch.randn(block, head_dim) * 0.02)
         self.up = nn.Linear(block * head_dim, hidden)
-        self.down = nn.Linear(hidden, head_dim)
+        self.down = nn.Linear(hidden, head_dim, bias=False)  # one on keys would shift all logits alike
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[2] < self.block:
@@ -85,8 +85,7 @@ class BlockSelector:
             )
         if self.count < self.initial + self.local:
             raise ValueError(
-                f"select must leave room for the {self.initial} initial and {self.local} local blocks;"
-                f" got {self.count}"
+                f"select must leave room for the {self.initial} initial and {self.local} local blocks; got {self.count}"
             )
 
     @torch.no_grad()
@@ -101,10 +100,7 @@ class BlockSelector:
             weights = self.weights(score(q[:, :, part], keys), place)
             importance = weights.unflatten(1, (keys.shape[1], -1)).sum(2) @ overlap
             words.append(pack_rows(self.pick(importance, place), 1))
-        return (
-            block_table(torch.cat(words, 2), num_queries, q_block=1, k_block=self.size, q_start=offset)
-            & causal
-        )
+        return block_table(torch.cat(words, 2), num_queries, q_block=1, k_block=self.size, q_start=offset) & causal
 
     def weights(self, scores: Tensor, place: Tensor) -> Tensor:
         """Softmax over the compressed blocks (last dim) that end at or before each query's place (n, 1)."""

@@ -32,7 +32,7 @@ def power_core(*, window: int = 256, block: int = 64, sinks: int = 4) -> Pattern
     ),
     family="static-sparse",
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over i - w < j ≤ i, ⌊i/b⌋ - ⌊j/b⌋ ∈ {1, 2, 4, …}, j < s",
-    supports={"causal", "padding", "decode", "gqa"},
+    supports={"causal", "decode", "gqa"},
     core=power_core,
     notes="d layers of it reach every one of the last 2^d blocks.",
 )

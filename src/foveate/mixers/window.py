@@ -47,7 +47,7 @@ def streaming_core(*, sinks: int = 4, window: int = 1024) -> PatternCore:
     ),
     family="normalizer-sink",
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j < s or i - w < j ≤ i",
-    supports={"causal", "padding", "decode", "gqa"},
+    supports={"causal", "decode", "gqa"},
     core=streaming_core,
 )
 class StreamingLLM(AttentionMixer):

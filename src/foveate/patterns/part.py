@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,21 @@ class Parts:
         """Resolve a pattern; every choice it takes from q and k is taken here, on the whole of them."""
         with torch.no_grad():
             return cls(resolve(pattern, scene), f"{pattern} on {scene.layout}", scene)
+
+    def worth(self, queries: slice, chunks: Iterable[slice]) -> list[slice]:
+        """The chunks of keys of which these queries may see any; the first of all where they see none."""
+        chunks = list(chunks)
+        return [keys for keys in chunks if self._shows(queries, keys)] or chunks[:1]
+
+    def _shows(self, queries: slice, keys: slice) -> bool:
+        if self.whole.needs_axes:
+            return True
+        device = None if self.scene.q is None else self.scene.q.device
+        rows = torch.arange(self.whole.batches * self.whole.heads, device=device)
+        first, last = queries.start + self.scene.offset, queries.stop - 1 + self.scene.offset
+        box = Interval(*(torch.full_like(rows, at) for at in (first, last, keys.start, keys.stop - 1)))
+        boxes = Boxes(rows // self.whole.heads, rows % self.whole.heads, box)
+        return bool(self.whole.bounds(boxes).some.any())
 
     def part(self, queries: slice, keys: slice) -> Pattern:
         """The pattern for the queries and keys of these slices, for a call on no others."""
