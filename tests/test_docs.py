@@ -21,9 +21,7 @@ SHOWN = [*PAGES, *sorted((ROOT / "src" / "foveate" / "cli").glob("*.py"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def commands(page: Path) -> list[str]:
@@ -33,9 +31,7 @@ def commands(page: Path) -> list[str]:
     return [re.split(r" {3,}| \| ", line.strip())[0] for line in lines]
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     script = "\n".join(blocks(page, "python"))
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2"}

@@ -54,9 +54,7 @@ def without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
 
 @pytest.mark.parametrize("use", ["", "; foveate.attend", "; foveate.window(3)"])
 def test_importing_it_loads_nothing_heavy(use: str) -> None:
-    look = (
-        f"import sys, torch; there = set(sys.modules); import foveate{use}; print(*set(sys.modules) - there)"
-    )
+    look = f"import sys, torch; there = set(sys.modules); import foveate{use}; print(*set(sys.modules) - there)"
     run = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     loaded = set(run.stdout.split())
     assert "foveate" in loaded
