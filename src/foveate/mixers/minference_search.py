@@ -31,17 +31,18 @@ def patterns_under(budget: float, length: int) -> dict[str, Pattern]:
     Raises ValueError unless 0 < budget <= 1 and length is at least 1.
     """
     if not 0 < budget <= 1 or length < 1:
-        raise ValueError(
-            f"a budget is a fraction in (0, 1], of a length of at least 1; got {budget}, {length}"
-        )
+        raise ValueError(f"a budget is a fraction in (0, 1], of a length of at least 1; got {budget}, {length}")
     # rows see min(i + 1, width) keys: n * width - width * (width - 1) / 2 pairs of n * (n + 1) / 2
     half = length + 0.5
     width = max(int(half - math.sqrt(half**2 - budget * length * (length + 1)) + 1e-9), 1)
     block = min(64, width)
+    vertical, slash, count = width // 2, width - width // 2, width // block
+    if width >= length:
+        vertical, slash, count = length, length, -(-length // block)
     return {
         "a_shape": a_shape_core(sinks=width // 8, window=width - width // 8).pattern,
-        "vertical_slash": vertical_slash(max(width // 2, 1), max(width - width // 2, 1)),
-        "block_sparse": topk_blocks(block, width // block, per="block"),
+        "vertical_slash": vertical_slash(max(vertical, 1), slash),
+        "block_sparse": topk_blocks(block, count, per="block"),
     }
 
 

@@ -1,0 +1,319 @@
+"""Attention mechanisms on sequences, against plain definitions of their own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate import Packed, alibi, attend, causal, key_padding, relative_table, softmax, window
+from foveate.mixers.base import split_heads
+from foveate.mixers.chunked import ChunkedCore
+from foveate.mixers.delta import DeltaCore
+from foveate.mixers.minference import PATTERNS, minference_core
+from foveate.mixers.minference_search import patterns_under, search_heads
+from foveate.mixers.registry import mixer
+from foveate.mixers.rotary import rotate
+from foveate.mixers.sparse import moba_core, pairs_of_width, power_core
+from foveate.mixers.window import layer_windows, mswa_core, streaming_core
+from foveate.patterns import Pattern, Scene, Sequence, documents, full, sinks
+from foveate.patterns.dynamic import topk_blocks
+from foveate.patterns.part import Parts
+
+
+def heads(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def qkv(n: int, m: int | None = None, dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Two sequences, four query heads, two key and value heads."""
+    m = n if m is None else m
+    return heads(2, 4, n, dim), heads(2, 2, m, dim), heads(2, 2, m, dim)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Softmax attention over the pairs in ``seen``; nothing where a row sees no key."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    logits = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~seen, -1e300)
+    return torch.softmax(logits, -1) * seen @ v
+
+
+def agree(got: Tensor, expected: Tensor, *inputs: Tensor) -> None:
+    """Equal values and equal gradients."""
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    upstream = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(x, inputs, upstream, allow_unused=True) for x in (got, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)
+
+
+def stepped(model: torch.nn.Module, x: Tensor) -> Tensor:
+    state, outs = model.start(x.shape[0]), []
+    for token in x.split(1, dim=1):
+        out, state = model.step(token, state)
+        outs.append(out)
+    return torch.cat(outs, dim=1)
+
+
+# ---- parts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [causal, window(4, 1) | sinks(2), documents([10, 3, 24]), topk_blocks(4, 2)])
+def test_a_part_of_a_pattern_is_that_part_of_its_mask(pattern: Pattern) -> None:
+    q, k, _ = qkv(29, 37)
+    scene = Scene(29, 37, Sequence(), q.detach(), k.detach())
+    parts = Parts.of(pattern, scene)
+    whole = parts.part(slice(0, 29), slice(0, 37)).mask(29, 37)
+    for step, (first, last), (left, right) in itertools.product((1, 3), ((0, 29), (5, 21)), ((0, 37), (7, 30))):
+        part = parts.part(slice(first, last, step), slice(left, right))
+        expected = whole[:, :, first:last:step, left:right]
+        count = expected.shape[2]
+        assert torch.equal(part.mask(count, right - left), expected)
+        cut = part.select(q[:, :, :count], k[:, :, left:right], tile=8).to_dense()
+        assert torch.equal(cut.expand_as(expected), expected)
+
+
+def test_chunks_that_no_query_sees_are_left_out() -> None:
+    parts = Parts.of(window(4, 0), Scene(40, 40))
+    chunks = [slice(start, start + 10) for start in range(0, 40, 10)]
+    assert parts.worth(slice(22, 30), chunks) == chunks[1:3]
+    nothing = Parts.of(key_padding(torch.zeros(2, 40, dtype=torch.bool)), Scene(40, 40))
+    assert nothing.worth(slice(0, 40), chunks) == chunks[:1]
+
+
+# ---- exact attention in chunks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("query_chunk", "key_chunk"), [(1, 1), (7, 5), (64, None), (20, 100)])
+@pytest.mark.parametrize("case", ["plain", "alibi", "dense", "table", "sink", "sigmoid", "softcap"])
+def test_chunked_attention_is_attention(query_chunk: int, key_chunk: int | None, case: str) -> None:
+    q, k, v = qkv(11, 17)
+    slopes, dense, table = heads(4), heads(4, 11, 1), heads(4, 9)
+    sink = heads(4)
+    options = {
+        "plain": {},
+        "alibi": {"bias": alibi(slopes)},
+        "dense": {"bias": dense},
+        "table": {"bias": relative_table(table)},
+        "sink": {"weights": softmax(sink=sink)},
+        "sigmoid": {"weights": "sigmoid"},
+        "softcap": {"softcap": 2.0, "scale": 0.7},
+    }[case]
+    got = ChunkedCore(query_chunk, key_chunk)(q, k, v, within=causal, **options)
+    agree(got, attend(q, k, v, causal, impl="reference", **options), q, k, v, slopes, dense, table, sink)
+
+
+def test_chunked_attention_survives_extreme_logits_and_keeps_to_padding_and_documents() -> None:
+    q, k, v = qkv(23)
+    real = torch.rand(2, 23) < 0.7
+    real[0] = False
+    big = (300 * q).detach().requires_grad_()
+    for within, layout in ((causal & key_padding(real), None), (full, Packed([9, 0, 14]))):
+        got = ChunkedCore(8, 5)(big, k, v, within=within, layout=layout)
+        agree(got, attend(big, k, v, within, layout=layout, impl="reference"), big, k, v)
+
+
+# ---- sigmoid ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [None, 100])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sigmoid_attention_is_its_formula(length: int | None, is_causal: bool) -> None:
+    model = mixer("sigmoid_attention", 32, heads=4, length=length, qk_norm=True, causal=is_causal).double()
+    x = heads(2, 21, 32)
+    real = torch.arange(21).expand(2, -1) < torch.tensor([[21], [13]])
+    q, k, v = (split_heads(layer(x), 4) for layer in (model.to_q, model.to_k, model.to_v))
+    q, k = model.norm_q(q), model.norm_k(k)
+    seen = real[:, None, None] & (torch.ones(21, 21).tril().bool() if is_causal else torch.ones(21, 21).bool())
+    count = seen.sum(-1, keepdim=True) if length is None else torch.tensor(length)
+    weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - count.double().log()) * seen
+    expected = model.to_out((weights @ v).transpose(1, 2).flatten(2)) * real.unsqueeze(-1)
+    agree(model(x, padding=real), expected, x, *model.parameters())
+
+
+# ---- windows ----------------------------------------------------------------------------------------------
+
+
+def test_rotary_mixers_decode_as_they_read() -> None:
+    x = torch.randn(2, 41, 32, dtype=torch.float64)
+    for name, options in (
+        ("flash_attention", {}),
+        ("swat", {"window": 7}),
+        ("streaming_llm", {"sinks": 3, "window": 5}),
+        ("streaming_llm", {"sinks": 0, "window": 5}),
+        ("sigmoid_attention", {"qk_norm": True, "length": 50}),
+        ("delta_attention", {"sinks": 1, "window": 4, "stride": 6}),
+        ("moba", {"block": 5, "k": 3}),
+    ):
+        model = mixer(name, 32, heads=4, kv_heads=2, rotary=50.0, **options).double()
+        plain_model = mixer(name, 32, heads=4, kv_heads=2, rotary=None, **options).double()
+        plain_model.load_state_dict(model.state_dict())
+        torch.testing.assert_close(stepped(model, x), model(x))
+        assert not torch.allclose(plain_model(x), model(x)), f"{name} does not turn"
+
+
+def test_streaming_positions_count_inside_the_cache() -> None:
+    sinks, window, n = 2, 5, 19
+    model = mixer("streaming_llm", 32, heads=4, sinks=sinks, window=window, rotary=20.0).double()
+    x = heads(1, n, 32)
+    q, k, v = model.heads_of(x, x)
+    rows = []
+    for i in range(n):
+        kept = torch.tensor([j for j in range(i + 1) if j < sinks or j > i - window])
+        at = torch.arange(len(kept))
+        turned = rotate(q[:, :, i : i + 1], at[-1:], 20.0), rotate(k[:, :, kept], at, 20.0)
+        rows.append(plain(*turned, v[:, :, kept], torch.ones(1, len(kept)).bool()))
+    expected = model.to_out(torch.cat(rows, 2).transpose(1, 2).flatten(2))
+    agree(model(x), expected, x)
+
+
+def test_streaming_decodes_at_constant_memory() -> None:
+    model = mixer("streaming_llm", 32, heads=4, sinks=2, window=6)
+    state, x = model.start(1), torch.randn(1, 1, 32)
+    for _ in range(50):
+        state = model.step(x, state).state
+        assert state.k.shape[2] <= 2 + 6
+    assert state.positions.tolist() == [0, 1, 45, 46, 47, 48, 49]
+
+
+def test_swat_is_its_formula() -> None:
+    model = mixer("swat", 32, heads=4, window=6, rotary=None).double()
+    x = heads(2, 23, 32)
+    q, k, v = model.heads_of(x, x)
+    distance = torch.arange(23).unsqueeze(1) - torch.arange(23)
+    slopes = model.slopes.double().view(4, 1, 1)
+    assert (slopes > 0).sum() == (slopes < 0).sum() == 2 and slopes.sum() == 0
+    weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - slopes * distance.abs())
+    out = (weights * ((distance >= 0) & (distance < 6))) @ v
+    agree(model(x), model.to_out(out.transpose(1, 2).flatten(2)), x, *model.parameters())
+
+
+@pytest.mark.parametrize("num_heads", [3, 4, 8])
+def test_mswa_gives_each_group_of_heads_its_window(num_heads: int) -> None:
+    q, k, v = heads(1, num_heads, 41, 8), heads(1, 1, 41, 8), heads(1, 1, 41, 8)
+    core = mswa_core(window=12, heads=num_heads)
+    distance = torch.arange(41).unsqueeze(1) - torch.arange(41)
+    sizes = torch.tensor([[3, 6, 12, 24][4 * head // num_heads] for head in range(num_heads)]).view(-1, 1, 1)
+    agree(core(q, k, v, within=causal), plain(q, k, v, (distance >= 0) & (distance < sizes)), q, k, v)
+
+
+def test_mswa_layers_cost_less_than_one_window_for_all() -> None:
+    windows = [size for base in layer_windows(64, 8) for size in layer_windows(base, 8)]
+    assert sum(windows) < 64 * len(windows) and max(windows) == 256 and min(windows) == 4
+
+
+# ---- static and chosen blocks -----------------------------------------------------------------------------
+
+
+def test_power_attention_reaches_every_block_of_a_power_of_two_in_as_many_layers() -> None:
+    block, blocks = 3, 64
+    sees = (
+        power_core(window=block, block=block, sinks=0).pattern.mask(block * blocks)[0, 0]
+        & torch.ones(block * blocks, block * blocks).tril().bool()
+    )
+    by_block = sees.view(blocks, block, blocks, block).transpose(1, 2).flatten(2).any(2).double()
+    reached = torch.eye(blocks, dtype=torch.float64)
+    for depth in range(1, 7):
+        reached = (reached @ by_block > 0).double()
+        query, key = torch.arange(blocks).unsqueeze(1), torch.arange(blocks)
+        promised = (key <= query) & (query - key < 2**depth)
+        assert bool((reached.bool() | ~promised).all()), f"not all of the last {2**depth} blocks reached"
+        assert not bool((reached.bool() & (key > query)).any())
+
+
+def test_moba_is_its_formula() -> None:
+    block, count, n = 5, 3, 33
+    q, k, v = qkv(n)
+    means = torch.stack([part.mean(2) for part in k.detach().split(block, 2)], 2).repeat_interleave(2, 1)
+    seen = torch.zeros(2, 4, n, n, dtype=torch.bool)
+    for b, h, i in itertools.product(range(2), range(4), range(n)):
+        own = i // block
+        scores = [(float(q[b, h, i].detach() @ means[b, h, c]), c) for c in range(own)]
+        for chosen in [own, *(c for _, c in sorted(scores, reverse=True)[: count - 1])]:
+            seen[b, h, i, chosen * block : min((chosen + 1) * block, i + 1)] = True
+    agree(moba_core(block=block, k=count)(q, k, v, within=causal), plain(q, k, v, seen), q, k, v)
+
+
+# ---- MInference -------------------------------------------------------------------------------------------
+
+
+def test_minference_gives_each_head_its_pattern() -> None:
+    q, k, v = heads(1, 4, 90, 8), heads(1, 2, 90, 8), heads(1, 2, 90, 8)
+    patterns = patterns_under(0.3, 90)
+    names = ["a_shape", "vertical_slash", "block_sparse", "a_shape"]
+    out = minference_core(assignment=names, patterns=patterns)(q, k, v, within=causal)
+    for head, name in enumerate(names):
+        alone = attend(q, k, v, patterns[name] & causal, impl="reference")[:, head]
+        torch.testing.assert_close(out[:, head], alone)
+    with pytest.raises(ValueError, match="a_shape"):
+        minference_core(assignment="b_shape")
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.4, 1.0])
+def test_patterns_under_a_budget_keep_to_it_and_a_full_one_is_attention(budget: float) -> None:
+    n = 150
+    q, k, v = heads(1, 2, n, 8), heads(1, 2, n, 8), heads(1, 2, n, 8)
+    patterns = patterns_under(budget, n)
+    assert patterns.keys() == PATTERNS.keys()
+    for pattern in patterns.values():
+        used = (pattern & causal).select(q, k, tile=8).pairs / 2
+        assert used <= budget * n * (n + 1) / 2 + n
+        if budget == 1:
+            torch.testing.assert_close(attend(q, k, v, pattern & causal), attend(q, k, v, causal))
+
+
+def test_the_search_finds_the_pattern_that_was_planted() -> None:
+    n, dim = 256, 32
+    near = rotate(torch.ones(1, 1, n, dim), torch.arange(n), 100.0)[0, 0]
+    q, k = torch.zeros(2, 1, 2, n, dim).unbind(0)
+    q[0, 0], k[0, 0] = 4 * near, near  # the first head looks at near keys
+    q[0, 1, :, 0], k[0, 1, :, 0] = 30.0, -1.0
+    k[0, 1, torch.tensor([0, *torch.randperm(n)[:7].tolist()]), 0] = 4.0  # the second at eight keys
+    found = search_heads(q, k, torch.randn(1, 2, n, dim), budget=0.15)
+    assert found.assignment == ("a_shape", "vertical_slash"), found.errors
+    assert found.errors.shape == (2, 3) and found.errors[1, 1] < 1e-3 < found.errors[1, 0]
+
+
+# ---- delta correction -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 4, 100])
+@pytest.mark.parametrize(("n", "m"), [(30, 30), (11, 30)])
+def test_delta_attention_is_its_formula(stride: int, n: int, m: int) -> None:
+    q, k, v = qkv(n, m)
+    slopes = heads(4)
+    base = streaming_core(sinks=1, window=4)
+    got = DeltaCore(base, stride)(q, k, v, within=causal, bias=alibi(slopes))
+    sparse = attend(q, k, v, base.pattern & causal, bias=alibi(slopes), impl="reference")
+    exact = attend(q, k, v, causal, bias=alibi(slopes), impl="reference")
+    nearest = torch.arange(n) // stride * stride
+    agree(got, sparse + (exact - sparse)[:, :, nearest], q, k, v, slopes)
+    if stride == 1:
+        torch.testing.assert_close(got, exact)
+
+
+def test_delta_correction_brings_sparse_attention_nearer_to_full() -> None:
+    q, k, v = (x.detach() for x in qkv(400, dim=16))
+    drift = torch.randn(16, dtype=torch.float64)
+    v = v + drift  # what a window and a sink miss is much the same for neighbouring queries
+    v[:, :, -40:] -= 3 * drift
+    base = streaming_core(sinks=4, window=32)
+    exact, sparse = attend(q, k, v, causal), base(q, k, v, within=causal)
+    corrected = DeltaCore(base, 8)(q, k, v, within=causal)
+    assert (corrected - exact).norm() < 0.9 * (sparse - exact).norm()
+
+
+def test_delta_correction_refuses_packed_sequences() -> None:
+    q, k, v = qkv(10)
+    with pytest.raises(ValueError, match="packed"):
+        DeltaCore(stride=2)(q, k, v, layout=Packed([4, 6]))
+
+
+def test_pairs_of_width_counts_a_window() -> None:
+    for n, width in itertools.product((1, 5, 12), (1, 3, 20)):
+        seen = [min(width, i + 1) for i in range(n)]
+        assert pairs_of_width(width, n) == sum(seen)
+        assert pairs_of_width(width, n, causal=False) == n * min(width, n)
