@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from foveate.patterns import Grid, causal, full, neighborhood, per_head, sinks, window
+from foveate.patterns import Grid, causal, full, neighborhood, per_head, random_blocks, sinks, window
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.flex import to_block_mask
 
@@ -37,8 +37,10 @@ def test_blocks_are_empty_full_or_partial_as_the_mask_is(case: Case, block_size:
     block_mask, mask = block_mask_of(case, block_size), dense_mask(case.resolved, case.scene)
     partial, full_blocks = listed(block_mask)
     assert not (partial & full_blocks).any()
-    whole, touched = (_spread(blocks, mask, block_size) for blocks in (full_blocks, partial | full_blocks))
-    assert mask[whole].all() and not mask[~touched].any()
+    whole, part = (_spread(blocks, mask, block_size) for blocks in (full_blocks, partial))
+    axes = zip(mask.shape, ((-1, 1, 1, 1), (-1, 1, 1), (-1, 1), (-1,)), strict=True)
+    seen = block_mask.mask_mod(*(torch.arange(size).view(shape) for size, shape in axes))
+    assert torch.equal(whole | part & seen, mask)
     assert block_mask.seq_lengths == (case.num_queries, case.num_keys)
 
 
@@ -47,7 +49,7 @@ def _spread(blocks: Tensor, mask: Tensor, block_size: int) -> Tensor:
     return pairs[:, :, : mask.shape[2], : mask.shape[3]].expand_as(mask)
 
 
-@pytest.mark.parametrize("case", CASES[::7], ids=repr)
+@pytest.mark.parametrize("case", CASES[::23], ids=repr)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_over_it_is_attention_over_the_mask(case: Case) -> None:
     resolved = case.resolved
@@ -67,7 +69,7 @@ def test_compiled_flex_attention_skips_blocks_rightly() -> None:
     for pattern, layout in (
         (window(50) & causal | sinks(4), None),
         (neighborhood(5), grid),
-        (per_head([full, causal]), None),
+        (per_head([full, causal & random_blocks(16, 0.5)]), None),
     ):
         q, k, v = torch.randn(3, 1, 2, 384, 16)
         out = torch.compile(flex_attention)(q, k, v, block_mask=to_block_mask(pattern, 384, layout=layout))
