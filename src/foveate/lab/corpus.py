@@ -110,9 +110,7 @@ def is_natural(text: str) -> bool:
     return letters > 0.4 and digits < 0.12 and max(map(len, lines)) < 1500 and len(text) / len(lines) < 120
 
 
-def collect(
-    sources: Iterable[Source] | None = None, *, max_bytes_per_source: int = 8_000_000
-) -> list[Document]:
+def collect(sources: Iterable[Source] | None = None, *, max_bytes_per_source: int = 8_000_000) -> list[Document]:
     """Every admissible file of the sources (default: the standard library and what is installed), once each.
 
     Of exact duplicates one is kept, a held-out one if there is any: nothing held out has a twin elsewhere.

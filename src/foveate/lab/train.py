@@ -49,7 +49,7 @@ def train(recipe: Recipe, out: Path, *, minutes: float | None = None, resume: bo
     out.mkdir(parents=True, exist_ok=True)
     _settle(recipe, out, resume)
     threads = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads)
+    torch.set_num_threads(1)  # a run has one thread a row instead
     try:
         if _go_on(Run(recipe, out, minutes or recipe.minutes)):
             export(out, out / "model")

@@ -26,18 +26,12 @@ def prepare(recipe: Recipe, out: Path) -> tuple[Any, np.ndarray]:
 
 
 def _build(recipe: Recipe, out: Path) -> None:
-    sources = [
-        s
-        for s in (corpus.cpython(), *corpus.installed())
-        if recipe.sources is None or s.name in recipe.sources
-    ]
+    sources = [s for s in (corpus.cpython(), *corpus.installed()) if recipe.sources is None or s.name in recipe.sources]
     documents = corpus.collect(sources, max_bytes_per_source=recipe.max_bytes_per_source)
     heldout = [doc for doc in documents if corpus.is_heldout(doc.path)]
     training = [doc for doc in documents if not corpus.is_heldout(doc.path)]
     (out / "heldout.txt").write_text("".join(f"{doc.path}\n" for doc in heldout), encoding="utf-8")
-    (out / "data.json").write_text(
-        json.dumps(_data_card(sources, training, heldout), indent=1), encoding="utf-8"
-    )
+    (out / "data.json").write_text(json.dumps(_data_card(sources, training, heldout), indent=1), encoding="utf-8")
     texts = corpus.join(training)
     tokenizer = train_tokenizer(texts, recipe.vocab)
     tokenizer.save_pretrained(out)

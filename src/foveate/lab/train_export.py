@@ -49,6 +49,17 @@ def _write_model(recipe: Recipe, weights: dict[str, torch.Tensor], run: Path, fo
     model.load_state_dict(weights)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    _write_for_older_readers(folder, recipe)
+
+
+def _write_for_older_readers(folder: Path, recipe: Recipe) -> None:
+    """Name what transformers 4 looks for under other names than transformers 5 writes."""
+    config, tokenizer = folder / "config.json", folder / "tokenizer_config.json"
+    write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"rope_theta": recipe.rope_theta})
+    written = json.loads(tokenizer.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    kept = {name: value for name, value in written.items() if name not in ("is_local", "local_files_only")}
+    write_json(tokenizer, kept)
 
 
 def evaluated_tokens(recipe: Recipe) -> int:

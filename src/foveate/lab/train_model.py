@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -46,6 +47,24 @@ def build_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return [muon, adam]
+
+
+def set_gradients(model: Any, batch: Tensor, *, bf16: bool, pool: Executor) -> float:
+    """Fill every `.grad` for tokens (B, N + 1); the mean next-token cross-entropy in nats comes back.
+
+    Each row is a task of the pool, so that a core that other work slows down holds up one row, not every
+    operation; gradients are added in the order of the rows, so the sum does not depend on which finished first.
+    """
+    parameters = list(model.parameters())
+    done = list(pool.map(lambda row: _row_gradients(model, row[None], parameters, bf16), batch))
+    for parameter, *gradients in zip(parameters, *(gradients for _, gradients in done), strict=True):
+        parameter.grad = torch.stack(gradients).mean(0)
+    return sum(loss for loss, _ in done) / len(batch)
+
+
+def _row_gradients(model: Any, row: Tensor, parameters: list[Tensor], bf16: bool) -> tuple[float, tuple[Tensor, ...]]:
+    loss = language_loss(model, row, bf16=bf16)
+    return loss.item(), torch.autograd.grad(loss, parameters)
 
 
 def language_loss(model: Any, batch: Tensor, *, bf16: bool) -> Tensor:

@@ -58,9 +58,9 @@ class Recipe:
         """What produced the weights that ship with Foveate: about 100 minutes on two shared CPU cores."""
         curriculum = (
             Phase(0.10, 512, 8, repeat=0.5),
-            Phase(0.45, 1024, 6, repeat=0.1),
-            Phase(0.85, 2048, 4),
-            Phase(0.95, 4096, 2),
+            Phase(0.40, 1024, 4, repeat=0.2),
+            Phase(0.62, 2048, 4, repeat=0.1),
+            Phase(0.86, 4096, 2, repeat=0.1),
             Phase(1.00, 8192, 1),
         )
         return cls(steps=20_000, minutes=100, phases=curriculum)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from foveate.lab.train_data import batch_at, prepare
 from foveate.lab.train_eval import bits_per_byte
-from foveate.lab.train_model import build_model, build_optimizers, language_loss
+from foveate.lab.train_model import build_model, build_optimizers, set_gradients
 from foveate.lab.train_recipe import Recipe
 from foveate.models.builtin import read_heldout
 
@@ -31,6 +32,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe, self.tokenizer)
         self.optimizers = build_optimizers(self.model, recipe)
+        self.pool = ThreadPoolExecutor(recipe.threads)
         self.step, self.seen, self.used = 0, 0, 0.0
         self.started = self.saved = time.monotonic()
         self.next_probe: float = FIRST_PROBE_SECONDS
@@ -49,13 +51,12 @@ class Run:
         progress = self.progress()
         phase = self.recipe.phase(progress)
         batch = batch_at(self.tokens, phase, self.recipe.seed, self.step)
-        loss = language_loss(self.model, batch, bf16=self.recipe.bf16)
-        loss.backward()
+        loss = set_gradients(self.model, batch, bf16=self.recipe.bf16, pool=self.pool)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self._update(self.recipe.rate(self.step, progress))
         self.step += 1
         self.seen += phase.batch * phase.context
-        return loss.item()
+        return loss
 
     def _update(self, rate: float) -> None:
         for optimizer in self.optimizers:
@@ -133,6 +134,4 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
 def read_log(out: Path) -> list[dict[str, float]]:
     """The rows of a run's log, none where it has not logged yet."""
     file = out / "log.jsonl"
-    return (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    )
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
