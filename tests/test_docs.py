@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from benchmarks.readme_table import filled
 
 from foveate.cli import app
 from foveate.lab import catalogue_page
@@ -61,6 +62,11 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_tables_of_the_readme_are_the_measured_ones() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert page == filled(page), "run: python -m benchmarks.readme_table"
 
 
 def test_the_catalogue_page_is_up_to_date() -> None:
