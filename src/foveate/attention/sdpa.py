@@ -14,7 +14,7 @@ from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Packed
 from foveate.patterns.sequence import causal, full
 
-SMALL = 2**18  # pairs per head up to which a dense mask is cheaper than gathering tiles
+SMALL = 2**20  # pairs per head below which a dense mask was measured cheaper than gathering tiles
 
 
 def refuse(call: Call) -> str | None:
@@ -31,7 +31,7 @@ def refuse(call: Call) -> str | None:
         return "it wants as many key heads as value heads"
     if any(not isinstance(bias, Dense) for bias in call.biases):
         return "it has dense biases only"
-    if _needs_mask(call) and call.num_queries * call.num_keys > SMALL:
+    if _needs_mask(call) and call.num_queries * call.num_keys >= SMALL:
         return f"{call.pattern} would cost it a dense {call.num_queries} x {call.num_keys} mask"
     return None
 
