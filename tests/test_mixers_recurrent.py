@@ -152,11 +152,31 @@ def test_a_packed_batch_is_its_documents(name: str) -> None:
     padding = torch.rand(2, 40) > 0.2
     padding[:, :4], padding[:, 37:] = True, True
     with_padding = [
-        mixer(piece, padding=real)
-        for piece, real in zip(x.split(lengths, 1), padding.split(lengths, 1), strict=True)
+        mixer(piece, padding=real) for piece, real in zip(x.split(lengths, 1), padding.split(lengths, 1), strict=True)
     ]
     assert_close(mixer(x, layout=Packed(lengths), padding=padding), torch.cat(with_padding, 1))
     assert mixer(x[:, :0], layout=Packed([0, 0])).shape == (2, 0, DIM)
+
+
+@every_row
+def test_a_hidden_token_neither_writes_nor_fades(name: str) -> None:
+    mixer = make(name, **({"conv": 0} if name == "gated_deltanet" else {}))
+    x, real = tokens(40, batch=1), torch.rand(1, 40) < 0.6
+    assert_close(mixer(x, padding=real)[real], mixer(x[real].unsqueeze(0))[0])
+
+
+@every_row
+def test_padding_may_even_be_nan(name: str) -> None:
+    mixer, x, real = make(name), tokens(40), torch.rand(2, 40) < 0.6
+    broken = x.masked_fill(~real.unsqueeze(-1), torch.nan)
+    assert_close(mixer(broken, padding=real), mixer(x, padding=real), rtol=0, atol=0)
+
+
+def test_padding_of_a_context_may_even_be_nan() -> None:
+    mixer, x, context = make("linear_transformer", causal=False), tokens(5), tokens(40)
+    real = torch.rand(2, 40) < 0.6
+    broken = context.masked_fill(~real.unsqueeze(-1), torch.nan)
+    assert_close(mixer(x, context=broken, padding=real), mixer(x, context=context, padding=real))
 
 
 @every_row

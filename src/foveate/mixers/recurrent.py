@@ -33,14 +33,12 @@ class Inputs:
         """These inputs with tokens outside ``real`` (B, M) neither writing to the state nor fading it."""
         hidden = ~real[:, None, :]  # (B, 1, M)
         k, v = (x.masked_fill(hidden.unsqueeze(-1), 0) for x in (self.k, self.v))
-        decay, beta = self.decay, self.beta
+        decay = self.decay
         if decay is not None:
             if decay.dim() == 1:
                 decay = decay[None, :, None].expand(real.shape[0], -1, real.shape[1])
             decay = decay.masked_fill(hidden if decay.dim() == 3 else hidden.unsqueeze(-1), 0)
-        if beta is not None:
-            beta = beta.masked_fill(hidden, 0)
-        return replace(self, k=k, v=v, decay=decay, beta=beta)
+        return replace(self, k=k, v=v, decay=decay)
 
 
 class Memory(NamedTuple):
@@ -115,9 +113,7 @@ class RecurrentMixer(Mixer):
         if not isinstance(layout, Packed) or x.shape[0] == 0:
             return self.read(x, x if context is None else context, None, padding)
         if context is not None:
-            raise ValueError(
-                f"{self.row.name} reads a context as a whole: it takes no packed layout beside it"
-            )
+            raise ValueError(f"{self.row.name} reads a context as a whole: it takes no packed layout beside it")
         lengths = layout.lengths * x.shape[0]  # the batch laid end to end is one longer pack
         flat = x.flatten(0, 1).unsqueeze(0)
         padding = None if padding is None else padding.reshape(1, -1)
@@ -132,9 +128,7 @@ class RecurrentMixer(Mixer):
             inputs = inputs.only(padding)
         return self.read_out(x, recur(**vars(inputs), lengths=lengths, causal=self.causal).out)
 
-    def project(
-        self, x: Tensor, context: Tensor, tails: tuple[Tensor, ...], lengths: Lengths = None
-    ) -> Projected:
+    def project(self, x: Tensor, context: Tensor, tails: tuple[Tensor, ...], lengths: Lengths = None) -> Projected:
         """Heads of queries, keys and values, and the tails of their convolutions."""
         flat = [self.to_q(x), self.to_k(context), self.to_v(context)]
         if self.convs:

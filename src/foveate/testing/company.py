@@ -13,9 +13,9 @@ LENGTHS = (37, 20, 1)
 
 
 def padding(subject: Subject) -> None:
-    """Sequences padded on either side with garbage come out as they do alone, padding as zeros."""
+    """Sequences padded with garbage come out as they do alone, padding as zeros; holes hide what is in them."""
     place = subject.places(LENGTHS[0])[0]
-    for side in ("right", "left"):
+    for side in ("right", "left", "inner"):
         real = real_tokens(place.length, side)
         x = subject.tokens(place.length, len(real)).masked_fill(~real.unsqueeze(-1), 0)
         dirty = (x + GARBAGE * torch.randn_like(x) * ~real.unsqueeze(-1)).requires_grad_()
@@ -26,7 +26,7 @@ def padding(subject: Subject) -> None:
         assert_same(f"outputs beside {side} padding full of garbage", out, clean)
         (gradient,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), dirty)
         assert_zero(f"gradient at {side} padding", gradient[~real])
-        if not subject.on_grids:
+        if side != "inner" and not subject.on_grids:
             for row, keep in enumerate(real):
                 alone = mixer(x[row : row + 1, keep])[0]
                 assert_same(f"{int(keep.sum())} tokens, padded on the {side}", out[row, keep], alone)
@@ -34,6 +34,8 @@ def padding(subject: Subject) -> None:
 
 def real_tokens(length: int, side: str) -> Tensor:
     """Boolean (3, N): True at the tokens that are not padding."""
+    if side == "inner":
+        return torch.rand(len(LENGTHS), length) < 0.7
     kept = torch.tensor([min(length, each) for each in LENGTHS]).unsqueeze(1)
     position = torch.arange(length)
     return position < kept if side == "right" else position >= length - kept
