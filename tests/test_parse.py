@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from pattern_examples import ON_SEQUENCES, STATIC
 from test_patterns import trees
 
-from foveate.patterns import Pattern, causal, key_padding, neighborhood, parse, per_head, sinks, window
+from foveate.patterns import Pattern, causal, key_padding, neighborhood, parse, per_head, sinks, topk_blocks, window
 
 
 @pytest.mark.parametrize("pattern", STATIC, ids=str)
@@ -35,6 +35,7 @@ def test_reads_what_people_write() -> None:
     assert parse("per_head([window(4), causal & ~sinks(1)])") == per_head([window(4), causal & ~sinks(1)])
     assert parse("neighborhood((3, 5), causal=(True, False))") == neighborhood((3, 5), causal=(True, False))
     assert parse("window(left=4, right=0)") == window(4, 0)
+    assert parse("topk_blocks(8, k=3) | window(4)") == topk_blocks(8, 3) | window(4)
 
 
 @pytest.mark.parametrize(
