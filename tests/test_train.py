@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,6 +31,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(Recipe.tiny(), tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A run's folder with its text already made into tokens."""
+    for name in ("tokens.npy", "tokenizer.json", "tokenizer_config.json", "heldout.txt", "data.json"):
+        shutil.copyfile(finished / name, tmp_path / name)
+    return tmp_path
+
+
 def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = Run.housekeeping
 
@@ -42,22 +51,22 @@ def kill_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_killed_and_resumed_run_gives_the_same_weights(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         kill_after(3, patch)
-        train(Recipe.tiny(), tmp_path)
-    assert read_checkpoint(tmp_path)["step"] == 3
-    assert not (tmp_path / "model").exists()
-    train(Recipe.tiny(), tmp_path)
-    whole, resumed = read_checkpoint(finished)["model"], read_checkpoint(tmp_path)["model"]
+        train(Recipe.tiny(), folder)
+    assert read_checkpoint(folder)["step"] == 3
+    assert not (folder / "model").exists()
+    train(Recipe.tiny(), folder)
+    whole, resumed = read_checkpoint(finished)["model"], read_checkpoint(folder)["model"]
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_training_lowers_the_loss(tmp_path: Path) -> None:
+def test_training_lowers_the_loss(folder: Path) -> None:
     recipe = replace(Recipe.tiny(), steps=60, phases=(Phase(1.0, 65, 4),))
-    losses = [row["loss"] for row in read_log(train(recipe, tmp_path)) if "loss" in row]
+    losses = [row["loss"] for row in read_log(train(recipe, folder)) if "loss" in row]
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -83,21 +92,21 @@ def test_another_recipe_does_not_take_over_a_run(finished: Path) -> None:
         train(replace(Recipe.tiny(), hidden=64), finished)
 
 
-def test_minutes_end_the_run_and_the_decay_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_end_the_run_and_the_decay_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     monkeypatch.setattr(train_run, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     recipe = replace(Recipe.tiny(), steps=1_000_000)
-    train(recipe, tmp_path, minutes=2.0)
-    state = read_checkpoint(tmp_path)
+    train(recipe, folder, minutes=2.0)
+    state = read_checkpoint(folder)
     assert 10 < state["step"] < 120
     rate = state["optimizers"][0]["param_groups"][0]["lr"]
     assert rate < 0.2 * recipe.muon_lr
     with pytest.raises(ValueError, match="minutes must be more than 0"):
-        train(recipe, tmp_path, minutes=0)
+        train(recipe, folder, minutes=0)
 
 
-def test_gradients_of_rows_add_up_to_those_of_the_batch(seed: int, tmp_path: Path) -> None:
-    run = Run(Recipe.tiny(), tmp_path, None)
+def test_gradients_of_rows_add_up_to_those_of_the_batch(seed: int, folder: Path) -> None:
+    run = Run(Recipe.tiny(), folder, None)
     batch = batch_at(run.tokens, Phase(1.0, 37, 5), seed, 0)
     with ThreadPoolExecutor(3) as pool:
         mean = set_gradients(run.model, batch, bf16=False, pool=pool)
@@ -166,11 +175,11 @@ def test_a_window_mask_shows_each_token_itself_and_those_just_before() -> None:
     assert seen == [list(range(max(0, i - window + 1), i + 1)) for i in range(length)]
 
 
-def test_a_log_forgets_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
-    run = Run(Recipe.tiny(), tmp_path, None)
+def test_a_log_forgets_what_the_checkpoint_does_not_know(folder: Path) -> None:
+    run = Run(Recipe.tiny(), folder, None)
     run.save()
     run.step = 10
     run.log(loss=1.0)
-    Run(Recipe.tiny(), tmp_path, None).load()
-    assert read_log(tmp_path) == []
-    assert json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))["files"] > 0
+    Run(Recipe.tiny(), folder, None).load()
+    assert read_log(folder) == []
+    assert json.loads((folder / "data.json").read_text(encoding="utf-8"))["files"] > 0
