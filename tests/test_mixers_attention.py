@@ -284,15 +284,16 @@ def test_the_search_finds_the_pattern_that_was_planted() -> None:
 @pytest.mark.parametrize(("n", "m"), [(30, 30), (11, 30)])
 def test_delta_attention_is_its_formula(stride: int, n: int, m: int) -> None:
     q, k, v = qkv(n, m)
-    slopes = heads(4)
+    slopes, dense = heads(4), heads(4, n, m)
     base = streaming_core(sinks=1, window=4)
-    got = DeltaCore(base, stride)(q, k, v, within=causal, bias=alibi(slopes))
-    sparse = attend(q, k, v, base.pattern & causal, bias=alibi(slopes), impl="reference")
-    exact = attend(q, k, v, causal, bias=alibi(slopes), impl="reference")
-    nearest = torch.arange(n) // stride * stride
-    agree(got, sparse + (exact - sparse)[:, :, nearest], q, k, v, slopes)
-    if stride == 1:
-        torch.testing.assert_close(got, exact)
+    for bias in (alibi(slopes), dense):
+        got = DeltaCore(base, stride)(q, k, v, within=causal, bias=bias)
+        sparse = attend(q, k, v, base.pattern & causal, bias=bias, impl="reference")
+        exact = attend(q, k, v, causal, bias=bias, impl="reference")
+        nearest = torch.arange(n) // stride * stride
+        agree(got, sparse + (exact - sparse)[:, :, nearest], q, k, v, slopes, dense)
+        if stride == 1:
+            torch.testing.assert_close(got, exact)
 
 
 def test_delta_correction_brings_sparse_attention_nearer_to_full() -> None:

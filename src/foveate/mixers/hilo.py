@@ -25,7 +25,7 @@ def window_means(x: Tensor, dims: tuple[int, ...], window: int) -> Tensor:
     tensor([0.5000, 2.0000])
     """
     image = x.transpose(1, 2).unflatten(2, dims)
-    means = POOLS[len(dims)](image, window, stride=window, ceil_mode=True, count_include_pad=False)
+    means = POOLS[len(dims)](image, window, stride=window, ceil_mode=True)
     return means.flatten(2).transpose(1, 2)
 
 
