@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from foveate.mixers.attention import AttentionMixer, visible_pairs
 from foveate.mixers.core import PatternCore, joined
 from foveate.mixers.registry import Paper, register
-from foveate.mixers.sparse import pairs_of_width
+from foveate.mixers.sparse import JUMPS, pairs_of_width
 from foveate.mixers.window import recent
 from foveate.patterns import Pattern, causal, per_head, sinks
 from foveate.patterns.compound import PerHead
@@ -86,7 +86,7 @@ class VerticalSlash(AttentionMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"vertical": 4, "slash": 5, "last": 6}
     full_budget: ClassVar[dict[str, Any] | None] = {"vertical": 1 << 20}
-    exempt: ClassVar[dict[str, str]] = {"causality": AHEAD}
+    exempt: ClassVar[dict[str, str]] = {"causality": AHEAD, **JUMPS}
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class BlockSparse(AttentionMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"block": 4, "k": 3}
     full_budget: ClassVar[dict[str, Any] | None] = {"k": 1 << 20}
-    exempt: ClassVar[dict[str, str]] = {"causality": AHEAD}
+    exempt: ClassVar[dict[str, str]] = {"causality": AHEAD, **JUMPS}
 
     def __init__(self, dim: int, heads: int = 8, *, block: int = 64, k: int = 16, **options: Any) -> None:
         super().__init__(dim, heads, core=block_sparse_core(block=block, k=k), **options)
@@ -179,7 +179,7 @@ class MInference(AttentionMixer):
         },
     }
     full_budget: ClassVar[dict[str, Any] | None] = {"patterns": {"vertical_slash": vertical_slash(1 << 20, 1)}}
-    exempt: ClassVar[dict[str, str]] = {"causality": AHEAD}
+    exempt: ClassVar[dict[str, str]] = {"causality": AHEAD, **JUMPS}
 
     def __init__(
         self,

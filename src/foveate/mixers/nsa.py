@@ -12,7 +12,7 @@ from foveate.attention.partial import sum_of
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
 from foveate.mixers.nsa_branches import BlockSelector, Compressor, Finished, num_blocks
 from foveate.mixers.registry import Paper, register
-from foveate.mixers.sparse import pairs_of_width
+from foveate.mixers.sparse import JUMPS, pairs_of_width
 from foveate.mixers.window import recent
 from foveate.patterns import Layout
 
@@ -68,7 +68,10 @@ class NSA(Mixer):
         "window": 5,
         "hidden": 8,
     }
-    exempt: ClassVar[dict[str, str]] = {"shared keys": "the heads of a group choose their blocks together"}
+    exempt: ClassVar[dict[str, str]] = {
+        "shared keys": "the heads of a group choose their blocks together",
+        **JUMPS,
+    }
 
     def __init__(
         self,

@@ -12,6 +12,8 @@ from foveate.patterns import power_of_two
 from foveate.patterns import sinks as earliest
 from foveate.patterns.dynamic import topk_blocks
 
+JUMPS = {"differences": "outputs jump where a small move changes which keys are chosen"}
+
 
 def power_core(*, window: int = 256, block: int = 64, sinks: int = 4) -> PatternCore:
     """The last ``window`` keys, the first ``sinks``, and blocks of keys at distances of 1, 2, 4, ... blocks.
@@ -77,6 +79,7 @@ class MoBA(AttentionMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"block": 5, "k": 2}
     full_budget: ClassVar[dict[str, Any] | None] = {"k": 1 << 20}
+    exempt: ClassVar[dict[str, str]] = JUMPS
 
     def __init__(
         self,
