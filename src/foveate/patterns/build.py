@@ -164,9 +164,7 @@ def _descend(pattern: Pattern, q_levels: list[Pyramid], k_levels: list[Pyramid])
     q_levels, k_levels = q_levels[:depth], k_levels[:depth]
     device = q_levels[0].position[0].device
     counts = (pattern.batches, pattern.heads, q_levels[-1].size, k_levels[-1].size)
-    open_pairs = Pairs(
-        *torch.cartesian_prod(*(torch.arange(n, device=device) for n in counts)).view(-1, 4).unbind(1)
-    )
+    open_pairs = Pairs(*torch.cartesian_prod(*(torch.arange(n, device=device) for n in counts)).view(-1, 4).unbind(1))
     full: list[Pairs] = []
     for level in reversed(range(depth)):
         some, every = pattern.bounds(_boxes(open_pairs, q_levels[level], k_levels[level]))
@@ -191,9 +189,7 @@ def _split(pairs: Pairs, q_levels: list[Pyramid], k_levels: list[Pyramid], level
 class _Masks:
     """Evaluates the masks of tiles, each distinct one once, and sorts sparse ones out into columns."""
 
-    def __init__(
-        self, pattern: Pattern, q_slots: Tensor, k_slots: Tensor, offset: int, *, alike: bool
-    ) -> None:
+    def __init__(self, pattern: Pattern, q_slots: Tensor, k_slots: Tensor, offset: int, *, alike: bool) -> None:
         self.pattern, self.q_slots, self.k_slots = pattern, q_slots, k_slots
         self.offset, self.alike = offset, alike
         self.tile = q_slots.shape[1]
@@ -231,9 +227,7 @@ class _Masks:
         return first.scatter_reduce(0, number, order, "amin"), number
 
     def _packed(self, pairs: Pairs) -> Tensor:
-        chunks = [
-            self._evaluate(Pairs(*chunk)) for chunk in zip(*(p.split(BATCH) for p in pairs), strict=True)
-        ]
+        chunks = [self._evaluate(Pairs(*chunk)) for chunk in zip(*(p.split(BATCH) for p in pairs), strict=True)]
         empty = torch.empty(0, self.tile, self.tile // 8, dtype=torch.uint8, device=pairs.q.device)
         return torch.cat([empty, *chunks])
 

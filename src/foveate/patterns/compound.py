@@ -22,9 +22,7 @@ class Compound(Pattern):
         for name in ("batches", "heads"):
             counts = {getattr(part, name) for part in parts} - {1}
             if len(counts) > 1:
-                raise ValueError(
-                    f"{self.text} joins patterns for different numbers of {name}: {sorted(counts)}"
-                )
+                raise ValueError(f"{self.text} joins patterns for different numbers of {name}: {sorted(counts)}")
 
     def _write(self) -> str:
         raise NotImplementedError

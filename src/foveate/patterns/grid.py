@@ -53,9 +53,7 @@ class OnGrid(Pattern):
         """By rule along each axis; where a tile wraps round a row, only the first axis may be shifted."""
         grid, rules = self.placed()
         straight = _is_box(grid, boxes)
-        starts = zip(
-            grid.coordinates(boxes.position.q_lo), grid.coordinates(boxes.position.k_lo), strict=True
-        )
+        starts = zip(grid.coordinates(boxes.position.q_lo), grid.coordinates(boxes.position.k_lo), strict=True)
         signatures = [straight.long()]
         for axis, (rule, (q, k)) in enumerate(zip(rules, starts, strict=True)):
             own = rule.signature(q, k, boxes.axes[axis])
@@ -203,9 +201,7 @@ class Strips(OnGrid):
 
     def rules(self, dims: tuple[int, ...]) -> tuple[AxisRule, ...]:
         if self.axis >= len(dims):
-            raise ValueError(
-                f"{self} names axis {self.axis}, but {Grid(*dims)} has axes 0 to {len(dims) - 1}"
-            )
+            raise ValueError(f"{self} names axis {self.axis}, but {Grid(*dims)} has axes 0 to {len(dims) - 1}")
         return tuple(SameRegion(self.width, 0) if axis == self.axis else Whole() for axis in range(len(dims)))
 
 

@@ -40,9 +40,7 @@ class Layout:
     def check(self, num_keys: int) -> None:
         """Refuse a call whose number of keys is not this layout's number of tokens."""
         if self.length is not None and self.length != num_keys:
-            raise ValueError(
-                f"{self} has {self.length} tokens, but k has {num_keys}: pass the layout of the keys"
-            )
+            raise ValueError(f"{self} has {self.length} tokens, but k has {num_keys}: pass the layout of the keys")
 
 
 @dataclass(frozen=True)

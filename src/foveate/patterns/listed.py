@@ -103,9 +103,7 @@ class RandomBlocks(Pattern):
 
     def drawn(self, q_block: Tensor, k_block: Tensor) -> Tensor:
         """A coin per pair of blocks, the same whatever the lengths are."""
-        code = mix_hash(
-            q_block + torch.zeros_like(k_block), torch.full_like(q_block + k_block, self.seed), k_block
-        )
+        code = mix_hash(q_block + torch.zeros_like(k_block), torch.full_like(q_block + k_block, self.seed), k_block)
         return (code >> 11 & 0xFFFFFFFF).double() / 2**32 < self.density
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
@@ -153,9 +151,7 @@ class KeyPadding(Pattern):
 
     def resolve(self, scene: Scene) -> Pattern:
         if self.marked.shape[-1] != scene.num_keys:
-            raise ValueError(
-                f"key_padding marks {self.marked.shape[-1]} keys, but there are {scene.num_keys}"
-            )
+            raise ValueError(f"key_padding marks {self.marked.shape[-1]} keys, but there are {scene.num_keys}")
         return self
 
     def rows(self, batch: Index, head: Index) -> tuple[Index, Index]:
@@ -183,7 +179,5 @@ def key_padding(mask: Tensor) -> Pattern:
             [1, 1, 0]], dtype=torch.int32)
     """
     if mask.dim() not in (2, 3) or mask.dtype != torch.bool:
-        raise ValueError(
-            f"key_padding takes a boolean (B, M) or (B, H, M) mask; got {mask.dtype} {tuple(mask.shape)}"
-        )
+        raise ValueError(f"key_padding takes a boolean (B, M) or (B, H, M) mask; got {mask.dtype} {tuple(mask.shape)}")
     return KeyPadding(mask if mask.dim() == 3 else mask.unsqueeze(1))

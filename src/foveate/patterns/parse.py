@@ -111,9 +111,7 @@ def _argument(node: ast.AST, held: Iterator[Tensor]) -> Any:
     if isinstance(node, ast.Constant) and node.value is ...:
         return _held(held)
     if isinstance(node, ast.Constant):
-        raise ValueError(
-            f"{_shown(node)} cannot be written in a text: only numbers, flags, lists and patterns"
-        )
+        raise ValueError(f"{_shown(node)} cannot be written in a text: only numbers, flags, lists and patterns")
     return _pattern(node, held)
 
 

@@ -15,15 +15,12 @@ def is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def per_axis(
-    pattern: str, name: str, value: int | tuple[int, ...], *, least: int = 1
-) -> int | tuple[int, ...]:
+def per_axis(pattern: str, name: str, value: int | tuple[int, ...], *, least: int = 1) -> int | tuple[int, ...]:
     """A checked setting of whole numbers."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not 1 <= len(values) <= 3 or not all(is_whole(one, least) for one in values):
         raise ValueError(
-            f"{pattern} takes a whole {name} of at least {least}, or one for each of up to three axes;"
-            f" got {value!r}"
+            f"{pattern} takes a whole {name} of at least {least}, or one for each of up to three axes; got {value!r}"
         )
     return values if isinstance(value, (list, tuple)) else value
 
@@ -50,9 +47,7 @@ def pairs(first: int | tuple[int, ...], second: int | tuple[int, ...]) -> list[t
     return list(zip(*columns, strict=True))
 
 
-def spread(
-    pattern: Pattern, setting: Setting | tuple[Setting, ...], dims: tuple[int, ...]
-) -> tuple[Setting, ...]:
+def spread(pattern: Pattern, setting: Setting | tuple[Setting, ...], dims: tuple[int, ...]) -> tuple[Setting, ...]:
     """A setting for each axis of a grid."""
     if not isinstance(setting, tuple):
         return (setting,) * len(dims)

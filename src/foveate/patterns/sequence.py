@@ -92,9 +92,7 @@ def window(left: int, right: int | None = None) -> Pattern:
     """
     right = left if right is None else right
     if not (is_count(left) and is_count(right)) or left == right == 0:
-        raise ValueError(
-            f"window(left, right) takes whole distances >= 0, not both 0; got ({left!r}, {right!r})"
-        )
+        raise ValueError(f"window(left, right) takes whole distances >= 0, not both 0; got ({left!r}, {right!r})")
     return Window(left, right)
 
 
