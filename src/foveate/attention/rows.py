@@ -157,7 +157,7 @@ class Slotted:
     def into(self, x: Tensor) -> Tensor:
         """In slot order, padded to whole tiles; empty slots hold zeros."""
         if self.slots is not None:
-            return x[:, :, self.slots.clamp_min(0)] * (self.slots >= 0).view(-1, 1).to(x.dtype)
+            return x[:, :, self.slots.clamp_min(0)].masked_fill((self.slots < 0).view(-1, 1), 0)
         return torch.nn.functional.pad(x, (0, 0, 0, self.padding)) if self.padding else x
 
     def back(self, x: Tensor) -> Tensor:
