@@ -29,13 +29,13 @@ def commands(page: Path) -> list[str]:
     """Lines that call foveate, without what a shell does with the output."""
     text = page.read_text(encoding="utf-8")
     lines = re.findall(r"^ {0,2}foveate (.+)$", text, re.MULTILINE)
-    return [re.split(r" {3,}| \| ", line.strip())[0] for line in lines]
+    return [re.split(r" {3,}| \| jq", line.strip())[0] for line in lines]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     script = "\n".join(blocks(page, "python"))
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True
     )
