@@ -177,9 +177,12 @@ def test_resume_measures_only_what_is_missing(
     first = compare(model, text, mechanisms=["window(5)"], out=tmp_path, **QUICK)
     measured: list[str] = []
     original = job.Job._entry
-    monkeypatch.setattr(
-        job.Job, "_entry", lambda self, about, *rest: measured.append(about.name) or original(self, about, *rest)
-    )
+
+    def noted(self: job.Job, about: Any, *rest: Any) -> Any:
+        measured.append(about.name)
+        return original(self, about, *rest)
+
+    monkeypatch.setattr(job.Job, "_entry", noted)
     second = compare(model, text, mechanisms=["window(5)", "window(9)"], out=tmp_path, resume=True, **QUICK)
     assert measured == ["window(9)"]
     assert second.entries[0] == first.entries[0] and second.exact == first.exact
@@ -277,19 +280,18 @@ def test_the_fastest_mechanism_within_the_loss_is_recommended() -> None:
 
 
 def test_times_are_compared_by_turns() -> None:
-    def wait() -> None:
-        time.sleep(0.02 if slow else 0.005)
+    entered: list[str] = []
 
     class Slow(nullcontext[None]):
         def __enter__(self) -> None:
-            nonlocal slow
-            slow = True
+            entered.append("slow")
 
         def __exit__(self, *exception: object) -> None:
-            nonlocal slow
-            slow = False
+            entered.append("out")
 
-    slow = False
+    def wait() -> None:
+        time.sleep(0.02 if entered and entered[-1] == "slow" else 0.005)
+
     timing = compare_times(7, nullcontext, Slow, wait, repeats=3)
     assert timing.seconds.median >= 0.02 and 0.005 <= timing.exact_seconds.median < 0.02
     assert timing.speedup.median < 1 and timing.speedup.repeats == 3

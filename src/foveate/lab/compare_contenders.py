@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,9 +67,9 @@ def _checked(text: str, core: Core, heads: int, row: registry.Row | None) -> Can
 
 
 def _about(text: str, core: Core, row: registry.Row | None) -> Contender:
-    snippet = f"from foveate.adapt import use\n\nuse(model, {text!r})"
+    snippet = f"from foveate.adapt import use\n\nuse(model, {json.dumps(text)})"
     note = AHEAD if core.pattern.chooses_ahead else ""
     if row is None:
         return Contender(text, str(core.pattern), snippet, note, family="pattern")
-    paper = f"{row.paper.authors}. {row.paper.title}"
+    paper = f"{row.paper.authors.rstrip('.')}. {row.paper.title}"
     return Contender(text, str(core.pattern), snippet, note, row.family, paper, row.paper.url, row.formula)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from foveate.lab.results import Entry, Recommendation
+from foveate.lab.results_words import percent, round_percent
 
 
 def recommend(entries: list[Entry], max_loss: float) -> Recommendation:
@@ -17,8 +18,8 @@ def recommend(entries: list[Entry], max_loss: float) -> Recommendation:
     best = max(faster, key=lambda entry: entry.speedup.median)
     return Recommendation(
         best.name,
-        f"{best.speedup.median:.2f} times as fast as exact attention, for at most "
-        f"{max(best.quality.change_high, 0):.2%} more bits per byte ({max_loss:.2%} allowed)",
+        f"{best.speedup.median:.2f} times as fast as exact attention, and at most "
+        f"{percent(max(best.quality.change_high, 0))} more bits per byte ({round_percent(max_loss)} allowed)",
     )
 
 
@@ -26,5 +27,5 @@ def _why_none(entries: list[Entry], good: list[Entry], max_loss: float) -> str:
     if not entries:
         return "no other mechanism was measured"
     if not good:
-        return f"every mechanism may cost more than {max_loss:.2%} of the bits per byte"
-    return f"no mechanism that surely costs at most {max_loss:.2%} of the bits per byte is surely faster"
+        return f"every mechanism may cost more than {round_percent(max_loss)} of the bits per byte"
+    return f"no mechanism that surely costs at most {round_percent(max_loss)} of the bits per byte is surely faster"

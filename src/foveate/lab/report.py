@@ -1,10 +1,155 @@
-"""report.html"""
+"""The report: one HTML file that needs nothing else."""
 
+from __future__ import annotations
+
+from importlib import resources
+from itertools import groupby
 from pathlib import Path
 
-from foveate.lab.results import Results
+from foveate.lab import machine
+from foveate.lab.report_markup import Markup, join, tag
+from foveate.lab.report_plots import in_two_widths, quality_plot, time_plot
+from foveate.lab.report_rows import code_name, figures_table, masks, mechanisms, symbols
+from foveate.lab.results import Entry, Refusal, Results, write_whole
+from foveate.lab.results_words import count, percent, round_percent, seconds, size
+
+FILE = "report.html"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
-def write(results: Results, out: Path) -> Path:
-    (out / "report.html").write_text("")
-    return out
+def write(results: Results, folder: Path) -> Path:
+    """Write ``report.html`` and say where it is."""
+    return write_whole(folder / FILE, page(results))
+
+
+def page(results: Results) -> str:
+    """The whole report as HTML."""
+    title = f"Attention for {results.about['model']['name']} at {results.settings['length']:,} tokens"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("link", rel="icon", href="data:,"),
+        tag("style", _asset("report.css")),
+    )
+    sections = (_verdict, _quality, figures_table, _times, masks, mechanisms, _how)
+    body = tag(
+        "body", tag("main", _header(results, title), *(section(results) for section in sections)), symbols(results)
+    )
+    script = tag("script", _asset("report.js"))
+    return f"<!doctype html>\n{tag('html', head, body, script, lang='en')}\n"
+
+
+def _asset(name: str) -> Markup:
+    return Markup(resources.files("foveate.lab").joinpath("assets", name).read_text(encoding="utf-8"))
+
+
+def _header(results: Results, title: str) -> Markup:
+    model, text = results.about["model"], results.about["text"]
+    facts = (
+        f"{model['architecture']}, {count(model['parameters'])} parameters, {model['layers']} layers of "
+        f"{model['heads']} heads; {results.settings['windows']} windows of {text['source']}"
+    )
+    return tag(
+        "header",
+        tag("p", "foveate compare", class_="brand"),
+        tag("h1", title),
+        tag("p", facts, class_="facts"),
+        tag("p", machine.in_words(results.machine), class_="facts"),
+    )
+
+
+def _verdict(results: Results) -> Markup:
+    advice = results.recommendation
+    entry = results.entry(advice.name) if advice else None
+    stopped = "Stopped early: the figures are those of the mechanisms measured so far."
+    return tag(
+        "section",
+        tag("p", stopped, class_="stopped") if results.interrupted else None,
+        tag("h2", "Take ", code_name(entry)) if entry else tag("h2", "Keep exact attention"),
+        tag("p", _sentence(advice.reason)) if advice and not entry else None,
+        _stats(results, entry) if entry else None,
+        tag("pre", tag("code", entry.contender.snippet)) if entry else None,
+        class_="verdict",
+    )
+
+
+def _stats(results: Results, entry: Entry) -> Markup:
+    """The recommended mechanism in four figures."""
+    exact, quality, looked = results.exact, entry.quality, entry.looked
+    most, allowed = percent(quality.change_high, sign=True), round_percent(results.settings["max_loss"], sign=True)
+    figures = (
+        (
+            f"{entry.speedup.median:.2f}×",
+            f"as fast: {seconds(entry.seconds.median)}, not {seconds(exact.seconds.median)}",
+        ),
+        (percent(quality.change, sign=True), f"bits per byte; at most {most} (95 %), {allowed} allowed"),
+        (percent(looked.visible), f"of the pairs, with {percent(looked.mass)} of exact attention's weight"),
+        (size(entry.memory.peak_bytes), f"of memory at the peak, not {size(exact.memory.peak_bytes)}"),
+    )
+    return tag("ul", *(tag("li", tag("strong", figure), tag("span", said)) for figure, said in figures), class_="stats")
+
+
+def _sentence(said: str) -> str:
+    return f"{said[:1].upper()}{said[1:]}."
+
+
+def _quality(results: Results) -> Markup:
+    return _figure(
+        "Quality against speed",
+        in_two_widths(quality_plot, results),
+        "Up and to the right is better. The line joins what nothing else beats in both; bars are the 95 % interval of "
+        "the loss and the quartiles of the speed-up.",
+    )
+
+
+def _times(results: Results) -> Markup:
+    return _figure(
+        "Time against length",
+        in_two_widths(time_plot, results),
+        "Median time of a prefill, keys and values kept, without logits. Both axes are logarithmic.",
+    )
+
+
+def _figure(title: str, plot: Markup, caption: str) -> Markup:
+    return tag("section", tag("h2", title), tag("figure", plot, tag("figcaption", caption)))
+
+
+def _how(results: Results) -> Markup:
+    settings, model, text = results.settings, results.about["model"], results.about["text"]
+    facts = [
+        ("Model", f"{model['name']}, {model['dtype']}; exact attention is its own ({model['exact_attention']})"),
+        ("Text", f"{text['source']}: {settings['windows']} windows of {settings['length']:,} tokens, "
+                 f"{text['bytes']:,} bytes"),
+        ("Bits per byte", "Cost of predicting every token of the windows, over the bytes of their text. The interval "
+                          "is a bootstrap over chunks of consecutive tokens, each paired with exact attention's."),
+        ("Same top-1", "How often the likeliest next token is the one under exact attention."),
+        ("Mass kept", "Share of exact attention's weights that fall on pairs the mechanism looks at, over all "
+                      "queries, heads and layers, while the model attends exactly."),
+        ("Pairs seen", "Pairs the mechanism looks at, over the pairs that exact attention computes."),
+        ("Time", f"Median of {settings['repeats']} prefills after a warm-up, by turns with exact attention in one "
+                 "process. The speed-up is the median over pairs of neighbours in time, with quartiles."),
+        ("Noise", f"Exact attention timed against itself: {results.exact.speedup.low:.2f} to "
+                  f"{results.exact.speedup.high:.2f} times as fast."),
+        ("Peak memory", f"Beyond what was there before, in one prefill: {results.exact.memory.how}."),
+        ("Machine", machine.in_words(results.machine) + f", {results.machine.get('threads')} threads"),
+        ("Made", f"{results.created}, Foveate {results.foveate}, seed {settings['seed']}"),
+        *(("Note", _sentence(note)) for note in results.notes),
+    ]  # fmt: skip
+    listed = [join(tag("dt", name), tag("dd", said)) for name, said in facts]
+    return tag("section", tag("h2", "How it was measured"), tag("dl", *listed), _refused(results.refused))
+
+
+def _refused(refused: list[Refusal]) -> Markup | None:
+    """Mechanisms that were not measured, by reason."""
+    if not refused:
+        return None
+    by_reason = groupby(sorted(refused, key=lambda r: (r.reason, r.name)), key=lambda r: r.reason)
+    groups = [
+        tag("li", _sentence(reason), " ", *(join(tag("code", one.name), " ") for one in group))
+        for reason, group in by_reason
+    ]
+    return tag("details", tag("summary", f"Not measured: {len(refused)}"), tag("ul", *groups))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from foveate.lab.results import Entry, Results
+from foveate.lab.results_words import percent, seconds, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,35 +53,12 @@ def row(entry: Entry, *, exact: bool = False) -> list[str]:
         seconds(entry.seconds.median),
         size(entry.memory.peak_bytes),
         f"{quality.bits_per_byte:.4f}",
-        "" if exact else f"{quality.change:+.2%}",
-        "" if exact else f"{quality.change_high:+.2%}",
-        f"{quality.agreement:.1%}",
-        f"{looked.mass:.0%}",
-        f"{looked.visible:.0%}",
+        "" if exact else percent(quality.change, sign=True),
+        "" if exact else percent(quality.change_high, sign=True),
+        percent(quality.agreement),
+        percent(looked.mass),
+        percent(looked.visible),
     ]
-
-
-def seconds(value: float) -> str:
-    """A time to three digits, in the unit that suits it.
-
-    >>> seconds(0.01234), seconds(12.34)
-    ('12.3 ms', '12.3 s')
-    """
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def size(value: int | None) -> str:
-    """A size in bytes to three digits.
-
-    >>> size(1_234_567), size(None)
-    ('1.23 MB', '-')
-    """
-    if value is None:
-        return "-"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value} B"
 
 
 def _caption(results: Results) -> str:
