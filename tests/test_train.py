@@ -128,6 +128,20 @@ def test_recipes_survive_json_and_reach_every_phase() -> None:
         assert max(rates) == 1.0 and rates[-1] == pytest.approx(0.01) and min(rates) > 0
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"phases": (Phase(0.5, 37, 3),)}, "up to 1.0"),
+        ({"phases": (Phase(1.0, 512, 3),)}, "context of as many"),
+        ({"heads": 3}, "must divide hidden"),
+        ({"sources": ("numpy",)}, "name 'cpython' too"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        replace(Recipe.tiny(), **change)
+
+
 def test_batches_depend_on_seed_and_step_alone(seed: int) -> None:
     tokens = torch.arange(1000).to(torch.uint16).numpy()
     phase = Phase(1.0, 37, 5, repeat=0.5)

@@ -16,9 +16,14 @@ def bits_per_byte(model: Any, tokenizer: Any, text: str, *, context: int, window
     With `window`, each token sees itself and the `window - 1` tokens before it.
     """
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
-    pieces = ids[: len(ids) // context * context].view(-1, context)  # (pieces, context)
-    if not len(pieces):
+    if len(ids) < context:
         raise ValueError(f"a context of {context} tokens needs a longer text: this one has {len(ids)} tokens")
+    return bits_per_byte_of(ids, model, tokenizer, context=context, window=window)
+
+
+def bits_per_byte_of(ids: Tensor, model: Any, tokenizer: Any, *, context: int, window: int | None = None) -> float:
+    """The same for tokens (N,) int64."""
+    pieces = ids[: len(ids) // context * context].view(-1, context)  # (pieces, context)
     bits = sum(token_bits(model, piece, window=window).sum().item() for piece in pieces)
     size = sum(len(tokenizer.decode(piece[1:]).encode()) for piece in pieces)
     return bits / size

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foveate.lab.train_card import draw, write_card
 from foveate.lab.train_data import load_tokenizer
-from foveate.lab.train_eval import bits_per_byte
+from foveate.lab.train_eval import bits_per_byte_of
 from foveate.lab.train_model import build_model
 from foveate.lab.train_recipe import Recipe
 from foveate.lab.train_run import read_checkpoint, read_log
@@ -21,6 +22,8 @@ from foveate.models.builtin import read_heldout
 
 CONTEXTS = (1024, 4096, 8192)
 WINDOWS = (128, 512)
+EVALUATED_PIECES, EVALUATE_ONE_IN = 4, 4
+MOST_BYTES_A_TOKEN = 4
 
 
 def export(run: Path, folder: Path) -> Path:
@@ -34,7 +37,7 @@ def export(run: Path, folder: Path) -> Path:
     log = read_log(run)
     write_json(folder / "training_log.json", log)
     facts = {"steps": state["step"], "tokens": state["seen"], "minutes": round(state["used"] / 60, 1)}
-    facts |= {"machine": machine(), "evaluated_tokens": evaluated_tokens(recipe)}
+    facts |= {"machine": machine(), "evaluated_tokens": EVALUATED_PIECES * recipe.context}
     facts |= {"heldout": evaluate(folder, recipe)}
     write_json(folder / "evaluation.json", facts)
     draw(log, folder / "training.svg")
@@ -62,29 +65,30 @@ def _write_for_older_readers(folder: Path, recipe: Recipe) -> None:
     write_json(tokenizer, kept)
 
 
-def evaluated_tokens(recipe: Recipe) -> int:
-    return 8 * recipe.context
-
-
 def evaluate(folder: Path, recipe: Recipe) -> list[dict[str, float]]:
     """Bits per byte of the written model: one row per context, with full attention and with windows."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(folder)
-    names = (folder / "heldout.txt").read_text(encoding="utf-8").splitlines()
-    total = evaluated_tokens(recipe)
-    ids = tokenizer(read_heldout(names, 6 * total), verbose=False).input_ids[:total]
-    text = tokenizer.decode(ids)
+    ids = _some_of_the_heldout_tokens(folder, tokenizer, recipe.context)
     contexts = [length for length in CONTEXTS if length <= recipe.context] or [recipe.context]
-    return [_evaluate_at(length, model, tokenizer, text) for length in contexts]
+    return [_evaluate_at(length, model, tokenizer, ids) for length in contexts]
 
 
-def _evaluate_at(context: int, model: Any, tokenizer: Any, text: str) -> dict[str, float]:
+def _some_of_the_heldout_tokens(folder: Path, tokenizer: Any, context: int) -> Tensor:
+    """Pieces of the longest context, far enough apart to come from several files: (N,) int64."""
+    names = (folder / "heldout.txt").read_text(encoding="utf-8").splitlines()
+    num_tokens = EVALUATED_PIECES * EVALUATE_ONE_IN * context
+    ids = tokenizer(read_heldout(names, MOST_BYTES_A_TOKEN * num_tokens), verbose=False).input_ids
+    return torch.tensor(ids[:num_tokens]).view(-1, context)[::EVALUATE_ONE_IN].flatten()
+
+
+def _evaluate_at(context: int, model: Any, tokenizer: Any, ids: Tensor) -> dict[str, float]:
     row: dict[str, float] = {"context": context}
-    row["full"] = round(bits_per_byte(model, tokenizer, text, context=context), 4)
+    row["full"] = round(bits_per_byte_of(ids, model, tokenizer, context=context), 4)
     for window in WINDOWS:
-        bits = bits_per_byte(model, tokenizer, text, context=context, window=window)
+        bits = bits_per_byte_of(ids, model, tokenizer, context=context, window=window)
         row[f"window_{window}"] = round(bits, 4)
     return row
 

@@ -53,6 +53,19 @@ class Recipe:
     sources: tuple[str, ...] | None = None
     phases: tuple[Phase, ...] = (Phase(1.0, 1024, 8),)
 
+    def __post_init__(self) -> None:
+        ends = [phase.until for phase in self.phases]
+        if not ends or ends != sorted(ends) or ends[-1] != 1.0:
+            raise ValueError(f"phases must follow each other up to 1.0, got ends at {ends}")
+        longest = max(phase.context for phase in self.phases)
+        if longest > self.context:
+            raise ValueError(f"a phase of {longest} tokens needs a context of as many, got context={self.context}")
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            sizes = f"hidden={self.hidden}, heads={self.heads}, kv_heads={self.kv_heads}"
+            raise ValueError(f"heads must divide hidden, and kv_heads must divide heads, got {sizes}")
+        if self.sources is not None and "cpython" not in self.sources:
+            raise ValueError(f"held-out text is the standard library's: name 'cpython' too, got {self.sources}")
+
     @classmethod
     def builtin(cls) -> Recipe:
         """What produced the weights that ship with Foveate: about 100 minutes on two shared CPU cores."""
@@ -68,10 +81,12 @@ class Recipe:
     @classmethod
     def tiny(cls) -> Recipe:
         """A model of a few thousand parameters, trained in seconds: for tests and first tries."""
-        small = cls(vocab=300, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, context=256)
         curriculum = (Phase(0.5, 37, 3, repeat=0.5), Phase(1.0, 65, 2))
-        small = replace(small, max_bytes_per_source=60_000, sources=("cpython",))
-        return replace(small, steps=8, warmup=2, bf16=False, threads=1, phases=curriculum)
+        shape = cls(
+            vocab=300, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, context=256, phases=curriculum
+        )
+        schedule = replace(shape, steps=8, warmup=2, bf16=False, threads=1)
+        return replace(schedule, max_bytes_per_source=60_000, sources=("cpython",))
 
     def phase(self, progress: float) -> Phase:
         """The phase that a run is in after this fraction of it."""
