@@ -84,6 +84,7 @@ def _go_on(run: Run) -> bool:
             bar.update(task, completed=run.progress(), note=f"step {run.step:,}  loss {loss:.3f}")
             run.housekeeping(loss)
     run.save()
+    run.pool.shutdown()
     return not stop
 
 
