@@ -18,19 +18,36 @@ from foveate.attention.bias import Bias, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
 from foveate.patterns import layouts
+from foveate.patterns.algebra import Scene, resolve
+from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Layout, Points
 from foveate.patterns.parse import parse
 
 
 def attend_tiles(call: Call) -> Partial:
     """Run a call by the operator; what :func:`foveate.attention.tiles.run` does inside torch.compile."""
-    if isinstance(call.layout, Points):
-        raise NotImplementedError("a Points layout cannot be traced by torch.compile: attend outside of it")
+    _check_layout(call.layout)
     text = "\n".join((call.kind, str(call.pattern), str(call.layout), *(_bias_text(b) for b in call.biases)))
     parameters = [bias.parameter for bias in call.biases]
     softcap = 0.0 if call.softcap is None else call.softcap
     out, lse = _attend(call.q, call.k, call.v, parameters, list(call.pattern.tensors), text, call.scale, softcap)
     return Partial(out, lse if call.kind == "softmax" else None)
+
+
+def visible(call: Call) -> Tensor:
+    """The dense mask of a call's pattern, (batches, heads, N, M), as an operator.
+
+    Index arithmetic must not be traced: inductor folds it into integers of any size, which do not wrap.
+    """
+    _check_layout(call.layout)
+    pattern, text = call.pattern, "\n".join((str(call.pattern), str(call.layout)))
+    batches, heads = (call.batch, call.heads) if pattern.is_dynamic else (pattern.batches, pattern.heads)
+    return _visible(call.q, call.k, list(pattern.tensors), text, call.scale, batches, heads)
+
+
+def _check_layout(layout: Layout) -> None:
+    if isinstance(layout, Points):
+        raise NotImplementedError("a Points layout cannot be traced by torch.compile: attend outside of it")
 
 
 def _bias_text(bias: Bias) -> str:
@@ -134,6 +151,19 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     parameters, held = others[: ctx.num_parameters], others[ctx.num_parameters :]
     grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, parameters, held, *ctx.rest)
     return (*grads[:3], grads[3:], [None] * len(held), None, None, None)
+
+
+@torch.library.custom_op("foveate::visible", mutates_args=())
+def _visible(q: Tensor, k: Tensor, held: list[Tensor], text: str, scale: float, batches: int, heads: int) -> Tensor:
+    pattern, layout = text.split("\n")
+    scene = Scene(q.shape[2], k.shape[2], _layout(layout), q.detach(), k.detach(), scale)
+    mask = dense_mask(resolve(parse(pattern, held), scene), scene, q.device)
+    return mask.repeat_interleave(heads // mask.shape[1], dim=1).expand(batches, -1, -1, -1).contiguous()
+
+
+@_visible.register_fake
+def _(q: Tensor, k: Tensor, held: list[Tensor], text: str, scale: float, batches: int, heads: int) -> Tensor:
+    return q.new_empty(batches, heads, q.shape[2], k.shape[2], dtype=torch.bool)
 
 
 _attend.register_autograd(_backward, setup_context=_setup)

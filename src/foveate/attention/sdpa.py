@@ -78,8 +78,13 @@ def _mask(call: Call) -> Tensor | None:
 
 
 def _visible(call: Call) -> Tensor:
-    scene = Scene(call.num_queries, call.num_keys, call.layout, call.q.detach(), call.k.detach(), call.scale)
-    visible = dense_mask(resolve(call.pattern, scene), scene, call.q.device)
+    if torch.compiler.is_compiling():
+        from foveate.attention import ops
+
+        visible = ops.visible(call)
+    else:
+        scene = Scene(call.num_queries, call.num_keys, call.layout, call.q.detach(), call.k.detach(), call.scale)
+        visible = dense_mask(resolve(call.pattern, scene), scene, call.q.device)
     if visible.shape[1] in (1, call.heads):
         return visible
     return visible.repeat_interleave(call.heads // visible.shape[1], dim=1)

@@ -235,7 +235,7 @@ class Pattern:
         same_tensors = len(self.tensors) == len(other.tensors) and all(
             mine is theirs for mine, theirs in zip(self.tensors, other.tensors, strict=True)
         )
-        return self.text == other.text and same_tensors
+        return type(self) is type(other) and self.text == other.text and same_tensors
 
     def __hash__(self) -> int:
         return hash(self.text)
