@@ -110,9 +110,7 @@ def _rows_of_blocks(pattern: Any, q: Tensor, k: Tensor, b: int, s: int, width: i
     rows = []
     for i in range(q.shape[2]):
         own = (i + offset) // block
-        mates = (
-            [i] if pattern.per == "query" else [j for j in range(q.shape[2]) if (j + offset) // block == own]
-        )
+        mates = [i] if pattern.per == "query" else [j for j in range(q.shape[2]) if (j + offset) // block == own]
         candidates = range(max(own, 0)) if pattern.causal else range(-(-num_keys // block))
         of_heads = []
         for h in heads:
@@ -153,9 +151,7 @@ def _lines(pattern: Any, q: Tensor, k: Tensor) -> Mask:
                     distances[i + offset - j] += weight
             distances[0] = math.inf
             chosen, apart = first_best(columns, pattern.vertical), first_best(distances, pattern.slash)
-            rows = (
-                {*chosen, *(i + offset - d for d in apart if d <= i + offset)} for i in range(num_queries)
-            )
+            rows = ({*chosen, *(i + offset - d for d in apart if d <= i + offset)} for i in range(num_queries))
             seen[b].append([{j for j in row if j <= i + offset} for i, row in enumerate(rows)])
     return seen
 
@@ -169,6 +165,4 @@ def _keys(pattern: Any, q: Tensor, k: Tensor) -> Mask:
         scores = {j: float(q[b, h, i] @ k[b, h // group, j]) for j in range(reach)}
         return set(first_best(scores, pattern.count))
 
-    return [
-        [[row(b, h, i) for i in range(num_queries)] for h in range(q.shape[1])] for b in range(q.shape[0])
-    ]
+    return [[[row(b, h, i) for i in range(num_queries)] for h in range(q.shape[1])] for b in range(q.shape[0])]

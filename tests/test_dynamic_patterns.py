@@ -17,6 +17,7 @@ from dynamic_examples import (
     draw,
     every_pattern,
     every_shape,
+    first_best,
     mask_of,
     scene_of,
 )
@@ -97,6 +98,18 @@ def test_equal_scores_go_to_the_first() -> None:
         5,
         9,
     ]
+
+
+@pytest.mark.parametrize("columns", [1, 33, 70])
+@pytest.mark.parametrize("mass", [0.02, 0.5, 0.97])
+def test_the_fewest_shares_are_found_early_or_late(columns: int, mass: float) -> None:
+    """Rows from peaked to flat, of few distinct values, so that some need a full sort and some do not."""
+    peak = torch.linspace(0, 6, 40, dtype=torch.float64).unsqueeze(1)
+    share = torch.softmax(peak * torch.randint(4, (40, columns)), -1)
+    for row, chosen in zip(share.tolist(), choose.fewest(share, mass).tolist(), strict=True):
+        order = first_best(dict(enumerate(row)), columns)
+        enough = next(n for n in range(1, columns + 1) if n == columns or sum(row[j] for j in order[:n]) >= mass)
+        assert {j for j, keep in enumerate(chosen) if keep} == set(order[:enough])
 
 
 def test_groups_that_share_have_one_choice_for_each_key_head() -> None:
@@ -185,9 +198,7 @@ def test_bounds_of_tiles_in_a_block_table_are_exact(block: int, per_query: bool)
             for k in range(0, 200, block):
                 part = seen[0, head, q : q + side, k : k + block]
                 ends = (q + 8, min(q + side, 192) + 7, k, min(k + block, 200) - 1)
-                boxes = Boxes(
-                    torch.tensor([0]), torch.tensor([head]), Interval(*(torch.tensor([e]) for e in ends))
-                )
+                boxes = Boxes(torch.tensor([0]), torch.tensor([head]), Interval(*(torch.tensor([e]) for e in ends)))
                 some, every = table.bounds(boxes)
                 assert (bool(some), bool(every)) == (bool(part.any()), bool(part.all()))
 
@@ -204,9 +215,7 @@ def test_equal_signatures_mean_equal_masks(pattern: Pattern) -> None:
     boxes = Boxes(torch.zeros_like(head), head, Interval(first, first + 7, k, k + 7))
     tiles = seen[0].unfold(1, 8, 1).unfold(2, 8, 1)[head, q, k].flatten(1)
     _, number = torch.unique(resolved.signature(boxes), return_inverse=True)
-    representative = torch.zeros(int(number.max()) + 1, dtype=torch.long).scatter(
-        0, number, torch.arange(6000)
-    )
+    representative = torch.zeros(int(number.max()) + 1, dtype=torch.long).scatter(0, number, torch.arange(6000))
     assert torch.equal(tiles[representative[number]], tiles)
 
 

@@ -18,12 +18,17 @@ def pack_words(bits: Tensor) -> Tensor:
 
     Eight booleans are read as one integer, whose highest byte a multiplication fills with their lowest bits.
     """
-    if bits.shape[-1] == 0:
-        return bits.long()
-    bits = pad(bits, (0, -bits.shape[-1] % 8)).contiguous()
-    eights = bits.view(torch.uint8).view(torch.int64)
+    if bits.numel() == 0:
+        return bits.new_zeros((*bits.shape[:-1], -(-bits.shape[-1] // WORD)), dtype=torch.int64)
+    eights = whole(bits, 8).contiguous().view(torch.uint8).view(torch.int64)
     octets = (eights * 0x0102040810204080 >> 56).to(torch.uint8)
-    return pad(octets, (0, -octets.shape[-1] % 8)).contiguous().view(torch.int64)
+    return whole(octets, 8).view(torch.int64)
+
+
+def whole(x: Tensor, multiple: int) -> Tensor:
+    """Zeros after the last dim, up to a multiple."""
+    missing = -x.shape[-1] % multiple
+    return pad(x, (0, missing)) if missing else x
 
 
 def low_bits(count: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 SCORES = 2**20  # scores held at a time, unless 64 rows hold more
 ROWS = 64
+FEW = 16  # shares that often suffice, found faster than all are sorted
 
 NEVER = float("-inf")  # score of what may not be chosen
 
@@ -63,8 +64,22 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 def fewest(share: Tensor, mass: float) -> Tensor:
     """True at the fewest shares of each row that add up to ``mass``; of equal ones the first."""
-    if mass >= 1:
+    if mass >= 1 or share.shape[-1] == 0:
         return share > NEVER
+    if share.shape[-1] <= 2 * FEW:
+        return _fewest_sorted(share, mass)
+    values, order = share.topk(FEW)
+    values = values.clamp_min(0)
+    needed = values.cumsum(-1) - values < mass
+    chosen = torch.zeros_like(share, dtype=torch.bool).scatter_(-1, order, needed) & (share > NEVER)
+    last = values.gather(-1, needed.sum(-1, keepdim=True) - 1)
+    open_rows = needed[..., -1] | ((share >= last).sum(-1) > needed.sum(-1))  # not enough, or equal at the end
+    if bool(open_rows.any()):
+        chosen[open_rows] = _fewest_sorted(share[open_rows], mass)
+    return chosen
+
+
+def _fewest_sorted(share: Tensor, mass: float) -> Tensor:
     ordered, order = torch.sort(share, dim=-1, descending=True, stable=True)
     ordered = ordered.clamp_min(0)
     needed = ordered.cumsum(-1) - ordered < mass

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.patterns.algebra import Bounds, Boxes, Index, Interval, Pattern, mix_hash
-from foveate.patterns.bits import WORD, Cells, low_bits, own, pack_words
+from foveate.patterns.bits import WORD, Cells, low_bits, own, pack_words, whole
 
 MOST_WORDS = 16  # a box over more words than this gets a signature of its own
 
@@ -99,7 +99,7 @@ def rows_per_word(q_block: int) -> int:
 def pack_rows(chosen: Tensor, q_block: int) -> Tensor:
     """Booleans (..., rows, columns) as words (..., W, columns), the rows of a word in its bits."""
     rows = rows_per_word(q_block)
-    by_column = pad(chosen.transpose(-1, -2), (0, -chosen.shape[-2] % rows))
+    by_column = whole(chosen.transpose(-1, -2), rows)
     return pack_words(by_column.unflatten(-1, (-1, rows))).squeeze(-1).transpose(-1, -2)
 
 
@@ -188,9 +188,7 @@ def pick(chosen: Tensor, first_row: int) -> Picks:
 
 def _cells(cells: Tensor, beyond: bool) -> Tensor:
     """(n, B, H, W) as (B, H, ceil(n / 64), 64, W)."""
-    return pad(cells.permute(1, 2, 0, 3), (0, 0, 0, -cells.shape[0] % WORD), value=beyond).unflatten(
-        2, (-1, WORD)
-    )
+    return pad(cells.permute(1, 2, 0, 3), (0, 0, 0, -cells.shape[0] % WORD), value=beyond).unflatten(2, (-1, WORD))
 
 
 def joined(picks: list[Picks], num_queries: int, *, q_start: int = 0) -> Picked:

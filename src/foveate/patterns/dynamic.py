@@ -68,9 +68,7 @@ class BlockChoice(Pattern):
             pack_rows(pad(part, (0, keys.shape[2] - part.shape[-1])), q_block)
             for part in self._parts(rows, keys, start, q_block)
         ]
-        table = block_table(
-            torch.cat(chosen, 2), rows.shape[2], q_block=q_block, k_block=self.block, q_start=start
-        )
+        table = block_table(torch.cat(chosen, 2), rows.shape[2], q_block=q_block, k_block=self.block, q_start=start)
         return table & not_after if self.causal else table
 
     def _parts(self, rows: Tensor, keys: Tensor, start: int, q_block: int) -> Iterator[Tensor]:
@@ -84,9 +82,9 @@ class BlockChoice(Pattern):
             block = torch.arange(within.shape[2], device=rows.device)
             scores = score(rows[:, :, part], within)
             if self.causal:
-                scores = scores.masked_fill(block >= own, NEVER)
+                scores.masked_fill_(block >= own, NEVER)
             chosen = self._choose(self._weighed(scores, keys.shape[1]))
-            yield chosen | (block == own) if self.causal else chosen
+            yield chosen.logical_or_(block == own) if self.causal else chosen
 
     def _weighed(self, scores: Tensor, groups: int) -> Tensor:
         """What to choose by: scores or shares of each head, or mean shares of each group of heads."""
@@ -113,9 +111,7 @@ class MassBlocks(BlockChoice):
         return fewest(scores, self.budget)
 
 
-def topk_blocks(
-    block: int, k: int, *, per: Per = "query", shared: bool = False, causal: bool = True
-) -> Pattern:
+def topk_blocks(block: int, k: int, *, per: Per = "query", shared: bool = False, causal: bool = True) -> Pattern:
     """The k blocks of ``block`` keys whose mean key scores best, chosen by each query for itself.
 
     With ``causal`` the query's own block is always one of the k, only blocks wholly before it compete for the
@@ -141,9 +137,7 @@ def topk_blocks(
     return TopBlocks(block, k, _per("topk_blocks", per), bool(shared), bool(causal))
 
 
-def mass_blocks(
-    block: int, mass: float, *, per: Per = "query", shared: bool = False, causal: bool = True
-) -> Pattern:
+def mass_blocks(block: int, mass: float, *, per: Per = "query", shared: bool = False, causal: bool = True) -> Pattern:
     """The fewest blocks of ``block`` keys whose softmax shares, by their mean keys, add up to ``mass``.
 
     With ``causal`` the shares are those of the blocks that lie wholly before the query's own block, which is
@@ -255,7 +249,7 @@ class TopKeys(Pattern):
             scores = score(q[:, :, part], keys)
             if self.causal:
                 place = scene.offset + torch.arange(part.start, part.stop, device=q.device)
-                scores = scores.masked_fill(key > place.unsqueeze(1), NEVER)
+                scores.masked_fill_(key > place.unsqueeze(1), NEVER)
             picks.append(pick(best(scores, self.count), part.start))
         chosen = joined(picks, num_queries, q_start=scene.offset)
         return chosen & not_after if self.causal else chosen
@@ -285,9 +279,7 @@ def _looked_at(pattern: Pattern, scene: Scene) -> tuple[Tensor, Tensor, float]:
     """The queries, the keys and the scale a pattern chooses by."""
     q, k = scene.q, scene.k
     if q is None or k is None:
-        raise ValueError(
-            f"{pattern} chooses from q and k: use pattern.select(q, k), or resolve(Scene(n, m, q=q, k=k))"
-        )
+        raise ValueError(f"{pattern} chooses from q and k: use pattern.select(q, k), or resolve(Scene(n, m, q=q, k=k))")
     fit = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     if not fit or q.shape[1] % k.shape[1]:
         shapes = f"got {tuple(q.shape)} and {tuple(k.shape)}"
