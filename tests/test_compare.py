@@ -20,12 +20,13 @@ from compare_inputs import TEXT, made_up_entry, made_up_results, make_tokenizer,
 from rich.console import Console
 
 from foveate import causal, sinks, window
-from foveate.lab import compare as job
+from foveate.lab import compare_job as job
 from foveate.lab import compare_subject, workload
 from foveate.lab.compare import compare, table
 from foveate.lab.compare_contenders import enlist
 from foveate.lab.measure import compare_times, peak_memory
-from foveate.lab.measure_looks import Looks, draw, pairs_per_tile
+from foveate.lab.measure_looks import Looks
+from foveate.lab.measure_pairs import draw, pairs_per_tile
 from foveate.lab.metrics import Predictions, bootstrap_change, judge
 from foveate.lab.recommend import recommend
 from foveate.lab.results import FILE, Results, Spread

@@ -38,6 +38,10 @@ class LanguageModel:
     def heads(self) -> int:
         return self.config.num_attention_heads
 
+    @property
+    def kv_heads(self) -> int:
+        return getattr(self.config, "num_key_value_heads", None) or self.heads
+
     def about(self) -> dict[str, Any]:
         """Facts for a reader."""
         return {
@@ -46,7 +50,7 @@ class LanguageModel:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "layers": self.config.num_hidden_layers,
             "heads": self.heads,
-            "kv_heads": getattr(self.config, "num_key_value_heads", None) or self.heads,
+            "kv_heads": self.kv_heads,
             "exact_attention": self.model.config._attn_implementation,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }

@@ -7,27 +7,28 @@ import statistics
 import torch
 from torch import Tensor
 
-from foveate.attention import Bias, Weights, attend, attend_partial
+from foveate.attention import Bias, Weights, attend
+from foveate.lab.measure_pairs import Picture
 from foveate.lab.results import Looked
 from foveate.mixers.core import joined
-from foveate.patterns import Layout, Pattern, Selection, full
-from foveate.patterns.selection import FULL, unpack_bits
+from foveate.patterns import Layout, Pattern, Scene, Sequence, full, resolve
+from foveate.patterns.build import build
 
-CELLS = 64  # the picture has at most this many rows
+LOGITS = 2**24  # logits formed at once for a sample of queries: 64 MB
+MOST_QUERIES = 512
 
 
 class Looks:
-    """A core that attends exactly and notes what share of that attention falls on the pattern in question."""
+    """A core that attends exactly and notes what of that attention falls on the pattern in question."""
 
     pattern = full
 
-    def __init__(self, asked: Pattern) -> None:
-        self.asked = asked
+    def __init__(self, asked: Pattern, *, seed: int = 0) -> None:
+        self.asked, self.seed = asked, seed
         self.mass: list[float] = []
         self.visible: list[float] = []
         self.computed: list[float] = []
-        self.seen: Tensor | None = None  # pairs per cell, over all layers
-        self.all: Tensor | None = None
+        self.picture = Picture()
 
     def __call__(
         self,
@@ -42,60 +43,55 @@ class Looks:
         softcap: float | None = None,
         layout: Layout | None = None,
     ) -> Tensor:
-        asked = joined(self.asked, within)
-        whole = attend_partial(q, k, v, within, bias=bias, scale=scale, softcap=softcap, layout=layout)
-        part = attend_partial(q, k, v, asked, bias=bias, scale=scale, softcap=softcap, layout=layout)
-        assert whole.lse is not None and part.lse is not None
-        self.mass.append(float(torch.exp(part.lse - whole.lse).mean()))
-        self._compare(asked.select(q, k, layout, scale=scale), within.select(q, k, layout, scale=scale))
-        tile = picture_tile(q.shape[2])
-        self._paint(
-            asked.select(q, k, layout, tile=tile, scale=scale), within.select(q, k, layout, tile=tile, scale=scale)
-        )
-        if weights == "softmax":
-            return whole.out
+        scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
+        asked, allowed = resolve(joined(self.asked, within), scene), resolve(within, scene)
+        self._count(asked, allowed, scene)
+        rows = sample_queries(q, k, self.seed)
+        assert bias is None or isinstance(bias, Tensor)
+        chances = exact_weights(q, k, rows, visible_rows(allowed, scene, rows), bias, scale, softcap)
+        self.mass.append(float((chances * visible_rows(asked, scene, rows)).sum(-1).mean()))
         return attend(q, k, v, within, bias=bias, weights=weights, scale=scale, softcap=softcap, layout=layout)
 
-    def _compare(self, asked: Selection, allowed: Selection) -> None:
-        self.visible.append(asked.density / allowed.density)
-        self.computed.append(asked.computed / allowed.computed)
-
-    def _paint(self, asked: Selection, allowed: Selection) -> None:
-        seen, all_ = pairs_per_tile(asked), pairs_per_tile(allowed)
-        self.seen = seen if self.seen is None else self.seen + seen
-        self.all = all_ if self.all is None else self.all + all_
+    def _count(self, asked: Pattern, allowed: Pattern, scene: Scene) -> None:
+        """Pairs at the tile of kernels, and at the tile of the picture."""
+        ours, all_ = build(asked, scene), build(allowed, scene)
+        self.visible.append(ours.density / all_.density)
+        self.computed.append(ours.computed / all_.computed)
+        tile = Picture.tile(scene.num_queries)
+        self.picture.add(build(asked, scene, tile=tile), build(allowed, scene, tile=tile))
 
     def result(self) -> Looked:
         """Averages over layers; ValueError where the model never attended."""
-        if self.seen is None or self.all is None:
+        if not self.mass:
             raise ValueError("this model's attention does not go through transformers' attention functions")
         mass, visible, computed = map(statistics.fmean, (self.mass, self.visible, self.computed))
-        return Looked(mass, visible, computed, draw(self.seen, self.all))
+        return Looked(mass, visible, computed, self.picture.draw())
 
 
-def picture_tile(length: int) -> int:
-    """Side of a picture's cell in tokens: a multiple of 8 that makes at most CELLS rows."""
-    return max(8, -(-length // CELLS // 8) * 8)
+def sample_queries(q: Tensor, k: Tensor, seed: int) -> Tensor:
+    """Which queries to look at, ascending: all of a short text, as many as fit in memory of a long one."""
+    room = LOGITS // (q.shape[0] * q.shape[1] * k.shape[2])
+    count = min(q.shape[2], MOST_QUERIES, max(16, room))
+    return torch.randperm(q.shape[2], generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
-def pairs_per_tile(selection: Selection) -> Tensor:
-    """Visible pairs in each tile, averaged over batch entries and heads, (query tiles, key tiles)."""
-    tile, rows, columns = selection.tile, selection.num_q_tiles, selection.num_k_tiles
-    counts = torch.zeros(selection.num_rows * columns, dtype=torch.double)
-    in_masks = selection.unpacked_masks.flatten(1).sum(1).double()
-    queries = (selection.num_queries - torch.arange(rows) * tile).clamp(max=tile).double()
-    full_pairs = queries[selection.tile_rows % rows] * tile
-    in_tiles = torch.where(
-        selection.mask_ids == FULL, full_pairs, torch.cat([in_masks, in_masks.new_zeros(1)])[selection.mask_ids.long()]
-    )
-    counts.index_add_(0, selection.tile_rows * columns + selection.tile_ids.long(), in_tiles)
-    in_columns = unpack_bits(selection.column_masks).sum(1).double()
-    counts.index_add_(0, selection.column_rows * columns + selection.column_ids.long() // tile, in_columns)
-    return counts.view(-1, rows, columns).mean(0)
+def visible_rows(resolved: Pattern, scene: Scene, rows: Tensor) -> Tensor:
+    """Boolean (batches, heads, R, M) rows of a resolved pattern's mask."""
+    q, k = rows.view(1, 1, -1, 1) + scene.offset, torch.arange(scene.num_keys).view(1, 1, 1, -1)
+    batch, head = torch.arange(resolved.batches).view(-1, 1, 1, 1), torch.arange(resolved.heads).view(1, -1, 1, 1)
+    shape = (resolved.batches, resolved.heads, len(rows), scene.num_keys)
+    return resolved.visible(batch, head, q, k).expand(shape)
 
 
-def draw(seen: Tensor, all_: Tensor) -> list[str]:
-    """One character per cell: "." where nothing can be seen, else the share seen from 0 (none) to 9 (all)."""
-    share = torch.where(all_ > 0, seen / all_.clamp_min(1), -1.0)
-    digits = torch.where(share > 0, (share * 9).round().clamp(1, 9), share).int()
-    return ["".join("." if cell < 0 else str(cell) for cell in row) for row in digits.tolist()]
+def exact_weights(
+    q: Tensor, k: Tensor, rows: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Softmax weights (B, H, R, M) of some queries, without a sink's share."""
+    B, H, N, D = q.shape
+    logits = q[:, :, rows].float() @ k.repeat_interleave(H // k.shape[1], 1).float().transpose(-2, -1)
+    logits *= D**-0.5 if scale is None else scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits += bias.expand(B, H, N, k.shape[2])[:, :, rows]
+    return logits.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)

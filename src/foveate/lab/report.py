@@ -127,9 +127,10 @@ def _how(results: Results) -> Markup:
         ("Bits per byte", "Cost of predicting every token of the windows, over the bytes of their text. The interval "
                           "is a bootstrap over chunks of consecutive tokens, each paired with exact attention's."),
         ("Same top-1", "How often the likeliest next token is the one under exact attention."),
-        ("Mass kept", "Share of exact attention's weights that fall on pairs the mechanism looks at, over all "
-                      "queries, heads and layers, while the model attends exactly."),
-        ("Pairs seen", "Pairs the mechanism looks at, over the pairs that exact attention computes."),
+        ("Mass kept", "Share of exact attention's weights that fall on pairs the mechanism looks at, over all heads "
+                      "and layers and a sample of the queries, while the model attends exactly."),
+        ("Pairs seen", "Pairs the mechanism looks at, over those exact attention looks at; in tiles: over what both "
+                       "take when whole tiles of 64 by 64 pairs are computed."),
         ("Time", f"Median of {settings['repeats']} prefills after a warm-up, by turns with exact attention in one "
                  "process. The speed-up is the median over pairs of neighbours in time, with quartiles."),
         ("Noise", f"Exact attention timed against itself: {results.exact.speedup.low:.2f} to "

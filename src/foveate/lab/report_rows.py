@@ -64,7 +64,7 @@ def _row(results: Results, entry: Entry) -> Markup:
         (quality.change, None if entry is results.exact else _change(entry)),
         (quality.agreement, percent(quality.agreement)),
         (looked.mass, percent(looked.mass)),
-        (looked.visible, percent(looked.visible)),
+        (looked.visible, join(percent(looked.visible), tag("small", f"{percent(looked.computed)} in tiles"))),
     ]
     named = tag("div", mask_use(f"mask{number}", None), tag("div", code_name(entry), _paper(results, entry)))
     return tag(

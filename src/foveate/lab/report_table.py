@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from foveate.lab.results import Entry, Results
+from foveate.lab.results import NEEDS_TRAINING, Entry, Refusal, Results
 from foveate.lab.results_words import percent, seconds, size
 
 if TYPE_CHECKING:
@@ -62,8 +62,16 @@ def row(entry: Entry, *, exact: bool = False) -> list[str]:
 
 
 def _caption(results: Results) -> str:
-    recommendation = results.recommendation
-    if recommendation is None:
-        return ""
-    take = f"Take {recommendation.name}" if recommendation.name else "Keep exact attention"
-    return escape(f"{take}: {recommendation.reason}.")
+    """The advice, and why some of those asked for are not in the table."""
+    advice = results.recommendation
+    lines = [f"Not measured: {refusal.name}, which {refusal.reason}." for refusal in _worth_telling(results)]
+    if advice is not None:
+        take = f"Take {advice.name}" if advice.name else "Keep exact attention"
+        lines.append(f"{take}: {advice.reason}.")
+    return escape("\n".join(lines))
+
+
+def _worth_telling(results: Results) -> list[Refusal]:
+    """Refusals but for the many mechanisms that need training, where all of the catalogue was asked for."""
+    asked_for = set(results.settings.get("mechanisms") or ())
+    return [refusal for refusal in results.refused if refusal.name in asked_for or refusal.reason != NEEDS_TRAINING]

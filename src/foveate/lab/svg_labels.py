@@ -95,7 +95,7 @@ def _box(x: float, y: float, said: str, distance: float, direction: float) -> Bo
 def spread(heights: Sequence[float], low: float, high: float, gap: float = LINE) -> list[float]:
     """Heights moved as little as can be told apart, at least ``gap`` from one another, between low and high.
 
-    >>> spread([10, 11, 40], 0, 100, gap=10)
+    >>> spread([10.0, 11.0, 40.0], 0, 100, gap=10)
     [5.5, 15.5, 40.0]
     """
     order = sorted(range(len(heights)), key=lambda index: heights[index])
