@@ -258,8 +258,8 @@ class TopKeys(Pattern):
 def topk_keys(count: int, *, causal: bool = True) -> Pattern:
     """The ``count`` keys with the greatest scores, for each query; with ``causal`` none after it.
 
-    All scores are computed, a few queries at a time, so this costs more time than dense attention; it is the
-    yardstick for cheaper choices, and cheap in decoding.
+    All scores are computed, a few queries at a time, so choosing costs more time than dense attention: it is the
+    yardstick for cheaper choices.
 
     Gupta et al., Memory-efficient Transformers via Top-k Attention, arXiv 2106.06899.
 
