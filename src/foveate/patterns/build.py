@@ -7,13 +7,14 @@ unsettled at the level of tiles gets a bit mask, and each distinct mask is evalu
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Boxes, Interval, Pattern, Scene, mix_hash, resolve
+from foveate.patterns.compound import All, Any, Not, settled_signature
 from foveate.patterns.layouts import Layout, Points, Sequence, pad_slots
 from foveate.patterns.selection import FULL, Selection, pack_bits, unpack_bits
 
@@ -201,8 +202,8 @@ class _Masks:
         key_hole = (self.k_slots < 0).any(1)[full.k]  # a full tile with an empty key slot needs a mask
         partial = Pairs(*(torch.cat(pair) for pair in zip(partial, full.where(key_hole), strict=True)))
         full = full.where(~key_hole)
-        first, number = self._distinct(partial, q_level, k_level)
-        masks = self._packed(partial.where(first))  # (U, tile, tile / 8)
+        first, number = self._distinct(self.pattern, partial, q_level, k_level)
+        masks = self._packed(self.pattern, partial.where(first), q_level, k_level)  # (U, tile, tile / 8)
         used = self._used_keys(masks)
         kind = self._classify(masks, used)  # 0 empty, 1 full, 2 masked, 3 columns
         kind_of = kind[number]
@@ -214,28 +215,47 @@ class _Masks:
         ids[ids.numel() - kept[2].q.numel() :] = renumber[number[kind_of == 2]]
         return tiles, ids, table, columns, column_masks
 
-    def _distinct(self, pairs: Pairs, q_level: Pyramid, k_level: Pyramid) -> tuple[Tensor, Tensor]:
+    def _distinct(self, pattern: Pattern, pairs: Pairs, q_level: Pyramid, k_level: Pyramid) -> tuple[Tensor, Tensor]:
         """Index of a representative for each distinct mask, and each pair's number among them."""
         if pairs.q.numel() == 0 or not self.alike:
             every = torch.arange(pairs.q.numel(), device=pairs.q.device)
             return every, every
-        signature = self.pattern.signature(_boxes(pairs, q_level, k_level))
+        signature = settled_signature(pattern, _boxes(pairs, q_level, k_level))
         holes = _holes(self.q_slots)[pairs.q], _holes(self.k_slots)[pairs.k]
         _, number = torch.unique(mix_hash(signature, *holes), return_inverse=True)
         first = torch.full((int(number.max()) + 1,), pairs.q.numel(), device=number.device)
         order = torch.arange(number.numel(), device=number.device)
         return first.scatter_reduce(0, number, order, "amin"), number
 
-    def _packed(self, pairs: Pairs) -> Tensor:
-        chunks = [self._evaluate(Pairs(*chunk)) for chunk in zip(*(p.split(BATCH) for p in pairs), strict=True)]
-        empty = torch.empty(0, self.tile, self.tile // 8, dtype=torch.uint8, device=pairs.q.device)
-        return torch.cat([empty, *chunks])
+    def _packed(self, pattern: Pattern, pairs: Pairs, q_level: Pyramid, k_level: Pyramid) -> Tensor:
+        """Packed masks of tiles: of a compound joined from those of its parts, each of which has few."""
+        if not isinstance(pattern, (All, Any, Not)):
+            chunks = zip(*(p.split(BATCH) for p in pairs), strict=True)
+            packed = [self._evaluate(pattern, Pairs(*chunk)) for chunk in chunks]
+            empty = torch.empty(0, self.tile, self.tile // 8, dtype=torch.uint8, device=pairs.q.device)
+            return torch.cat([empty, *packed])
+        masks = []
+        for part in pattern.parts:
+            first, number = self._distinct(part, pairs, q_level, k_level)
+            masks.append(self._packed(part, pairs.where(first), q_level, k_level)[number])
+        if isinstance(pattern, Not):
+            return ~masks[0] & self._existing(pairs)
+        return reduce(torch.bitwise_and if isinstance(pattern, All) else torch.bitwise_or, masks)
 
-    def _evaluate(self, pairs: Pairs) -> Tensor:
+    def _evaluate(self, pattern: Pattern, pairs: Pairs) -> Tensor:
         q, k = self.q_slots[pairs.q].unsqueeze(2), self.k_slots[pairs.k].unsqueeze(1)
         batch, head = pairs.batch.view(-1, 1, 1), pairs.head.view(-1, 1, 1)
-        seen = self.pattern.visible(batch, head, q.clamp_min(0) + self.offset, k.clamp_min(0))
-        return pack_bits(seen & (q >= 0) & (k >= 0))
+        seen = pattern.visible(batch, head, q.clamp_min(0) + self.offset, k.clamp_min(0))
+        if seen.stride(-1) == 0:  # the same for all keys of the tile
+            packed = (seen[..., :1].to(torch.uint8) * 255).expand(-1, -1, self.tile // 8)
+        else:
+            packed = pack_bits(seen)
+        return packed & self._existing(pairs)
+
+    def _existing(self, pairs: Pairs) -> Tensor:
+        """Packed pairs of which neither the query slot nor the key slot is empty."""
+        q, k = self.q_slots[pairs.q] >= 0, self.k_slots[pairs.k] >= 0
+        return (q.to(torch.uint8) * 255).unsqueeze(2) & pack_bits(k).unsqueeze(1)
 
     def _used_keys(self, masks: Tensor) -> Tensor:
         """Packed (U, tile / 8): keys that some query of the tile sees."""

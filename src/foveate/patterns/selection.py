@@ -143,8 +143,10 @@ def rows_of(starts: Tensor) -> Tensor:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """Booleans (..., 8 n) to bytes (..., n); bit b of a byte is entry 8 * byte + b."""
-    weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
-    return (bits.unflatten(-1, (-1, 8)).to(torch.uint8) * weights).sum(-1, dtype=torch.uint8)
+    if bits.numel() == 0:
+        return bits.new_zeros((*bits.shape[:-1], bits.shape[-1] // 8), dtype=torch.uint8)
+    eights = bits.contiguous().view(torch.uint8).view(torch.int64)
+    return (eights * 0x0102040810204080 >> 56).to(torch.uint8)  # the product's highest byte has their lowest bits
 
 
 def unpack_bits(packed: Tensor) -> Tensor:
