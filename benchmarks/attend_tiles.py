@@ -1,6 +1,6 @@
 """Windowed attention in pure torch against SDPA with the equivalent mask, forward and forward + backward.
 
-    python -m benchmarks.attend_tiles [--length 8192] [--window 256] [--heads 8] [--dim 64] [--repeats 7]
+python -m benchmarks.attend_tiles [--length 8192] [--window 256] [--heads 8] [--dim 64] [--repeats 7]
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def compare(pattern: Pattern, shape: tuple[int, ...], repeats: int) -> list[Case
         return lambda: torch.autograd.grad(function(*inputs), inputs, cotangent)
 
     return [
-        contest(f"{pattern}, {name}", {"tiles": form(tiles), "SDPA with mask": form(masked)}, form(masked), **how)
-        for name, form, how in (
-            ("forward", forward, {"tolerance": 1e-5, "repeats": repeats}),
-            ("forward + backward", trained, {"tolerance": 1e-4, "repeats": max(3, repeats // 2)}),
-        )
+        one(f"{pattern}, forward", forward(tiles), forward(masked), 1e-5, repeats),
+        one(f"{pattern}, forward + backward", trained(tiles), trained(masked), 1e-4, max(3, repeats // 2)),
     ]
+
+
+def one(name: str, ours: Run, theirs: Run, tolerance: float, repeats: int) -> Case:
+    return contest(name, {"tiles": ours, "SDPA with mask": theirs}, theirs, tolerance=tolerance, repeats=repeats)
 
 
 if __name__ == "__main__":

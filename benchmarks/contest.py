@@ -79,9 +79,9 @@ def publish(name: str, title: str, cases: list[Case], **facts: Any) -> Path:
     table = Table("case", "contender", "min", "median", "quartiles", "slower", title=title)
     for case in cases:
         for label, times in case.times.items():
-            spread = f"{times.low * 1e3:.1f} to {times.high * 1e3:.1f}"
+            least, low, middle, high = (f"{1e3 * t:.1f}" for t in (times.minimum, times.low, times.median, times.high))
             ratio = f"{case.speedups[label]:.2f}x"
-            table.add_row(case.name, label, f"{times.minimum * 1e3:.1f} ms", f"{times.median * 1e3:.1f} ms", spread, ratio)
+            table.add_row(case.name, label, f"{least} ms", f"{middle} ms", f"{low} to {high}", ratio)
         table.add_section()
     Console(width=120).print(table, f"{machine.in_words()}; {torch.get_num_threads()} threads")
     record = {"title": title, "machine": machine.describe(), **facts}

@@ -88,7 +88,8 @@ class AttentionMixer(Mixer):
 
     def start(self, batch: int) -> KeyValues:
         if not self.causal or "decode" not in self.row.supports:
-            raise NotImplementedError(f"{self.row.name} does not decode token by token{' unless causal' * (not self.causal)}")
+            unless = "" if self.causal else " unless causal"
+            raise NotImplementedError(f"{self.row.name} does not decode token by token{unless}")
         empty = self.weight.new_empty(batch, self.kv_heads, 0, self.head_dim)
         return KeyValues(empty, empty, torch.empty(0, dtype=torch.long, device=empty.device), 0)
 

@@ -33,9 +33,7 @@ class DeltaCore:
 
     def __post_init__(self) -> None:
         if self.stride < 1:
-            raise ValueError(
-                f"stride is the distance of fully attended queries, at least 1; got {self.stride}"
-            )
+            raise ValueError(f"stride is the distance of fully attended queries, at least 1; got {self.stride}")
 
     @property
     def pattern(self) -> Pattern:

@@ -61,9 +61,7 @@ class GLA(RecurrentMixer):
         **options: Any,
     ) -> None:
         value_dim = value_dim or divided(dim, heads)
-        super().__init__(
-            dim, heads, head_dim=head_dim or max(1, value_dim // 2), value_dim=value_dim, **options
-        )
+        super().__init__(dim, heads, head_dim=head_dim or max(1, value_dim // 2), value_dim=value_dim, **options)
         if not temperature > 0:
             raise ValueError(f"temperature is positive, 16 in the paper; got {temperature}")
         self.temperature = temperature
@@ -81,9 +79,7 @@ class GLA(RecurrentMixer):
 
 @register(
     "gated_deltanet",
-    paper=Paper(
-        "Yang, Kautz, Hatamizadeh", "Gated Delta Networks: Improving Mamba2 with Delta Rule", "2412.06464"
-    ),
+    paper=Paper("Yang, Kautz, Hatamizadeh", "Gated Delta Networks: Improving Mamba2 with Delta Rule", "2412.06464"),
     family="linear",
     formula="S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T",
     supports={"causal", "padding", "packed", "decode", "gqa"},
@@ -112,9 +108,7 @@ class GatedDeltaNet(RecurrentMixer):
         **options: Any,
     ) -> None:
         head_dim = head_dim or divided(dim, heads)
-        super().__init__(
-            dim, heads, head_dim=head_dim, value_dim=value_dim or 2 * head_dim, conv=conv, **options
-        )
+        super().__init__(dim, heads, head_dim=head_dim, value_dim=value_dim or 2 * head_dim, conv=conv, **options)
         self.to_strength = nn.Linear(dim, self.kv_heads, bias=False)
         self.to_decay = nn.Linear(dim, self.kv_heads)
         self.log_rate = nn.Parameter(torch.empty(self.kv_heads).uniform_(1, 16).log())

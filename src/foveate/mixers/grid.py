@@ -41,9 +41,7 @@ class GridMixer(AttentionMixer):
     def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
         super().check(x, context, layout, padding)
         if not isinstance(layout, Grid):
-            raise ValueError(
-                f"{self.row.name} lives on a grid: pass layout=Grid(height, width); got {layout}"
-            )
+            raise ValueError(f"{self.row.name} lives on a grid: pass layout=Grid(height, width); got {layout}")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, within: Pattern, layout: Layout | None) -> Tensor:
         assert isinstance(layout, Grid)
@@ -97,9 +95,7 @@ class NeighborhoodAttention(GridMixer):
     ) -> None:
         sides = sides_of(kernel, axes)
         reach = tuple(side - 1 for side in sides) if relative_bias else None
-        super().__init__(
-            dim, heads, pattern=neighborhood(kernel), keys=math.prod(sides), reach=reach, **options
-        )
+        super().__init__(dim, heads, pattern=neighborhood(kernel), keys=math.prod(sides), reach=reach, **options)
 
 
 def dilated_neighborhood_core(*, kernel: Size = 13, dilation: Size = 2) -> PatternCore:

@@ -76,8 +76,7 @@ class LinearTransformer(RecurrentMixer):
     "lightning_attention_2",
     paper=Paper(
         "Qin, Sun, Li, Shen, Sun, Zhong",
-        "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths"
-        " in Large Language Models",
+        "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models",
         "2401.04658",
     ),
     family="linear",

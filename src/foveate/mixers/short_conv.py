@@ -31,9 +31,7 @@ class ShortConv(nn.Module):
         self.width = width
         self.weight = nn.Parameter(torch.empty(channels, 1, width).uniform_(-(width**-0.5), width**-0.5))
 
-    def forward(
-        self, x: Tensor, tail: Tensor | None = None, lengths: Sequence[int] | None = None
-    ) -> Convolved:
+    def forward(self, x: Tensor, tail: Tensor | None = None, lengths: Sequence[int] | None = None) -> Convolved:
         """Convolve x (B, N, C) after ``tail``, or each of its documents of these ``lengths``."""
         if lengths is None:
             return self.run(x, self.start(x) if tail is None else tail)
