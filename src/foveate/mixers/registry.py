@@ -35,7 +35,7 @@ class Row:
     """A mechanism of the literature.
 
     ``mixer`` builds the module (dim, heads, options); ``core`` builds the training-free form, None where the
-    mechanism has parameters of its own. ``tests`` are option sets the conformance suite runs it with.
+    mechanism has parameters of its own.
     """
 
     name: str
