@@ -30,7 +30,7 @@ def compare(
     windows: int = 4,
     progress: bool = True,
 ) -> Results:
-    """Measure quality, speed and memory of attention mechanisms inside a model, on a text.
+    """Measure quality, speed and memory of attention mechanisms inside a model, on a text, in float32 on the CPU.
 
     >>> results = compare("path/to/model", "notes.txt", length=2048, out="report")  # doctest: +SKIP
     >>> results.recommendation.name  # doctest: +SKIP

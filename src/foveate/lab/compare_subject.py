@@ -18,6 +18,7 @@ from foveate.lab.metrics import Predictions
 from foveate.mixers.core import Core
 
 BUILTIN = "builtin"
+LOCAL = {"local_files_only": True, "trust_remote_code": False}  # neither a network nor the model's own code
 LOGITS_AT_ONCE = 2**26  # numbers in the table of logits of one chunk: 256 MB
 
 
@@ -118,9 +119,9 @@ def load(model: str | Path) -> LanguageModel:
     _check_folder(folder)
     try:
         network = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            folder, dtype=torch.float32, use_safetensors=True, **LOCAL
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"cannot load a causal language model from {folder}: {_first_line(error)}") from error
     return LanguageModel(folder.resolve().name, network.eval(), tokenizer, _digest(folder))
