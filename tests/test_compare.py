@@ -276,6 +276,7 @@ def test_the_fastest_mechanism_within_the_loss_is_recommended() -> None:
     assert recommend([fast_bad, unsure, good, slow], 0.02).name == "unsure"
     assert recommend([fast_bad, unsure, slow], 0.01).name is None
     assert recommend([made_up_entry("within noise", speed=1.01)], 0.01).name is None
+    assert recommend([good], 0.01, noise=2.8).name == "good" and recommend([good], 0.01, noise=3.2).name is None
     assert "may cost more" in recommend([fast_bad], 0.01).reason
     assert "no other" in recommend([], 0.01).reason
 

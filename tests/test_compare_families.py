@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="needs pip install 'foveate[hf]'")
+pytest.importorskip("transformers", reason="needs pip install 'foveate[hf]'")
 
+import transformers
 from compare_inputs import TEXT, make_tokenizer
 from typer.testing import CliRunner
 

@@ -35,7 +35,9 @@ def compare(
     length: Annotated[int, typer.Option(help="Tokens in a window of text.")] = 8192,
     mechanism: Annotated[
         list[str] | None,
-        typer.Option("--mechanisms", "--mechanism", "-m", help="A name, with options or without, or a pattern; all unless given."),
+        typer.Option(
+            "--mechanisms", "--mechanism", "-m", help="A name, with options or without, or a pattern; all unless given."
+        ),
     ] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for results.json and report.html.")] = Path("report"),
     max_loss: Annotated[

@@ -144,7 +144,8 @@ class Job:
 
     def _finish(self, results: Results) -> Results:
         results.settings = self.settings
-        results.recommendation = recommend(results.entries, self.settings["max_loss"])
+        noise = results.exact.speedup.high
+        results.recommendation = recommend(results.entries, self.settings["max_loss"], noise=noise)
         results.save(self.out)
         write(results, self.out)
         return results
