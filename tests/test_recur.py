@@ -54,9 +54,7 @@ def test_chunks_equal_the_reference(decay: str, delta: bool, chunk: int) -> None
 @every_decay
 @every_update
 def test_chunks_equal_the_reference_over_more_than_one_span(decay: str, delta: bool) -> None:
-    inputs = make_inputs(
-        decay, delta, batch=1, heads=(2, 1, 1, 2), length=1024 + 70, dims=(3, 2), strength=0.1
-    )
+    inputs = make_inputs(decay, delta, batch=1, heads=(2, 1, 1, 2), length=1024 + 70, dims=(3, 2), strength=0.1)
     assert_same(recur(**inputs, impl="chunks"), recur(**inputs, impl="reference"))
 
 
@@ -198,9 +196,7 @@ def test_shapes_follow_on_the_meta_device() -> None:
     assert (out.shape, state.shape) == ((2, 2, 65, 5), (2, 2, 7, 5))
 
 
-@pytest.mark.parametrize(
-    ("decay", "delta", "backend"), [("channel", False, "eager"), ("head", True, "aot_eager")]
-)
+@pytest.mark.parametrize(("decay", "delta", "backend"), [("channel", False, "eager"), ("head", True, "aot_eager")])
 def test_compiles_into_one_graph_with_its_backward(decay: str, delta: bool, backend: str) -> None:
     inputs = make_inputs(decay, delta, length=20, dtype=torch.float32)
     compiled = torch.compile(recur, fullgraph=True, dynamic=False, backend=backend)

@@ -49,8 +49,7 @@ def test_of_packed_sequences_equal_the_references(delta: bool) -> None:
     inputs["state"] = inputs["state"].expand(3, -1, -1, -1)
     generator = fresh_generator()
     actual, expected = (
-        gradients(inputs, generator.clone_state(), impl=impl, lengths=(23, 0, 17))
-        for impl in ("chunks", "reference")
+        gradients(inputs, generator.clone_state(), impl=impl, lengths=(23, 0, 17)) for impl in ("chunks", "reference")
     )
     assert_close(actual, expected)
 
@@ -59,8 +58,7 @@ def test_without_causality_equal_the_references() -> None:
     inputs = make_inputs(heads=(4, 2, 1, 1), length=37)
     generator = fresh_generator()
     actual, expected = (
-        gradients(inputs, generator.clone_state(), impl=impl, causal=False)
-        for impl in ("chunks", "reference")
+        gradients(inputs, generator.clone_state(), impl=impl, causal=False) for impl in ("chunks", "reference")
     )
     assert_close(actual, expected)
 

@@ -30,9 +30,7 @@ def rms(x: Tensor) -> float:
 @every_update
 @every_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_errs_at_most_twice_as_much_as_a_plain_loop(
-    decay: str, delta: bool, impl: str, dtype: torch.dtype
-) -> None:
+def test_errs_at_most_twice_as_much_as_a_plain_loop(decay: str, delta: bool, impl: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(decay, delta, heads=(4, 2, 2, 4), length=130, dims=(33, 16), dtype=dtype)
     exact, exact_state = plain_recur(**to(inputs, torch.float64))
     plain, plain_state = plain_recur(**inputs)
@@ -45,9 +43,7 @@ def test_errs_at_most_twice_as_much_as_a_plain_loop(
 @every_decay
 @every_update
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_err_at_most_twice_as_much_as_a_plain_loops(
-    decay: str, delta: bool, dtype: torch.dtype
-) -> None:
+def test_gradients_err_at_most_twice_as_much_as_a_plain_loops(decay: str, delta: bool, dtype: torch.dtype) -> None:
     inputs = make_inputs(decay, delta, length=70, dims=(33, 16), dtype=dtype)
     exact = gradients(plain_recur, to(inputs, torch.float64))
     plain = gradients(plain_recur, inputs)

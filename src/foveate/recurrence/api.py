@@ -150,9 +150,7 @@ def _no_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
 
 
-def _tokens(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, scale: float | None
-) -> Tokens:
+def _tokens(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, scale: float | None) -> Tokens:
     if decay is None:
         decay = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=q.device)
     elif decay.dim() == 1:

@@ -26,8 +26,7 @@ def check_call(
         raise ValueError("causal=False sums over all tokens alike: it takes neither decay nor beta")
     if k.size(2) != q.size(2) and (causal or lengths is not None):
         raise ValueError(
-            f"q has {q.size(2)} tokens and k {k.size(2)}; "
-            "they may differ only with causal=False and without lengths"
+            f"q has {q.size(2)} tokens and k {k.size(2)}; they may differ only with causal=False and without lengths"
         )
     if decay is not None:
         _check_decay(q, decay)
@@ -44,9 +43,7 @@ def check_chunk(chunk: int) -> None:
 
 def check_state(state: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     if tuple(state.shape) != tuple(shape):
-        raise ValueError(
-            f"state must be (sequences, state heads, D, Dv) = {tuple(shape)}, got {tuple(state.shape)}"
-        )
+        raise ValueError(f"state must be (sequences, state heads, D, Dv) = {tuple(shape)}, got {tuple(state.shape)}")
     if state.dtype != dtype:
         raise TypeError(f"state must be {dtype} for these q, k, v, got {state.dtype}; pass state.to({dtype})")
     if state.device != device:
@@ -110,9 +107,7 @@ def _check_beta(q: Tensor, beta: Tensor) -> None:
 
 def _check_lengths(q: Tensor, lengths: Sequence[int]) -> None:
     if q.size(0) != 1:
-        raise ValueError(
-            f"packed sequences need batch size 1, got {q.size(0)}; lay them out along the length"
-        )
+        raise ValueError(f"packed sequences need batch size 1, got {q.size(0)}; lay them out along the length")
     if len(lengths) == 0 or min(lengths) < 0:
         raise ValueError(f"lengths must name at least one sequence, none shorter than 0, got {list(lengths)}")
     if sum(lengths) != q.size(2):

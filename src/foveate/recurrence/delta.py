@@ -30,9 +30,7 @@ def correct(inputs: Grouped) -> tuple[Folded, Corrected]:
     q, k, v, decay, beta = inputs
     assert beta is not None
     both = fold(torch.cat((q, k.unsqueeze(2)), 2), k, decay.exp())
-    (q_products, k_products), (q_rows, k_rows) = (
-        (x[:, :, :-1], x[:, :, -1]) for x in (both.products, both.rows)
-    )
+    (q_products, k_products), (q_rows, k_rows) = ((x[:, :, :-1], x[:, :, -1]) for x in (both.products, both.rows))
     solved = torch.linalg.solve_triangular(  # reads nothing on or above the diagonal
         beta * k_products, beta * torch.cat((v, k_rows), -1), upper=False, unitriangular=True
     )

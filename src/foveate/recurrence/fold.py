@@ -20,9 +20,7 @@ class Folded(NamedTuple):
     """
 
     products: Tensor  # (B, S, R, chunks, C, C): sum_d x_i y_j prod(a_t, j < t <= i) where j <= i, else 0
-    rows: (
-        Tensor  # (B, S, R, chunks, C, D): x_i prod(a_t, t <= i), what x_i reads of the state before the chunk
-    )
+    rows: Tensor  # (B, S, R, chunks, C, D): x_i prod(a_t, t <= i), what x_i reads of the state before the chunk
     columns: Tensor  # (B, S, chunks, C, D): y_j prod(a_t, t > j), what of y_j is left after the chunk
     factor: Tensor  # (B, S, chunks, 1, D)
 

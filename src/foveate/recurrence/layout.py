@@ -48,9 +48,7 @@ class Tokens:
     def split(self, lengths: Sequence[int]) -> list[Tokens]:
         """Consecutive stretches. Uses torch.split, whose backward is one cat, where slices would each pad."""
         columns = [_split(x, lengths) for x in (self.q, self.k, self.v, self.decay, self.beta)]
-        return [
-            Tokens(q, k, v, decay, beta, self.scale) for q, k, v, decay, beta in zip(*columns, strict=True)
-        ]
+        return [Tokens(q, k, v, decay, beta, self.scale) for q, k, v, decay, beta in zip(*columns, strict=True)]
 
     def grouped(self) -> Grouped:
         k, v = self.per_state(self.k), self.per_state(self.v)
