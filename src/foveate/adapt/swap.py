@@ -38,7 +38,7 @@ def use(model: nn.Module, core: Core | Pattern | str, *, name: str = "foveate", 
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from foveate import sinks, window
-    >>> small = LlamaConfig(64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> small = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     >>> model = LlamaForCausalLM(small)
     >>> swap = use(model, window(512) | sinks(4))
     >>> model.config._attn_implementation
@@ -78,7 +78,7 @@ def replace_attention(
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from foveate import window
-    >>> small = LlamaConfig(64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> small = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     >>> model = LlamaForCausalLM(small)
     >>> with replace_attention(model, window(16)) as swap:
     ...     logits = model(torch.arange(40).view(1, 40)).logits

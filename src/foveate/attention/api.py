@@ -40,6 +40,7 @@ def attend(
 ) -> Tensor:
     """Attention, exact over the pairs that ``pattern`` allows.
 
+    >>> import torch
     >>> from foveate import attend, causal, sinks, window
     >>> q, k, v = torch.randn(1, 8, 300, 64), torch.randn(1, 2, 300, 64), torch.randn(1, 2, 300, 64)
     >>> attend(q, k, v, window(128) & causal | sinks(4)).shape
@@ -89,6 +90,7 @@ def attend_partial(
 ) -> Partial:
     """Like :func:`attend`, with the log of each row's sum of weights, so that parts can be merged exactly.
 
+    >>> import torch
     >>> from foveate import attend_partial
     >>> q, k, v = torch.randn(3, 1, 2, 5, 8).unbind(0)
     >>> attend_partial(q, k, v).lse.shape

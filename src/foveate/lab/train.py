@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from foveate.lab.train_export import export
@@ -103,4 +104,6 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
 def _progress() -> Progress:
     note = TextColumn("{task.fields[note]}")
-    return Progress(TextColumn("{task.description}"), BarColumn(), note, TimeElapsedColumn())
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), note, TimeElapsedColumn(), console=Console(stderr=True)
+    )
