@@ -14,7 +14,7 @@ DEMO_MECHANISMS = -m streaming_llm -m 'streaming_llm(window=256)' -m 'window(511
 
 help:
 	@echo 'make demo      compare attention mechanisms on the built-in model at 8192 tokens, with a report'
-	@echo 'make test      run the tests (about ten minutes on two cores)'
+	@echo 'make test      run the tests'
 	@echo 'make test-all  run the tests and the longer sweeps'
 	@echo 'make lint      check style and types'
 	@echo 'make docs      write docs/catalogue.md again from the registry'
