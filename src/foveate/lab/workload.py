@@ -62,7 +62,7 @@ def read(source: str | Path | None, enough: int) -> Text:
     if path.is_dir():
         return _read_directory(path, enough * MOST_BYTES_A_TOKEN)
     try:
-        return _decode(path.read_bytes(), str(source))
+        return _decode(path.read_bytes(), path.name)  # results may be shown to others: no folders of this machine
     except OSError as error:
         raise ValueError(f"cannot read the text {source}: {error.strerror}") from None
 
@@ -84,7 +84,7 @@ def _read_directory(folder: Path, enough: int) -> Text:
     notes: list[str] = []
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         if size >= enough:
-            notes.append(f"of {folder}, the files up to {file.relative_to(folder)} were enough")
+            notes.append(f"of {folder.name}, the files up to {file.relative_to(folder)} were enough")
             break
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         data = b"\0" if hidden else file.read_bytes()
@@ -93,7 +93,7 @@ def _read_directory(folder: Path, enough: int) -> Text:
             size += len(data)
     if not parts:
         raise ValueError(f"there is no text file in {folder}")
-    return Text("\n".join(parts), str(folder), tuple(notes))
+    return Text("\n".join(parts), folder.resolve().name, tuple(notes))
 
 
 def cut(tokenizer: Any, text: Text, length: int, windows: int) -> Workload:
