@@ -84,7 +84,7 @@ def _stats(results: Results, entry: Entry) -> Markup:
     figures = (
         (
             f"{entry.speedup.median:.2f}×",
-            f"as fast: {seconds(entry.seconds.median)}, not {seconds(exact.seconds.median)}",
+            f"as fast: {seconds(entry.seconds.median)}, not {seconds(entry.timings[-1].exact_seconds.median)}",
         ),
         (percent(quality.change, sign=True), f"bits per byte; at most {most} (95 %), {allowed} allowed"),
         (percent(looked.visible), f"of the pairs, with {percent(looked.mass)} of exact attention's weight"),
