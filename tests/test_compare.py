@@ -376,3 +376,7 @@ def test_the_table_fits_a_narrow_terminal() -> None:
     shown = console.export_text()
     assert "…" not in shown and "3.00x" in shown and "+0.50%" in shown
     assert shown.index("3.00x") < shown.index("exact")
+    assert "2 of the catalogue's mechanisms" in shown
+    results.settings["mechanisms"] = ["swin", "mamba"]
+    console.print(table(results))
+    assert "swin, which looks at a grid" in console.export_text()

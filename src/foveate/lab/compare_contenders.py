@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foveate.adapt.named import as_core, mechanism
-from foveate.lab.results import NEEDS_TRAINING, Contender, Refusal
+from foveate.lab.results import Contender, Refusal
 from foveate.mixers import registry
 from foveate.mixers.core import Core
 
@@ -46,7 +46,7 @@ def _candidate(text: str, *, heads: int, kv_heads: int) -> Candidate | Refusal:
         return _checked(text, as_core(text), heads, None)
     row, options = call
     if row.core is None:
-        return Refusal(text, NEEDS_TRAINING)
+        return Refusal(text, "has parameters of its own: a model must be trained with it")
     if "causal" not in row.supports:
         return Refusal(text, "is not causal, and a language model must not see the future")
     if kv_heads != heads and "gqa" not in row.supports:

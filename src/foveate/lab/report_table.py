@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from foveate.lab.results import NEEDS_TRAINING, Entry, Refusal, Results
+from foveate.lab.results import Entry, Results
 from foveate.lab.results_words import percent, seconds, size
 
 if TYPE_CHECKING:
@@ -62,16 +62,18 @@ def row(entry: Entry, *, exact: bool = False) -> list[str]:
 
 
 def _caption(results: Results) -> str:
-    """The advice, and why some of those asked for are not in the table."""
+    """The advice, and which mechanisms are not in the table."""
+    lines = _not_measured(results)
     advice = results.recommendation
-    lines = [f"Not measured: {refusal.name}, which {refusal.reason}." for refusal in _worth_telling(results)]
     if advice is not None:
         take = f"Take {advice.name}" if advice.name else "Keep exact attention"
         lines.append(f"{take}: {advice.reason}.")
     return escape("\n".join(lines))
 
 
-def _worth_telling(results: Results) -> list[Refusal]:
-    """Refusals but for the many mechanisms that need training, where all of the catalogue was asked for."""
-    asked_for = set(results.settings.get("mechanisms") or ())
-    return [refusal for refusal in results.refused if refusal.name in asked_for or refusal.reason != NEEDS_TRAINING]
+def _not_measured(results: Results) -> list[str]:
+    """Each with its reason where they were asked for by name, else their number."""
+    if results.settings.get("mechanisms") is not None:
+        return [f"Not measured: {refusal.name}, which {refusal.reason}." for refusal in results.refused]
+    number = len(results.refused)
+    return [f"Not measured: {number} of the catalogue's mechanisms; the report says why."] if number else []

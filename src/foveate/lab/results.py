@@ -14,7 +14,6 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
 FILE = "results.json"
-NEEDS_TRAINING = "has parameters of its own: a model must be trained with it"
 
 
 @dataclass(frozen=True)
