@@ -379,4 +379,4 @@ def test_the_table_fits_a_narrow_terminal() -> None:
     assert "2 of the catalogue's mechanisms" in shown
     results.settings["mechanisms"] = ["swin", "mamba"]
     console.print(table(results))
-    assert "swin, which looks at a grid" in console.export_text()
+    assert "swin (looks at a grid)" in console.export_text()

@@ -74,6 +74,6 @@ def _caption(results: Results) -> str:
 def _not_measured(results: Results) -> list[str]:
     """Each with its reason where they were asked for by name, else their number."""
     if results.settings.get("mechanisms") is not None:
-        return [f"Not measured: {refusal.name}, which {refusal.reason}." for refusal in results.refused]
+        return [f"Not measured: {refusal.name} ({refusal.reason})." for refusal in results.refused]
     number = len(results.refused)
     return [f"Not measured: {number} of the catalogue's mechanisms; the report says why."] if number else []
