@@ -1,0 +1,250 @@
+// Small matrix products C (+)= A B in three arithmetics. All of them read A as rows of scalars to broadcast and
+// B as vectors along the columns of C, so that neither keys nor values need to be transposed:
+//
+//   logits^T [key][query]  = K [key][d]         Q^T [d][query]
+//   out^T    [dv][query]  += V^T [dv][key]      P^T [key][query]
+//
+// Float32: any strides of A. Bfloat16 (two products in each word): A has unit stride, B holds pairs along k.
+#pragma once
+#include "rows.h"
+
+namespace foveate {
+
+// What a product reads its left side from: element (i, k) at data[i * row + k * column].
+template <class T> struct Left {
+    const T* data;
+    int64_t row, column;
+};
+
+struct Float32 {
+    using Element = float;
+    static constexpr int PAIR = 1;         // numbers of k in a word of B
+    static constexpr int64_t GRAIN_K = 1;  // k is a multiple of this; A and B are zero-padded up to it
+    static constexpr int64_t GRAIN_M = 1;  // rows of A and C may be read and written up to a multiple of this
+    static constexpr int EXP2_DEGREE = 5;
+    static constexpr int64_t DTYPE = FOVEATE_FLOAT32;
+
+    static void begin() {}
+    static void end() {}
+
+    // C (m, vectors * LANES) (+)= A (m, k) B (k, vectors * LANES)
+    static void multiply(int64_t m, int vectors, int64_t k, Left<float> a, const float* b, int64_t ldb, float* c,
+                         int64_t ldc, bool add);
+};
+
+namespace detail {
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int WIDE = 2, TALL = 6;  // 12 of 16 registers accumulate
+#else
+constexpr int WIDE = 4, TALL = 6;  // 24 of 32 registers accumulate
+#endif
+
+template <int M, int N>
+FOVEATE_INLINE void block(int64_t k, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb, float* c,
+                          int64_t ldc, bool add) {
+    Floats sum[M][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) sum[i][j] = add ? load(c + i * ldc + j * LANES) : Floats{};
+    for (int64_t p = 0; p < k; ++p) {
+        Floats right[N];
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) right[j] = load(b + p * ldb + j * LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+            const Floats left = all(a[i * row + p * column]);
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) store(c + i * ldc + j * LANES, sum[i][j]);
+}
+
+template <int N, int TALLEST>
+static void rows_of_blocks(int64_t m, int64_t k, Left<float> a, const float* b, int64_t ldb, float* c, int64_t ldc,
+                           bool add) {
+    int64_t i = 0;
+    for (; i + TALLEST <= m; i += TALLEST)
+        block<TALLEST, N>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
+    for (; i + 4 <= m; i += 4) block<4, N>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
+    for (; i + 2 <= m; i += 2) block<2, N>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
+    for (; i < m; ++i) block<1, N>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
+}
+
+}  // namespace detail
+
+inline void Float32::multiply(int64_t m, int vectors, int64_t k, Left<float> a, const float* b, int64_t ldb, float* c,
+                              int64_t ldc, bool add) {
+    using namespace detail;
+    int j = 0;
+    for (; j + WIDE <= vectors; j += WIDE)
+        rows_of_blocks<WIDE, TALL>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
+#if !defined(__AVX2__) || defined(__AVX512F__)
+    if (vectors - j == 3) return rows_of_blocks<3, 8>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
+    if (vectors - j == 2) return rows_of_blocks<2, 12>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
+    if (vectors - j == 1) return rows_of_blocks<1, 16>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
+#else
+    if (vectors - j == 1) return rows_of_blocks<1, 12>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
+#endif
+}
+
+#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
+#define FOVEATE_HAS_BFLOAT16 1
+
+// B holds words: (k / 2, vectors * LANES), the pair (2p, 2p + 1) of each column in word [p][column].
+struct Bfloat16 {
+    using Element = uint16_t;
+    static constexpr int PAIR = 2;
+    static constexpr int EXP2_DEGREE = 4;
+    static constexpr int64_t DTYPE = FOVEATE_BFLOAT16;
+#if defined(__AMX_BF16__)
+    static constexpr int64_t GRAIN_K = 32, GRAIN_M = 16;
+#else
+    static constexpr int64_t GRAIN_K = 2, GRAIN_M = 1;
+#endif
+
+    static void begin();
+    static void end();
+    static void multiply(int64_t m, int vectors, int64_t k, Left<uint16_t> a, const uint32_t* b, int64_t ldb, float* c,
+                         int64_t ldc, bool add);
+};
+#endif
+
+#if defined(__AMX_BF16__)
+
+// Tiles 0..3 accumulate 32 x 32 of C, 4 and 5 hold two strips of A, 6 and 7 two of B.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+inline void Bfloat16::begin() {
+    static const TileConfig config;  // static: GCC takes the instruction to read only 8 bytes of it
+    _tile_loadconfig(&config);
+}
+inline void Bfloat16::end() { _tile_release(); }
+
+namespace detail {
+
+template <int M, int N>
+FOVEATE_INLINE void amx_block(int64_t k, const uint16_t* a, int64_t row, const uint32_t* b, int64_t ldb, float* c,
+                              int64_t ldc, bool add) {
+    const int64_t c_bytes = ldc * 4, b_bytes = ldb * 4, a_bytes = row * 2;
+    if (add) {
+        _tile_loadd(0, c, c_bytes);
+        if (N > 1) _tile_loadd(1, c + 16, c_bytes);
+        if (M > 1) _tile_loadd(2, c + 16 * ldc, c_bytes);
+        if (M > 1 && N > 1) _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
+    } else {
+        _tile_zero(0);
+        if (N > 1) _tile_zero(1);
+        if (M > 1) _tile_zero(2);
+        if (M > 1 && N > 1) _tile_zero(3);
+    }
+    for (int64_t p = 0; p < k; p += 32) {
+        _tile_loadd(6, b + p / 2 * ldb, b_bytes);
+        _tile_loadd(4, a + p, a_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if (N > 1) {
+            _tile_loadd(7, b + p / 2 * ldb + 16, b_bytes);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (M > 1) {
+            _tile_loadd(5, a + 16 * row + p, a_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            if (N > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, c_bytes);
+    if (N > 1) _tile_stored(1, c + 16, c_bytes);
+    if (M > 1) _tile_stored(2, c + 16 * ldc, c_bytes);
+    if (M > 1 && N > 1) _tile_stored(3, c + 16 * ldc + 16, c_bytes);
+}
+
+}  // namespace detail
+
+inline void Bfloat16::multiply(int64_t m, int vectors, int64_t k, Left<uint16_t> a, const uint32_t* b, int64_t ldb,
+                               float* c, int64_t ldc, bool add) {
+    using namespace detail;
+    for (int64_t i = 0; i < m; i += 32)
+        for (int j = 0; j < vectors; j += 2) {
+            const uint16_t* left = a.data + i * a.row;
+            const uint32_t* right = b + j * LANES;
+            float* to = c + i * ldc + j * LANES;
+            const bool tall = i + 16 < m, wide = j + 1 < vectors;
+            if (tall && wide)
+                amx_block<2, 2>(k, left, a.row, right, ldb, to, ldc, add);
+            else if (tall)
+                amx_block<2, 1>(k, left, a.row, right, ldb, to, ldc, add);
+            else if (wide)
+                amx_block<1, 2>(k, left, a.row, right, ldb, to, ldc, add);
+            else
+                amx_block<1, 1>(k, left, a.row, right, ldb, to, ldc, add);
+        }
+}
+
+#elif defined(__AVX512BF16__)
+
+inline void Bfloat16::begin() {}
+inline void Bfloat16::end() {}
+
+namespace detail {
+
+template <int M, int N>
+FOVEATE_INLINE void pair_block(int64_t words, const uint16_t* a, int64_t row, const uint32_t* b, int64_t ldb, float* c,
+                               int64_t ldc, bool add) {
+    __m512 sum[M][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) sum[i][j] = add ? _mm512_loadu_ps(c + i * ldc + j * LANES) : _mm512_setzero_ps();
+    for (int64_t p = 0; p < words; ++p) {
+        __m512bh right[N];
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) right[j] = (__m512bh)_mm512_loadu_si512(b + p * ldb + j * LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+            int32_t pair;
+            std::memcpy(&pair, a + i * row + 2 * p, 4);
+            const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) _mm512_storeu_ps(c + i * ldc + j * LANES, sum[i][j]);
+}
+
+template <int N, int TALLEST>
+static void rows_of_pair_blocks(int64_t m, int64_t words, const uint16_t* a, int64_t row, const uint32_t* b,
+                                int64_t ldb, float* c, int64_t ldc, bool add) {
+    int64_t i = 0;
+    for (; i + TALLEST <= m; i += TALLEST)
+        pair_block<TALLEST, N>(words, a + i * row, row, b, ldb, c + i * ldc, ldc, add);
+    for (; i + 4 <= m; i += 4) pair_block<4, N>(words, a + i * row, row, b, ldb, c + i * ldc, ldc, add);
+    for (; i < m; ++i) pair_block<1, N>(words, a + i * row, row, b, ldb, c + i * ldc, ldc, add);
+}
+
+}  // namespace detail
+
+inline void Bfloat16::multiply(int64_t m, int vectors, int64_t k, Left<uint16_t> a, const uint32_t* b, int64_t ldb,
+                               float* c, int64_t ldc, bool add) {
+    using namespace detail;
+    int j = 0;
+    for (; j + 4 <= vectors; j += 4)
+        rows_of_pair_blocks<4, 6>(m, k / 2, a.data, a.row, b + j * LANES, ldb, c + j * LANES, ldc, add);
+    for (; j + 2 <= vectors; j += 2)
+        rows_of_pair_blocks<2, 12>(m, k / 2, a.data, a.row, b + j * LANES, ldb, c + j * LANES, ldc, add);
+    if (j < vectors) rows_of_pair_blocks<1, 16>(m, k / 2, a.data, a.row, b + j * LANES, ldb, c + j * LANES, ldc, add);
+}
+
+#endif
+
+}  // namespace foveate

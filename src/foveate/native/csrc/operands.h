@@ -1,0 +1,148 @@
+// A call's queries, keys and values in the form that a product wants them.
+#pragma once
+#include "chunks.h"
+#include "gemm.h"
+#include "threads.h"
+
+namespace foveate {
+
+// The head of a key or value tensor that a query head reads.
+FOVEATE_INLINE int64_t group_of(const FoveateAttend& call, const FoveateTensor& x, int64_t h) {
+    return h / (call.q.heads / x.heads);
+}
+
+#if FOVEATE_HAS_BFLOAT16
+// (64, columns) numbers of 2 bytes transposed to (columns, 64): as words of two rows each.
+FOVEATE_INLINE void transpose_halves(uint16_t* to, const uint16_t* from, int64_t from_stride, int64_t columns) {
+    const auto widened = [](const uint16_t* p) { return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); };
+    for (int64_t pair = 0; pair < TILE / 2; pair += LANES)
+        for (int64_t c = 0; c < columns; c += LANES) {
+            Words x[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) {
+                const uint16_t* even = from + 2 * (pair + i) * from_stride + c;
+                x[i] = widened(even) | widened(even + from_stride) << 16;
+            }
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) store_words(to + (c + i) * TILE + 2 * pair, x[i]);
+        }
+}
+#endif
+
+// Keys or values: rows of a chunk, or their transpose, as the left side of a product.
+template <class A> class Operand {
+  public:
+    using Element = typename A::Element;
+
+    Operand(const FoveateAttend& call, const FoveateTensor& x, int64_t dim)
+        : call_(call), x_(x), dim_(dim), padded_(round_up(dim, std::max<int64_t>(A::GRAIN_K, LANES))) {}
+
+    // Numbers in a buffer for natural() or transposed().
+    static int64_t buffer_size(int64_t dim) {
+        return 2 * TILE * round_up(dim, std::max<int64_t>(A::GRAIN_K, LANES));
+    }
+
+    // (keys of the chunk, dim), zero-padded to whole grains.
+    Left<Element> natural(int64_t b, int64_t h, const Chunk& chunk, Element* buffer) const {
+        if (is_direct(chunk)) return {row(b, h, chunk.first), x_.stride[2], 1};
+        for (int64_t i = 0; i < chunk.count; ++i) read(buffer + i * padded_, b, h, chunk.slot(i));
+        return {buffer, padded_, 1};
+    }
+
+    // (dim, keys of the chunk), zero-padded to whole grains.
+    Left<Element> transposed(int64_t b, int64_t h, const Chunk& chunk, Element* buffer) const {
+        if constexpr (A::PAIR == 1) {
+            const Left<Element> rows = natural(b, h, chunk, buffer);
+            return {rows.data, 1, rows.row};
+        } else {
+            if (packed_ && !chunk.columns) return {packed_ + packed_at(b, h, chunk.first), TILE, 1};
+            transpose_chunk(buffer, b, h, chunk, buffer + TILE * padded_);
+            return {buffer, TILE, 1};
+        }
+    }
+
+    // Transposes of all tiles, made once for many queries.
+    static int64_t packed_size(const FoveateAttend& call, const FoveateTensor& x, int64_t dim) {
+        return call.batch * x.heads * tiles(call) * TILE * round_up(dim, std::max<int64_t>(A::GRAIN_K, LANES));
+    }
+    bool pack(Element* to) {
+        const int64_t all = call_.batch * x_.heads * tiles(call_);
+        Queue queue(all, 4);
+        packed_ = to;
+        return on_threads(std::min(call_.threads, all), [&](int64_t) {
+            Buffer<Element> rows(TILE * padded_);
+            queue.run([&](int64_t i) {
+                const int64_t tile = i % tiles(call_), h = i / tiles(call_) % x_.heads;
+                Chunk chunk;
+                chunk.first = tile * TILE;
+                chunk.count = std::min<int64_t>(num_slots(call_) - chunk.first, TILE);
+                chunk.columns = nullptr;
+                transpose_chunk(to + i * TILE * padded_, i / tiles(call_) / x_.heads, h, chunk, rows.get());
+            });
+        });
+    }
+
+  private:
+    static int64_t tiles(const FoveateAttend& call) { return (num_slots(call) + TILE - 1) / TILE; }
+
+    bool is_direct(const Chunk& chunk) const {
+        // Other strides are copied: rows a power of two apart would share a few sets of the cache.
+        return call_.dtype == A::DTYPE && x_.stride[3] == 1 && x_.stride[2] == dim_ && !chunk.columns &&
+               !call_.selection.k_slots && dim_ % A::GRAIN_K == 0 && chunk.count % A::GRAIN_M == 0;
+    }
+    const Element* row(int64_t b, int64_t h, int64_t token) const {
+        return (const Element*)at(x_, call_.dtype, b, h, token);
+    }
+    void read(Element* to, int64_t b, int64_t h, int64_t slot) const {
+        const int64_t token = key_at(call_, slot);
+        const int64_t n = token < 0 ? 0 : dim_;
+        read_row(to, at(x_, call_.dtype, b, h, std::max<int64_t>(token, 0)), call_.dtype, x_.stride[3], n, padded_);
+    }
+    int64_t packed_at(int64_t b, int64_t h, int64_t slot) const {
+        return ((b * x_.heads + h) * tiles(call_) + slot / TILE) * TILE * padded_ + slot % TILE;
+    }
+    void transpose_chunk(Element* to, int64_t b, int64_t h, const Chunk& chunk, Element* rows) const {
+        for (int64_t i = 0; i < chunk.count; ++i) read(rows + i * padded_, b, h, chunk.slot(i));
+        std::fill(rows + chunk.count * padded_, rows + TILE * padded_, Element{});
+        if constexpr (A::PAIR == 2) transpose_halves(to, rows, padded_, padded_);
+    }
+
+    const FoveateAttend& call_;
+    const FoveateTensor& x_;
+    const int64_t dim_, padded_;
+    const Element* packed_ = nullptr;
+};
+
+// Rows of a query tile (64, padded), zeros where a slot is empty.
+template <class A>
+static void read_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t q_tile,
+                         int64_t dim, int64_t padded, int64_t rows, typename A::Element* to) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t token = query_at(call, q_tile * TILE + i);
+        const void* from = at(x, call.dtype, b, h, std::max<int64_t>(token, 0));
+        read_row(to + i * padded, from, call.dtype, x.stride[3], token < 0 ? 0 : dim, padded);
+    }
+}
+
+// Queries of a tile that exist, counted up to the last one.
+FOVEATE_INLINE int64_t lanes_of(const FoveateAttend& call, int64_t q_tile) {
+    int64_t lanes = TILE;
+    if (!call.selection.q_slots) return std::min<int64_t>(call.num_queries - q_tile * TILE, TILE);
+    while (lanes > 0 && query_at(call, q_tile * TILE + lanes - 1) < 0) --lanes;
+    return lanes;
+}
+
+// Writes x^T (dim, lanes) times a factor per lane as rows of a tensor, in its dtype.
+static void write_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t q_tile,
+                          int64_t lanes, int64_t dim, float* transposed, int64_t ld, float* rows) {
+    const int64_t padded = round_up(dim, LANES);
+    transpose_words(rows, padded, transposed, ld, dim, lanes);
+    for (int64_t i = 0; i < lanes; ++i) {
+        const int64_t token = query_at(call, q_tile * TILE + i);
+        if (token < 0) continue;
+        write_row((void*)at(x, call.dtype, b, h, token), call.dtype, x.stride[3], rows + i * padded, dim);
+    }
+}
+
+}  // namespace foveate

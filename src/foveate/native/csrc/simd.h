@@ -1,0 +1,166 @@
+// One vector of the widest registers that the compiler was told of, and what the kernels do with it.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define FOVEATE_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FOVEATE_VECTOR_BYTES 32
+#else
+#define FOVEATE_VECTOR_BYTES 16
+#endif
+
+namespace foveate {
+
+typedef float Floats __attribute__((vector_size(FOVEATE_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(FOVEATE_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(FOVEATE_VECTOR_BYTES)));
+
+constexpr int LANES = FOVEATE_VECTOR_BYTES / 4;
+constexpr int TILE = 64;  // queries of a work item, and keys of a chunk
+constexpr int MAX_VECTORS = TILE / LANES;
+constexpr float LOG2E = 1.44269504088896340736f;
+constexpr float LN2 = 0.693147180559945309417f;
+
+#define FOVEATE_INLINE static inline __attribute__((always_inline))
+
+FOVEATE_INLINE Floats load(const float* p) {
+    Floats x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+FOVEATE_INLINE void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+FOVEATE_INLINE Floats all(float x) { return x - Floats{}; }
+FOVEATE_INLINE Words as_words(Floats x) { return (Words)x; }
+FOVEATE_INLINE Floats as_floats(Words x) { return (Floats)x; }
+FOVEATE_INLINE Words load_words(const void* p) {
+    Words x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+FOVEATE_INLINE void store_words(void* p, Words x) { std::memcpy(p, &x, sizeof x); }
+
+// The greater of a and b; b where one of them is NaN.
+FOVEATE_INLINE Floats greater(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+FOVEATE_INLINE Floats lesser(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// Minimax polynomials of 2^x on [-1/2, 1/2]: relative error 7.5e-8 (degree 5), 2.6e-6 (degree 4).
+template <int DEGREE> FOVEATE_INLINE Floats exp2_fraction(Floats f) {
+    if constexpr (DEGREE == 4) {
+        Floats p = f * 0x1.3997d4p-7f + 0x1.ca1440p-5f;
+        p = p * f + 0x1.ec06dap-3f;
+        p = p * f + 0x1.62e0dcp-1f;
+        return p * f + 0x1.ffffe8p-1f;
+    } else {
+        Floats p = f * 0x1.5c08e4p-10f + 0x1.3d0c52p-7f;
+        p = p * f + 0x1.c6b6e4p-5f;
+        p = p * f + 0x1.ebf918p-3f;
+        p = p * f + 0x1.62e428p-1f;
+        return p * f + 0x1.000002p+0f;
+    }
+}
+
+// 2^x for x <= 127; 0 for x < -126 (-inf too), NaN for NaN.
+template <int DEGREE = 5> FOVEATE_INLINE Floats exp2_of(Floats x) {
+#if defined(__AVX512F__)
+    x = greater(all(-200.0f), x);
+    const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (Floats)_mm512_scalef_ps((__m512)exp2_fraction<DEGREE>(x - (Floats)n), n);
+#else
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
+    const Ints tiny = x < -126.0f;
+    x = greater(all(-126.0f), x);
+    const Floats shifted = x + magic;
+    const Floats p = exp2_fraction<DEGREE>(x - (shifted - magic));
+    const Words scaled = as_words(p) + (as_words(shifted) << 23);
+    return tiny ? Floats{} : as_floats(scaled);
+#endif
+}
+
+FOVEATE_INLINE float sum_lanes(Floats x) {
+    float lanes[LANES], total = 0;
+    store(lanes, x);
+    for (int i = 0; i < LANES; ++i) total += lanes[i];
+    return total;
+}
+
+// The lanes of `yes` whose bit is set, else of `no`.
+FOVEATE_INLINE Floats choose(uint32_t bits, Floats yes, Floats no) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_mask_blend_ps((__mmask16)bits, (__m512)no, (__m512)yes);
+#else
+    Words lane{};
+    for (int i = 0; i < LANES; ++i) lane[i] = 1u << i;
+    return ((lane & bits) != 0) ? yes : no;
+#endif
+}
+
+// Two bfloat16 in each word, rounded to nearest even: the first in the low half. NaN stays NaN.
+FOVEATE_INLINE Words pair_bfloat16(Floats first, Floats second) {
+#if defined(__AVX512BF16__)
+    const __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)first), high = (__m256i)_mm512_cvtneps_pbh((__m512)second);
+    return (Words)_mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+#else
+    const auto rounded = [](Floats x) {
+        const Words bits = as_words(x), even = bits + (0x7fffu + ((bits >> 16) & 1u));
+        return (x == x) ? even : (bits | 0x400000u);
+    };
+    return (rounded(first) >> 16) | (rounded(second) & 0xffff0000u);
+#endif
+}
+
+FOVEATE_INLINE float from_bfloat16(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+}
+FOVEATE_INLINE uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+#if defined(__F16C__)
+FOVEATE_INLINE float from_float16(uint16_t x) { return _cvtsh_ss(x); }
+FOVEATE_INLINE uint16_t to_float16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__ARM_NEON)
+FOVEATE_INLINE float from_float16(uint16_t x) {
+    __fp16 half;
+    std::memcpy(&half, &x, 2);
+    return half;
+}
+FOVEATE_INLINE uint16_t to_float16(float x) {
+    const __fp16 half = x;
+    uint16_t bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+#else
+#error "Foveate's kernels need AVX2 with F16C, or NEON"
+#endif
+
+}  // namespace foveate

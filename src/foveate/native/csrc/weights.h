@@ -1,0 +1,144 @@
+// From scores q k to weights, (keys, lanes): a lane is a query, so a row's sum is a column's, without shuffles.
+#pragma once
+#include "bias.h"
+
+namespace foveate {
+
+// The last step of logits is a factor that softmax applies itself: logit = factor * number, times log2(e).
+struct Scores {
+    float* data;  // (round_up(count, 32), ld)
+    int64_t count, ld;
+    int vectors;
+    float factor;
+};
+
+// tanh to a few units in the last place: a polynomial near 0, exponentials beyond.
+FOVEATE_INLINE Floats tanh_of(Floats x) {
+    const Floats y = x * x;
+    Floats p = y * -0x1.75746ap-8f + 0x1.51e9fcp-6f;
+    p = p * y - 0x1.b82a98p-5f;
+    p = p * y + 0x1.110626p-3f;
+    p = p * y - 0x1.555528p-2f;
+    const Floats near = x * (p * y) + x;
+    const Floats size = lesser(all(20.0f), as_floats(as_words(x) & 0x7fffffffu));
+    const Floats far = 1.0f - 2.0f / (exp2_of(size * (2 * LOG2E)) + 1.0f);
+    const Floats signed_far = as_floats(as_words(far) | (as_words(x) & 0x80000000u));
+    return y < 0.36f ? near : (x == x ? signed_far : x);
+}
+
+// Soft-cap: c tanh(s / c). Keeps its slope where wanted.
+FOVEATE_INLINE void cap(const Scores& s, float scale, float softcap, float* slope) {
+    for (int64_t i = 0; i < s.count * s.ld; i += LANES) {
+        const Floats bent = tanh_of(load(s.data + i) * (scale / softcap));
+        store(s.data + i, bent * softcap);
+        if (slope) store(slope + i, 1.0f - bent * bent);
+    }
+}
+
+// Scale, soft-cap and bias; `slope` (null: not wanted) gets the soft-cap's derivative.
+FOVEATE_INLINE void bend(const FoveateAttend& call, Scores& s, const float* bias, float* slope) {
+    s.factor = (float)call.scale;
+    if (call.softcap > 0) {
+        cap(s, (float)call.scale, (float)call.softcap, slope);
+        s.factor = 1;
+    }
+    if (bias || s.factor <= 0)
+        for (int64_t i = 0; i < s.count * s.ld; i += LANES) {
+            const Floats logits = load(s.data + i) * s.factor;
+            store(s.data + i, bias ? logits + load(bias + i) : logits);
+        }
+    if (bias || s.factor <= 0) s.factor = 1;
+}
+
+FOVEATE_INLINE void hide(const Scores& s, const Chunk& chunk, float hidden) {
+    const uint64_t whole = s.ld >= TILE ? ~0ull : (1ull << s.ld) - 1;
+    for (int64_t k = 0; k < s.count; ++k) {
+        if ((chunk.seen[k] & whole) == whole) continue;
+        for (int j = 0; j < s.vectors; ++j) {
+            float* p = s.data + k * s.ld + j * LANES;
+            store(p, choose((uint32_t)(chunk.seen[k] >> (j * LANES)), load(p), all(hidden)));
+        }
+    }
+}
+
+// Where weights go: float32 in the place of the scores, or pairs of bfloat16 along the keys.
+template <class A> FOVEATE_INLINE void put(void* to, const Scores& s, int64_t key, int64_t column, Floats w0, Floats w1) {
+    if constexpr (A::PAIR == 2) {
+        store_words((uint32_t*)to + key / 2 * s.ld + column, pair_bfloat16(w0, w1));
+    } else {
+        store((float*)to + key * s.ld + column, w0);
+        if (key + 1 < s.count) store((float*)to + (key + 1) * s.ld + column, w1);
+    }
+}
+// Zeros for the keys that only fill up a grain of the next product.
+template <class A> FOVEATE_INLINE void put_zeros(void* to, const Scores& s) {
+    if constexpr (A::PAIR == 2) {
+        const int64_t used = (s.count + 1) / 2, wanted = round_up(s.count, A::GRAIN_K) / 2;
+        std::memset((uint32_t*)to + used * s.ld, 0, (wanted - used) * s.ld * 4);
+    }
+}
+
+// One step of online softmax on N vectors of lanes: weights 2^(logit - top), new tops and sums; `kept` is what is
+// left of all that was summed under the old tops.
+template <class A, int N>
+FOVEATE_INLINE void softmax_columns(const Scores& s, int64_t column, void* to, float* top, float* sum, float* kept) {
+    const float factor = s.factor * LOG2E;
+    const float* from = s.data + column;
+    Floats highest[N], total[N], base[N];
+    for (int j = 0; j < N; ++j) highest[j] = all(-INFINITY);
+    for (int64_t k = 0; k < s.count; ++k)
+        for (int j = 0; j < N; ++j) highest[j] = greater(highest[j], load(from + k * s.ld + j * LANES));
+    for (int j = 0; j < N; ++j) {
+        float* at = top + column + j * LANES;
+        const Floats now = greater(load(at), highest[j] * factor);
+        base[j] = now == -INFINITY ? Floats{} : now;
+        const Floats rest = exp2_of(load(at) - base[j]);
+        store(at, now);
+        store(kept + column + j * LANES, rest);
+        total[j] = load(sum + column + j * LANES) * rest;
+    }
+    for (int64_t k = 0; k < s.count; k += 2)
+        for (int j = 0; j < N; ++j) {
+            const float* p = from + k * s.ld + j * LANES;
+            const Floats w0 = exp2_of<A::EXP2_DEGREE>(load(p) * factor - base[j]);
+            Floats w1{};
+            if (k + 1 < s.count) w1 = exp2_of<A::EXP2_DEGREE>(load(p + s.ld) * factor - base[j]);
+            total[j] += w0 + w1;
+            put<A>(to, s, k, column + j * LANES, w0, w1);
+        }
+    for (int j = 0; j < N; ++j) store(sum + column + j * LANES, total[j]);
+}
+
+template <class A> FOVEATE_INLINE void softmax_step(const Scores& s, void* to, float* top, float* sum, float* kept) {
+    int j = 0;
+    for (; j + 4 <= s.vectors; j += 4) softmax_columns<A, 4>(s, j * LANES, to, top, sum, kept);
+    for (; j < s.vectors; ++j) softmax_columns<A, 1>(s, j * LANES, to, top, sum, kept);
+    put_zeros<A>(to, s);
+}
+
+// Weight of a logit without a row sum, and its slope.
+FOVEATE_INLINE Floats weight_of(int64_t kind, Floats logit) {
+    if (kind == FOVEATE_RELU) return greater(Floats{}, logit);
+    const Floats x = greater(all(-126.0f), lesser(all(126.0f), logit * LOG2E));
+    const Floats w = 1.0f / (1.0f + exp2_of(-x));
+    return logit == logit ? w : logit;
+}
+FOVEATE_INLINE Floats slope_of(int64_t kind, Floats weight) {
+    if (kind == FOVEATE_RELU) return weight > 0.0f ? all(1.0f) : Floats{};
+    return kind == FOVEATE_SIGMOID ? weight * (1.0f - weight) : weight;
+}
+
+template <class A> static void elementwise_step(const Scores& s, int64_t kind, const Chunk& chunk, void* to) {
+    for (int64_t k = 0; k < s.count; k += 2)
+        for (int j = 0; j < s.vectors; ++j) {
+            Floats w[2] = {};
+            for (int64_t i = 0; i < 2 && k + i < s.count; ++i) {
+                w[i] = weight_of(kind, load(s.data + (k + i) * s.ld + j * LANES) * s.factor);
+                if (chunk.masked) w[i] = choose((uint32_t)(chunk.seen[k + i] >> (j * LANES)), w[i], Floats{});
+            }
+            put<A>(to, s, k, j * LANES, w[0], w[1]);
+        }
+    put_zeros<A>(to, s);
+}
+
+}  // namespace foveate
