@@ -6,7 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from foveate.attention import flex, reference, sdpa, tiles
+from foveate.attention import flex, native, reference, sdpa, tiles
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call, prepare
 from foveate.attention.partial import Partial, with_sink
@@ -17,6 +17,7 @@ from foveate.patterns.layouts import Layout
 from foveate.patterns.sequence import full
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "native": native,
     "sdpa": sdpa,
     "flex": flex,
     "tiles": tiles,

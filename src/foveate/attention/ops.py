@@ -1,4 +1,4 @@
-"""attend's tiles as an operator of torch's dispatcher, so that torch.compile takes it whole.
+"""attend over selections as an operator of torch's dispatcher, so that torch.compile takes it whole.
 
 A graph holds tensors and text: the pattern travels as what it prints, and is read back inside the operator.
 """
@@ -7,27 +7,30 @@ from __future__ import annotations
 
 import ast
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from foveate.attention import bias as biases_by_name
-from foveate.attention import tiles
+from foveate.attention import native, tiles
 from foveate.attention.bias import Bias, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
+from foveate.attention.spec import Kernels, Spec
 from foveate.patterns import layouts
 from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Layout, Points
 from foveate.patterns.parse import parse
 
+KERNELS: dict[str, Kernels] = {"tiles": cast(Kernels, tiles), "native": cast(Kernels, native)}
 
-def attend_tiles(call: Call) -> Partial:
-    """Run a call by the operator; what :func:`foveate.attention.tiles.run` does inside torch.compile."""
+
+def attend_selected(call: Call, kernels: str) -> Partial:
+    """Run a call by the operator; what :func:`foveate.attention.spec.run` does inside torch.compile."""
     _check_layout(call.layout)
-    text = "\n".join((call.kind, str(call.pattern), str(call.layout), *(_bias_text(b) for b in call.biases)))
+    text = "\n".join((kernels, call.kind, str(call.pattern), str(call.layout), *(_bias_text(b) for b in call.biases)))
     parameters = [bias.parameter for bias in call.biases]
     softcap = 0.0 if call.softcap is None else call.softcap
     out, lse = _attend(call.q, call.k, call.v, parameters, list(call.pattern.tensors), text, call.scale, softcap)
@@ -78,15 +81,16 @@ def _spec(
     text: str,
     scale: float,
     softcap: float,
-) -> tiles.Spec:
-    kind, pattern, layout, *bias_texts = text.split("\n")
+) -> tuple[Kernels, Spec]:
+    name, kind, pattern, layout, *bias_texts = text.split("\n")
     offset = k.shape[2] - q.shape[2]
-    selection = parse(pattern, held).select(q, k, _layout(layout), tile=tiles.TILE, scale=scale)
+    kernels = KERNELS[name]
+    seen = kernels.sees(q, k, parse(pattern, held), _layout(layout), scale)
     biases = tuple(_bias(t, p, offset) for t, p in zip(bias_texts, parameters, strict=True))
-    return tiles.Spec(selection, biases, kind, scale, softcap or None)  # type: ignore[arg-type]
+    return kernels, Spec(seen, biases, kind, scale, softcap or None)  # type: ignore[arg-type]
 
 
-@torch.library.custom_op("foveate::attend_tiles", mutates_args=())
+@torch.library.custom_op("foveate::attend_selected", mutates_args=())
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -97,7 +101,8 @@ def _attend(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    return tiles.forward(_spec(q, k, parameters, held, text, scale, softcap), q, k, v)
+    kernels, spec = _spec(q, k, parameters, held, text, scale, softcap)
+    return kernels.forward(spec, q, k, v)
 
 
 @_attend.register_fake
@@ -106,7 +111,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=precise)
 
 
-@torch.library.custom_op("foveate::attend_tiles_backward", mutates_args=())
+@torch.library.custom_op("foveate::attend_selected_backward", mutates_args=())
 def _attend_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -121,8 +126,8 @@ def _attend_backward(
     scale: float,
     softcap: float,
 ) -> list[Tensor]:
-    spec = _spec(q, k, parameters, held, text, scale, softcap)
-    return list(tiles.backward(spec, q, k, v, out, lse, grad_out, grad_lse))
+    kernels, spec = _spec(q, k, parameters, held, text, scale, softcap)
+    return list(kernels.backward(spec, q, k, v, out, lse, grad_out, grad_lse))
 
 
 @_attend_backward.register_fake

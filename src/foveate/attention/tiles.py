@@ -6,19 +6,21 @@ Logits are formed in float32 (float64 for float64 inputs) and recomputed in the 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import sys
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from foveate.attention.bias import Bias
+from foveate.attention import spec as shared
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
 from foveate.attention.rows import Batch, Rows, Sharing, Slotted, add_rows
+from foveate.attention.spec import TILE, Spec
 from foveate.attention.weights import Kind
+from foveate.patterns.algebra import Pattern
+from foveate.patterns.layouts import Layout
 from foveate.patterns.selection import Selection
-
-TILE = 64
 
 
 def refuse(call: Call) -> str | None:
@@ -28,38 +30,12 @@ def refuse(call: Call) -> str | None:
 
 def run(call: Call) -> Partial:
     """Select, then attend over the selection."""
-    if torch.compiler.is_compiling():
-        from foveate.attention.ops import attend_tiles
-
-        return attend_tiles(call)
-    selection = call.pattern.select(call.q, call.k, call.layout, tile=TILE, scale=call.scale)
-    parameters = [bias.parameter for bias in call.biases]
-    spec = Spec(selection, call.biases, call.kind, call.scale, call.softcap)
-    out, lse = _Tiles.apply(spec, call.q, call.k, call.v, *parameters)
-    return Partial(out, lse if call.kind == "softmax" else None)
+    return shared.run(call, "tiles", cast(shared.Kernels, sys.modules[__name__]))
 
 
-class Spec(NamedTuple):
-    """All of a call but its tensors."""
-
-    selection: Selection
-    biases: tuple[Bias, ...]
-    kind: Kind
-    scale: float
-    softcap: float | None
-
-
-class _Tiles(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, spec: Spec, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = forward(spec, q, k, v)
-        ctx.spec = spec
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *backward(ctx.spec, *ctx.saved_tensors, *grads))
+def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float) -> Selection:
+    """The pattern's selection."""
+    return pattern.select(q, k, layout, tile=TILE, scale=scale)
 
 
 def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +113,8 @@ class _Work:
     """A call's tensors in slot order, with queries folded into rows: q (rows, fold * tile, D)."""
 
     def __init__(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
-        chosen = spec.selection
+        chosen = spec.seen
+        assert isinstance(chosen, Selection)
         self.spec, self.tile = spec, chosen.tile
         self.sharing = Sharing.of(chosen.heads, q, k, v)
         self.fold = self.sharing.fold

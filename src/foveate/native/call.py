@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"softmax": 0, "sigmoid": 1, "relu": 2}
 DENSE, ALIBI, RELATIVE = 0, 1, 2
-UNBOUNDED = 2**40  # a distance beyond every length
 
 Four = c_int64 * 4
 
@@ -107,14 +107,11 @@ def check(status: int) -> None:
         raise MemoryError("a native kernel could not allocate its working memory")
 
 
-def declare(library: ctypes.CDLL) -> None:
-    """Give the entry points their types; refuse a library whose structures differ from these."""
+@lru_cache(maxsize=1)
+def declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, with the types of its entry points."""
     for name in ("foveate_attend_forward", "foveate_attend_backward"):
         function = getattr(library, name)
         function.argtypes, function.restype = (POINTER(AttendArgument),), c_int64
-    library.foveate_attend_size.restype = c_int64
-    if library.foveate_attend_size() != ctypes.sizeof(AttendArgument):
-        raise OSError("its structures are not those of this version of foveate")
-    library.foveate_prepare.restype = c_int64
-    if library.foveate_prepare():
-        raise OSError("the operating system does not let this process use its instructions")
+    assert library.foveate_attend_size() == ctypes.sizeof(AttendArgument), "csrc/abi.h and call.py differ"
+    return library

@@ -11,8 +11,8 @@ template <class A> struct Workspace {
     float *top, *sum, *kept;
 
     Workspace(Arena& arena, const FoveateAttend& call) {
-        const int64_t dim = round_up(call.dim, std::max<int64_t>(A::GRAIN_K, LANES));
-        const int64_t value_dim = round_up(call.value_dim, std::max<int64_t>(A::GRAIN_K, LANES));
+        const int64_t dim = round_up(call.dim, A::GRAIN_D);
+        const int64_t value_dim = round_up(call.value_dim, A::GRAIN_D);
         rows = arena.take<typename A::Element>(TILE * dim);
         operand = arena.take<typename A::Element>(Operand<A>::buffer_size(std::max(call.dim, call.value_dim)));
         queries = arena.take<float>(TILE * dim);
@@ -67,7 +67,7 @@ template <class A> class Forward {
 
   private:
     void pack_queries(int64_t b, int64_t h, int64_t q_tile, int vectors) {
-        const int64_t dim = round_up(call_.dim, std::max<int64_t>(A::GRAIN_K, LANES)), words = dim / A::PAIR;
+        const int64_t dim = round_up(call_.dim, A::GRAIN_D), words = dim / A::PAIR;
         read_queries<A>(call_, call_.q, b, h, q_tile, call_.dim, dim, vectors * LANES, space_.rows);
         transpose_words(space_.queries, vectors * LANES, space_.rows, words, vectors * LANES, words);
     }

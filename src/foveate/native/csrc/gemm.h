@@ -21,6 +21,7 @@ struct Float32 {
     static constexpr int PAIR = 1;         // numbers of k in a word of B
     static constexpr int64_t GRAIN_K = 1;  // k is a multiple of this; A and B are zero-padded up to it
     static constexpr int64_t GRAIN_M = 1;  // rows of A and C may be read and written up to a multiple of this
+    static constexpr int64_t GRAIN_D = LANES;  // channels in memory of ours: whole grains, whole vectors of words
     static constexpr int EXP2_DEGREE = 5;
     static constexpr int64_t DTYPE = FOVEATE_FLOAT32;
 
@@ -103,9 +104,9 @@ struct Bfloat16 {
     static constexpr int EXP2_DEGREE = 4;
     static constexpr int64_t DTYPE = FOVEATE_BFLOAT16;
 #if defined(__AMX_BF16__)
-    static constexpr int64_t GRAIN_K = 32, GRAIN_M = 16;
+    static constexpr int64_t GRAIN_K = 32, GRAIN_M = 16, GRAIN_D = 32;
 #else
-    static constexpr int64_t GRAIN_K = 2, GRAIN_M = 1;
+    static constexpr int64_t GRAIN_K = 2, GRAIN_M = 1, GRAIN_D = 2 * LANES;
 #endif
 
     static void begin();

@@ -36,11 +36,11 @@ template <class A> class Operand {
     using Element = typename A::Element;
 
     Operand(const FoveateAttend& call, const FoveateTensor& x, int64_t dim)
-        : call_(call), x_(x), dim_(dim), padded_(round_up(dim, std::max<int64_t>(A::GRAIN_K, LANES))) {}
+        : call_(call), x_(x), dim_(dim), padded_(round_up(dim, A::GRAIN_D)) {}
 
     // Numbers in a buffer for natural() or transposed().
     static int64_t buffer_size(int64_t dim) {
-        return 2 * TILE * round_up(dim, std::max<int64_t>(A::GRAIN_K, LANES));
+        return 2 * TILE * round_up(dim, A::GRAIN_D);
     }
 
     // (keys of the chunk, dim), zero-padded to whole grains.
@@ -64,7 +64,7 @@ template <class A> class Operand {
 
     // Transposes of all tiles, made once for many queries.
     static int64_t packed_size(const FoveateAttend& call, const FoveateTensor& x, int64_t dim) {
-        return call.batch * x.heads * tiles(call) * TILE * round_up(dim, std::max<int64_t>(A::GRAIN_K, LANES));
+        return call.batch * x.heads * tiles(call) * TILE * round_up(dim, A::GRAIN_D);
     }
     bool pack(Element* to) {
         const int64_t all = call_.batch * x_.heads * tiles(call_);

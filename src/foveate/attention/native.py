@@ -1,0 +1,146 @@
+"""attend by native CPU kernels: any band or selection, forward and backward."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from foveate.attention import spec as shared
+from foveate.attention.bias import Alibi, Bias, Dense, PerHead, RelativeTable
+from foveate.attention.call import Call
+from foveate.attention.partial import Partial
+from foveate.attention.spec import TILE, Spec
+from foveate.native import call as c
+from foveate.native.loader import library, num_threads, status
+from foveate.patterns.algebra import Pattern
+from foveate.patterns.band import Band, band_of
+from foveate.patterns.layouts import Layout
+from foveate.patterns.selection import Selection
+
+WIDEST = 256  # channels of a head
+
+
+def refuse(call: Call) -> str | None:
+    """Why this implementation cannot run the call; None if it can."""
+    if call.q.device.type != "cpu":
+        return f"it runs on CPU, not on {call.q.device.type}"
+    if call.q.dtype not in c.DTYPES:
+        return f"it has float32, bfloat16 and float16, not {str(call.q.dtype).removeprefix('torch.')}"
+    if max(call.q.shape[3], call.v.shape[3]) > WIDEST:
+        return f"it takes up to {WIDEST} channels a head, not {max(call.q.shape[3], call.v.shape[3])}"
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if not torch.compiler.is_compiling() and x.data_ptr() % x.element_size():
+            return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
+    return status().reason if library() is None else None
+
+
+def run(call: Call) -> Partial:
+    """Select, then attend."""
+    return shared.run(call, "native", cast(shared.Kernels, sys.modules[__name__]))
+
+
+def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float) -> Selection | Band:
+    """A band where the pattern is one, else its selection."""
+    return band_of(pattern, layout) or pattern.select(q, k, layout, tile=TILE, scale=scale)
+
+
+def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads out (B, H, N, Dv) and log row sums (B, H, N), zeros for unnormalised weights."""
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    softmax = spec.kind == "softmax"
+    lse = torch.empty(q.shape[:3]) if softmax else torch.zeros(q.shape[:3])
+    arguments, held = _arguments(spec, q, k, v, out, lse if softmax else None)
+    c.check(_library().foveate_attend_forward(ctypes.byref(arguments)))
+    del held
+    return out, lse
+
+
+def backward(
+    spec: Spec, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and of each bias's parameter."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    grad_lse = grad_lse.float().contiguous()
+    arguments, held = _arguments(spec, q, k, v, out, lse.contiguous())
+    grads = [torch.zeros(bias.parameter.shape) for bias in spec.biases]
+    for bias, grad in zip(held.biases, grads, strict=True):
+        bias.grad = grad.data_ptr()
+    arguments.grad_out, arguments.grad_lse = c.tensor(grad_out), grad_lse.data_ptr()
+    arguments.dq, arguments.dk, arguments.dv = c.tensor(dq), c.tensor(dk), c.tensor(dv)
+    c.check(_library().foveate_attend_backward(ctypes.byref(arguments)))
+    parameters = (grad.to(bias.parameter.dtype) for bias, grad in zip(spec.biases, grads, strict=True))
+    return (dq, dk, dv, *parameters)
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "refuse() lets no call through without a library"
+    return c.declared(found)
+
+
+class _Held:
+    """What the arguments point at, kept alive during a call."""
+
+    def __init__(self, biases: list[c.BiasArgument], tensors: list[Tensor]) -> None:
+        self.biases = (c.BiasArgument * len(biases))(*biases)
+        self.tensors = tensors
+
+
+def _arguments(
+    spec: Spec, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
+) -> tuple[c.AttendArgument, _Held]:
+    parameters = [bias.parameter.detach().float().contiguous() for bias in spec.biases]
+    pairs = zip(spec.biases, parameters, strict=True)
+    held = _Held([_bias(bias, parameter) for bias, parameter in pairs], parameters)
+    arguments = c.AttendArgument(
+        c.tensor(q),
+        c.tensor(k),
+        c.tensor(v),
+        c.tensor(out),
+        c.pointer(lse),
+        c.DTYPES[q.dtype],
+        c.KINDS[spec.kind],
+        num_threads(),
+        q.shape[0],
+        q.shape[2],
+        k.shape[2],
+        q.shape[3],
+        v.shape[3],
+        spec.scale,
+        spec.softcap or 0.0,
+        _seen(spec.seen),
+        len(parameters),
+        held.biases,
+    )
+    return arguments, held
+
+
+def _seen(seen: Selection | Band) -> c.SelectionArgument:
+    if isinstance(seen, Band):
+        return c.SelectionArgument(seen.low, seen.high)
+    assert seen.tile == TILE
+    lists = (seen.tile_starts, seen.tile_ids, seen.mask_ids, seen.masks)
+    columns = (seen.column_starts, seen.column_ids, seen.column_masks, seen.q_slots, seen.k_slots)
+    pointers = (c.pointer(x) for x in (*lists, *columns))
+    num_slots = seen.num_k_tiles * seen.tile
+    return c.SelectionArgument(0, 0, seen.batches, seen.heads, seen.num_q_tiles, *pointers, num_slots)
+
+
+def _bias(bias: Bias, parameter: Tensor) -> c.BiasArgument:
+    argument = c.BiasArgument(data=parameter.data_ptr(), size=parameter.numel())
+    if isinstance(bias, Dense):
+        sides = zip(parameter.shape, parameter.stride(), strict=True)
+        argument.stride = c.Four(*(stride if size > 1 else 0 for size, stride in sides))
+    elif isinstance(bias, PerHead):
+        argument.stride = c.Four(0, int(parameter.numel() > 1), 0, 0)
+    elif isinstance(bias, Alibi):
+        argument.kind, argument.offset = c.ALIBI, bias.offset
+    else:
+        assert isinstance(bias, RelativeTable)
+        argument.kind, argument.offset, argument.axes = c.RELATIVE, bias.offset, len(bias.reach)
+        argument.dims, argument.reach = c.Four(*bias.dims), c.Four(*bias.reach)
+    return argument

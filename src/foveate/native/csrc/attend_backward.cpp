@@ -1,0 +1,364 @@
+// Attention over a selection, backward: weights are formed again from the log row sums; per chunk of keys
+//
+//   P^T = weights(K Q^T)        dP^T = V dO^T         dS^T = slope(P^T) (dP^T - delta)
+//   dV += P^T dO                dK += dS^T Q          dQ^T += K^T dS^T
+//
+// A unit is all query heads that share key and value heads; no two units write to the same gradients. With few
+// units each is cut into parts that sum apart, so the result depends on the number of threads, not on their pace.
+#include <numeric>
+
+#include "weights.h"
+
+namespace foveate {
+namespace {
+
+// How a call is cut into units and parts.
+struct Plan {
+    int64_t heads, key_heads, value_heads, units, parts, key_rows, dim, value_dim;
+
+    template <class A> static Plan of(const FoveateAttend& call) {
+        Plan plan;
+        plan.heads = std::lcm(call.q.heads / call.k.heads, call.q.heads / call.v.heads);
+        plan.key_heads = plan.heads / (call.q.heads / call.k.heads);
+        plan.value_heads = plan.heads / (call.q.heads / call.v.heads);
+        plan.units = call.batch * (call.q.heads / plan.heads);
+        const int64_t wanted = (4 * call.threads + plan.units - 1) / plan.units;
+        plan.parts = call.threads == 1 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(plan.heads * num_q_tiles(call), 1));
+        plan.key_rows = round_up(num_slots(call), TILE);
+        plan.dim = round_up(call.dim, A::GRAIN_D);
+        plan.value_dim = round_up(call.value_dim, A::GRAIN_D);
+        return plan;
+    }
+    int64_t key_sums() const { return key_heads * key_rows * dim; }
+    int64_t sums() const { return key_sums() + value_heads * key_rows * value_dim; }
+};
+
+template <class A> struct Workspace {
+    typename A::Element *rows, *operand;
+    void *queries, *query_rows, *grads, *grad_rows, *weights, *slopes, *slopes_of_keys;
+    float *scores, *d_weights, *d_logits, *cap_slope, *dq, *dq_rows, *bias, *bias_rows, *lse, *delta, *spare;
+
+    Workspace(Arena& arena, const FoveateAttend& call, const Plan& plan) {
+        const int64_t widest = std::max(plan.dim, plan.value_dim);
+        const bool pairs = A::PAIR == 2;
+        rows = arena.take<typename A::Element>(TILE * widest);
+        operand = arena.take<typename A::Element>(Operand<A>::buffer_size(widest));
+        queries = arena.take<float>(TILE * plan.dim);
+        query_rows = arena.take<float>(TILE * plan.dim);
+        grads = arena.take<float>(TILE * plan.value_dim);
+        grad_rows = arena.take<float>(TILE * plan.value_dim);
+        scores = arena.take<float>(TILE * TILE);
+        d_weights = arena.take<float>(TILE * TILE);
+        weights = pairs ? arena.take<float>(TILE * TILE / 2) : scores;
+        slopes = pairs ? arena.take<float>(TILE * TILE / 2) : d_weights;
+        slopes_of_keys = pairs ? arena.take<float>(TILE * TILE / 2) : d_weights;
+        d_logits = arena.take<float>(call.num_biases ? TILE * TILE : 0);
+        cap_slope = arena.take<float>(call.softcap > 0 ? TILE * TILE : 0);
+        dq = arena.take<float>(TILE * plan.dim);
+        dq_rows = arena.take<float>(TILE * plan.dim);
+        bias = arena.take<float>(call.num_biases ? TILE * TILE : 0);
+        bias_rows = arena.take<float>(call.num_biases ? TILE * TILE : 0);
+        lse = arena.take<float>(TILE);
+        delta = arena.take<float>(TILE);
+        spare = arena.take<float>(TILE * widest);
+    }
+};
+
+// Weights and the gradient of scores, as the left sides of products over queries and the right one over keys.
+template <class A> FOVEATE_INLINE void put_left(void* to, int64_t at, Floats x) {
+    if constexpr (A::PAIR == 1)
+        store((float*)to + at, x);
+#if FOVEATE_HAS_BFLOAT16
+    else
+        _mm256_storeu_si256((__m256i*)((uint16_t*)to + at), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#endif
+}
+
+// Rows (64, padded) as the right side of a product over the rows: float32 as they are, bfloat16 in pairs of rows.
+template <class A>
+static void pair_rows(void* to, const typename A::Element* rows, int64_t count, int64_t padded) {
+    if constexpr (A::PAIR == 1)
+        std::memcpy(to, rows, count * padded * sizeof *rows);
+    else
+        for (int64_t i = 0; i < count; i += 2)
+            for (int64_t c = 0; c < padded; ++c)
+                ((uint32_t*)to)[i / 2 * padded + c] =
+                    (uint32_t)rows[i * padded + c] | (uint32_t)rows[(i + 1) * padded + c] << 16;
+}
+
+template <class A> class Backward {
+  public:
+    using Element = typename A::Element;
+    using Right = std::conditional_t<A::PAIR == 1, const float*, const uint32_t*>;
+
+    Backward(const FoveateAttend& call, const Plan& plan, const Operand<A>& keys, const Operand<A>& values,
+             Workspace<A> space, float* const* bias_grads)
+        : call_(call), plan_(plan), keys_(keys), values_(values), space_(space), bias_grads_(bias_grads),
+          biases_(call, space.bias, space.bias_rows) {}
+
+    // One tile of queries; adds to the unit's sums dk (key_heads, key_rows, dim) and dv.
+    void tile(int64_t b, int64_t h, int64_t q_tile, float* dk, float* dv) {
+        lanes_ = lanes_of(call_, q_tile);
+        if (lanes_ <= 0) return;
+        b_ = b, h_ = h, q_tile_ = q_tile;
+        ld_ = round_up(lanes_, std::max<int64_t>(A::GRAIN_K, LANES));
+        vectors_ = (int)(ld_ / LANES);
+        read(call_.q, call_.dim, plan_.dim, space_.queries, space_.query_rows);
+        read(call_.grad_out, call_.value_dim, plan_.value_dim, space_.grads, space_.grad_rows);
+        read_sums();
+        std::fill(space_.dq, space_.dq + plan_.dim * ld_, 0.0f);
+        dk += group_of(call_, call_.k, h) % plan_.key_heads * plan_.key_rows * plan_.dim;
+        dv += group_of(call_, call_.v, h) % plan_.value_heads * plan_.key_rows * plan_.value_dim;
+        for_each_chunk(call_, b, h, q_tile, lanes_, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk, dk, dv); });
+        write_queries(call_, call_.dq, b, h, q_tile, lanes_, call_.dim, space_.dq, ld_, space_.dq_rows);
+    }
+
+  private:
+    void read(const FoveateTensor& x, int64_t dim, int64_t padded, void* transposed, void* by_rows) {
+        read_queries<A>(call_, x, b_, h_, q_tile_, dim, padded, ld_, space_.rows);
+        transpose_words(transposed, ld_, space_.rows, padded / A::PAIR, ld_, padded / A::PAIR);
+        pair_rows<A>(by_rows, space_.rows, ld_, padded);
+    }
+
+    // Log row sums in base 2, and delta = dO . out - dlse, per lane.
+    void read_sums() {
+        const int64_t row = (b_ * call_.q.heads + h_) * call_.num_queries;
+        for (int64_t i = 0; i < ld_; ++i) {
+            space_.lse[i] = space_.delta[i] = 0;
+            const int64_t token = i < lanes_ ? query_at(call_, q_tile_ * TILE + i) : -1;
+            if (token < 0 || call_.kind != FOVEATE_SOFTMAX || std::isinf(call_.lse[row + token])) continue;
+            space_.lse[i] = call_.lse[row + token] * LOG2E;
+            space_.delta[i] = dot(token) - (call_.grad_lse ? call_.grad_lse[row + token] : 0);
+        }
+    }
+    float dot(int64_t token) {
+        const char* g = at(call_.grad_out, call_.dtype, b_, h_, token);
+        const char* o = at(call_.out, call_.dtype, b_, h_, token);
+        const int64_t bytes = bytes_of(call_.dtype), n = call_.value_dim;
+        int64_t i = 0;
+        Floats sum{};
+        if (call_.grad_out.stride[3] == 1 && call_.out.stride[3] == 1)
+            for (; i + LANES <= n; i += LANES)
+                sum += load_as_floats(g + i * bytes, call_.dtype) * load_as_floats(o + i * bytes, call_.dtype);
+        float total = sum_lanes(sum);
+        for (; i < n; ++i)
+            total += load_one(g + i * call_.grad_out.stride[3] * bytes, call_.dtype) *
+                     load_one(o + i * call_.out.stride[3] * bytes, call_.dtype);
+        return total;
+    }
+
+    void join(const Chunk& chunk, float* dk, float* dv) {
+        const int64_t rows = round_up(chunk.count, A::GRAIN_M), padded = round_up(chunk.count, A::GRAIN_K);
+        const int64_t kh = group_of(call_, call_.k, h_), vh = group_of(call_, call_.v, h_);
+        const int64_t dim = round_up(call_.dim, A::GRAIN_K), value_dim = round_up(call_.value_dim, A::GRAIN_K);
+        A::multiply(rows, vectors_, dim, keys_.natural(b_, kh, chunk, space_.operand), (Right)space_.queries, ld_,
+                    space_.scores, ld_, false);
+        A::multiply(rows, vectors_, value_dim, values_.natural(b_, vh, chunk, space_.operand), (Right)space_.grads,
+                    ld_, space_.d_weights, ld_, false);
+        differentiate(chunk, rows);
+        const Left<Element> weights{(Element*)space_.weights, ld_, 1}, slopes{(Element*)space_.slopes, ld_, 1};
+        add_to_keys(chunk, rows, weights, (Right)space_.grad_rows, plan_.value_dim, dv);
+        add_to_keys(chunk, rows, slopes, (Right)space_.query_rows, plan_.dim, dk);
+        A::multiply(round_up(call_.dim, A::GRAIN_M), vectors_, padded, keys_.transposed(b_, kh, chunk, space_.operand),
+                    (Right)space_.slopes_of_keys, ld_, space_.dq, ld_, true);
+    }
+
+    // dX [key][channel] += left [key][query] right [query][channel]
+    void add_to_keys(const Chunk& chunk, int64_t rows, Left<Element> left, Right right, int64_t padded, float* sums) {
+        const int vectors = (int)(padded / LANES);
+        if (!chunk.columns && chunk.first + rows <= plan_.key_rows) {
+            A::multiply(rows, vectors, ld_, left, right, padded, sums + chunk.first * padded, padded, true);
+            return;
+        }
+        A::multiply(rows, vectors, ld_, left, right, padded, space_.spare, padded, false);
+        for (int64_t i = 0; i < chunk.count; ++i) {
+            float* to = sums + chunk.slot(i) * padded;
+            for (int64_t c = 0; c < padded; c += LANES) store(to + c, load(to + c) + load(space_.spare + i * padded + c));
+        }
+    }
+
+    // From scores and d_weights to weights and the gradient of scores.
+    void differentiate(const Chunk& chunk, int64_t rows) {
+        Scores s{space_.scores, chunk.count, ld_, vectors_, 0};
+        const float* bias = call_.num_biases ? biases_.of(b_, h_, q_tile_, lanes_, ld_, chunk) : nullptr;
+        bend(call_, s, bias, call_.softcap > 0 ? space_.cap_slope : nullptr);
+        const bool softmax = call_.kind == FOVEATE_SOFTMAX;
+        if (chunk.masked && softmax) hide(s, chunk, -INFINITY);
+        for (int64_t k = 0; k < chunk.count; k += 2)
+            for (int j = 0; j < vectors_; ++j) {
+                Floats slope[2] = {};
+                for (int64_t i = k; i < std::min(k + 2, chunk.count); ++i)
+                    slope[i - k] = differentiate_one(s, chunk, i, j * LANES, softmax);
+                if constexpr (A::PAIR == 2)
+                    store_words((uint32_t*)space_.slopes_of_keys + k / 2 * ld_ + j * LANES,
+                                pair_bfloat16(slope[0], slope[1]));
+            }
+        if constexpr (A::PAIR == 2) {
+            put_zeros<A>(space_.slopes_of_keys, s);
+            for (void* x : {space_.weights, space_.slopes})
+                std::memset((Element*)x + chunk.count * ld_, 0, (rows - chunk.count) * ld_ * sizeof(Element));
+        }
+        if (!bias_grads_) return;
+        const Place place(call_, b_, h_, q_tile_, lanes_, chunk);
+        for (int64_t i = 0; i < call_.num_biases; ++i)
+            if (bias_grads_[i]) add_bias_grad(call_.biases[i], bias_grads_[i], place, space_.d_logits, ld_);
+    }
+
+    inline __attribute__((always_inline)) Floats differentiate_one(const Scores& s, const Chunk& chunk, int64_t k, int64_t column,
+                                                   bool softmax) {
+        const int64_t at = k * ld_ + column;
+        Floats w;
+        if (softmax) {
+            w = exp2_of<A::EXP2_DEGREE>(load(s.data + at) * (s.factor * LOG2E) - load(space_.lse + column));
+        } else {
+            w = weight_of(call_.kind, load(s.data + at) * s.factor);
+            if (chunk.masked) w = choose((uint32_t)(chunk.seen[k] >> column), w, Floats{});
+        }
+        Floats d = slope_of(call_.kind, w) * (load(space_.d_weights + at) - load(space_.delta + column));
+        put_left<A>(space_.weights, at, w);
+        if (bias_grads_) store(space_.d_logits + at, d);
+        if (call_.softcap > 0) d *= load(space_.cap_slope + at);
+        d *= (float)call_.scale;
+        put_left<A>(space_.slopes, at, d);
+        return d;
+    }
+
+    const FoveateAttend& call_;
+    const Plan& plan_;
+    const Operand<A>&keys_, &values_;
+    const Workspace<A> space_;
+    float* const* bias_grads_;
+    BiasTile biases_;
+    int64_t b_ = 0, h_ = 0, q_tile_ = 0, lanes_ = 0, ld_ = 0;
+    int vectors_ = 0;
+};
+
+// Gradients of biases: each thread sums into its own where entries are shared, and they are added up in order.
+class BiasGrads {
+  public:
+    BiasGrads(const FoveateAttend& call, int64_t threads) : call_(call), threads_(threads), sums_(size(call) * threads) {
+        std::fill(sums_.get(), sums_.get() + size(call) * threads, 0.0f);
+    }
+    static bool wanted(const FoveateAttend& call) {
+        for (int64_t i = 0; i < call.num_biases; ++i)
+            if (call.biases[i].grad) return true;
+        return false;
+    }
+    void of_thread(int64_t thread, float** grads) const {
+        float* next = sums_.get() + thread * size(call_);
+        for (int64_t i = 0; i < call_.num_biases; ++i) {
+            const FoveateBias& bias = call_.biases[i];
+            grads[i] = bias.grad && shared(bias) ? next : bias.grad;
+            if (bias.grad && shared(bias)) next += bias.size;
+        }
+    }
+    void add_up() const {
+        const float* from = sums_.get();
+        for (int64_t thread = 0; thread < threads_; ++thread)
+            for (int64_t i = 0; i < call_.num_biases; ++i) {
+                const FoveateBias& bias = call_.biases[i];
+                if (!bias.grad || !shared(bias)) continue;
+                for (int64_t j = 0; j < bias.size; ++j) bias.grad[j] += from[j];
+                from += bias.size;
+            }
+    }
+
+  private:
+    static bool shared(const FoveateBias& bias) {
+        return bias.kind != FOVEATE_DENSE || !(bias.stride[0] && bias.stride[1] && bias.stride[2] && bias.stride[3]);
+    }
+    static int64_t size(const FoveateAttend& call) {
+        int64_t total = 0;
+        for (int64_t i = 0; i < call.num_biases; ++i)
+            if (call.biases[i].grad && shared(call.biases[i])) total += call.biases[i].size;
+        return total;
+    }
+    const FoveateAttend& call_;
+    const int64_t threads_;
+    Buffer<float> sums_;
+};
+
+// The sums of a unit's parts as rows of dk or dv.
+void write_keys(const FoveateAttend& call, const FoveateTensor& to, int64_t b, int64_t first_head, int64_t heads,
+                int64_t key_rows, int64_t dim, int64_t padded, float* sums, int64_t parts, int64_t apart) {
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t slot = 0; slot < num_slots(call); ++slot) {
+            const int64_t token = key_at(call, slot);
+            if (token < 0) continue;
+            float* row = sums + (h * key_rows + slot) * padded;
+            for (int64_t part = 1; part < parts; ++part)
+                for (int64_t c = 0; c < padded; c += LANES) store(row + c, load(row + c) + load(row + part * apart + c));
+            write_row((void*)at(to, call.dtype, b, first_head + h, token), call.dtype, to.stride[3], row, dim);
+        }
+}
+
+void write_unit(const FoveateAttend& call, const Plan& plan, int64_t unit, float* sums) {
+    const int64_t units_of_batch = plan.units / call.batch, b = unit / units_of_batch, u = unit % units_of_batch;
+    write_keys(call, call.dk, b, u * plan.key_heads, plan.key_heads, plan.key_rows, call.dim, plan.dim, sums,
+               plan.parts, plan.sums());
+    write_keys(call, call.dv, b, u * plan.value_heads, plan.value_heads, plan.key_rows, call.value_dim, plan.value_dim,
+               sums + plan.key_sums(), plan.parts, plan.sums());
+}
+
+// One part of a unit: every so-many-th of its tiles.
+template <class A>
+void run_part(const FoveateAttend& call, const Plan& plan, Backward<A>& work, int64_t unit, int64_t part, float* sums) {
+    const int64_t units_of_batch = plan.units / call.batch, b = unit / units_of_batch;
+    const int64_t first_head = unit % units_of_batch * plan.heads, tiles = num_q_tiles(call);
+    std::fill(sums, sums + plan.sums(), 0.0f);
+    for (int64_t i = part; i < plan.heads * tiles; i += plan.parts)
+        work.tile(b, first_head + i / tiles, i % tiles, sums, sums + plan.key_sums());
+}
+
+template <class A> int64_t backward(const FoveateAttend& call) {
+    const Plan plan = Plan::of<A>(call);
+    Operand<A> keys(call, call.k, call.dim);
+    const Operand<A> values(call, call.v, call.value_dim);
+    const bool packs = A::PAIR == 2 && num_q_tiles(call) * call.q.heads / call.k.heads > 2;
+    Buffer<typename A::Element> packed(packs ? Operand<A>::packed_size(call, call.k, call.dim) : 0);
+    if (packs && !keys.pack(packed.get())) return FOVEATE_NO_MEMORY;
+    const int64_t all = plan.units * plan.parts, threads = std::min(call.threads, all);
+    Buffer<float> sums((plan.parts > 1 ? all : threads) * plan.sums());
+    const bool bias_grads = BiasGrads::wanted(call);
+    const BiasGrads grads(call, bias_grads ? threads : 0);
+    Queue queue(all);
+    const bool done = on_threads(threads, [&](int64_t thread) {
+        Buffer<float*> own(call.num_biases);
+        if (bias_grads) grads.of_thread(thread, own.get());
+        Backward<A> work(call, plan, keys, values, scratch<Workspace<A>>(call, plan), bias_grads ? own.get() : nullptr);
+        A::begin();
+        const auto run = [&](int64_t i) {
+            float* to = sums.get() + (plan.parts > 1 ? i : thread) * plan.sums();
+            run_part(call, plan, work, i / plan.parts, i % plan.parts, to);
+            if (plan.parts == 1) write_unit(call, plan, i, to);
+        };
+        if (bias_grads)  // who sums what must not depend on the threads' pace
+            for (int64_t i = thread; i < all; i += threads) run(i);
+        else
+            queue.run(run);
+        A::end();
+    });
+    if (!done) return FOVEATE_NO_MEMORY;
+    if (bias_grads) grads.add_up();
+    if (plan.parts == 1) return FOVEATE_OK;
+    Queue units(plan.units);
+    const auto write = [&](int64_t unit) { write_unit(call, plan, unit, sums.get() + unit * plan.parts * plan.sums()); };
+    return on_threads(std::min(call.threads, plan.units), [&](int64_t) { units.run(write); }) ? FOVEATE_OK
+                                                                                               : FOVEATE_NO_MEMORY;
+}
+
+}  // namespace
+}  // namespace foveate
+
+FOVEATE_API int64_t foveate_attend_backward(const FoveateAttend* call) {
+    using namespace foveate;
+    if (call->batch * call->q.heads == 0) return FOVEATE_OK;
+    try {
+#if FOVEATE_HAS_BFLOAT16
+        if (call->dtype == FOVEATE_BFLOAT16) return backward<Bfloat16>(*call);
+#endif
+        return backward<Float32>(*call);
+    } catch (const std::bad_alloc&) {
+        return FOVEATE_NO_MEMORY;
+    }
+}

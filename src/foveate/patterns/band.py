@@ -1,0 +1,47 @@
+"""Patterns that are a band: a query sees the keys whose distance lies in one range."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from foveate.patterns.algebra import Pattern
+from foveate.patterns.compound import All
+from foveate.patterns.layouts import Layout, Sequence
+from foveate.patterns.sequence import Causal, Full, Window
+
+UNBOUNDED = 2**40  # a distance beyond every length
+
+
+class Band(NamedTuple):
+    """Visible where ``low <= query position - key position <= high``."""
+
+    low: int
+    high: int
+
+
+def band_of(pattern: Pattern, layout: Layout) -> Band | None:
+    """The band that a pattern is, or None.
+
+    >>> from foveate import Sequence, causal, sinks, window
+    >>> band_of(window(8) & causal, Sequence())
+    Band(low=0, high=8)
+    >>> band_of(causal | sinks(4), Sequence()) is None
+    True
+    """
+    return _band(pattern) if isinstance(layout, Sequence) else None
+
+
+def _band(pattern: Pattern) -> Band | None:
+    if isinstance(pattern, Full):
+        return Band(-UNBOUNDED, UNBOUNDED)
+    if isinstance(pattern, Causal):
+        return Band(0, UNBOUNDED)
+    if isinstance(pattern, Window):
+        return Band(-pattern.right, pattern.left)
+    if not isinstance(pattern, All):
+        return None
+    bands = [_band(part) for part in pattern.parts]
+    if any(band is None for band in bands):
+        return None
+    known = [band for band in bands if band is not None]
+    return Band(max(band.low for band in known), min(band.high for band in known))
