@@ -189,9 +189,7 @@ template <class A> class Backward {
                 Floats slope[2] = {};
                 for (int64_t i = k; i < std::min(k + 2, chunk.count); ++i)
                     slope[i - k] = differentiate_one(s, chunk, i, j * LANES, softmax);
-                if constexpr (A::PAIR == 2)
-                    store_words((uint32_t*)space_.slopes_of_keys + k / 2 * ld_ + j * LANES,
-                                pair_bfloat16(slope[0], slope[1]));
+                if constexpr (A::PAIR == 2) put<A>(space_.slopes_of_keys, s, k, j * LANES, slope[0], slope[1]);
             }
         if constexpr (A::PAIR == 2) {
             put_zeros<A>(space_.slopes_of_keys, s);

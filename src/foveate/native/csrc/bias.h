@@ -114,7 +114,7 @@ class BiasTile {
 };
 
 // Adds the gradient of the logits of a chunk, (keys, lanes), to one bias's.
-static void add_bias_grad(const FoveateBias& bias, float* grad, const Place& place, const float* from, int64_t ld) {
+[[maybe_unused]] static void add_bias_grad(const FoveateBias& bias, float* grad, const Place& place, const float* from, int64_t ld) {
     for (int64_t k = 0; k < place.count; ++k)
         for (int64_t i = 0; i < place.lanes; ++i) {
             if (!place.exists(k, i)) continue;

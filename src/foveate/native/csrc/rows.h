@@ -61,6 +61,20 @@ FOVEATE_INLINE void read_row(uint16_t* to, const void* from, int64_t, int64_t st
     std::memset(to + n, 0, 2 * (padded - n));
 }
 
+#if defined(__AVX512F__)
+FOVEATE_INLINE __m256i to_bfloat16(__m512 x) {
+#if defined(__AVX512BF16__)
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    const __m512i bits = (__m512i)x, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i even = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i rounded = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), even, quiet);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+}
+#endif
+
 FOVEATE_INLINE void write_row(void* to, int64_t dtype, int64_t stride, const float* from, int64_t n) {
     char* p = (char*)to;
     const int64_t bytes = bytes_of(dtype);
@@ -73,12 +87,7 @@ FOVEATE_INLINE void write_row(void* to, int64_t dtype, int64_t stride, const flo
     if (stride == 1)
         for (; i + LANES <= n; i += LANES) {
             const __m512 x = _mm512_loadu_ps(from + i);
-            __m256i half;
-            if (dtype == FOVEATE_FLOAT16) {
-                half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
-            } else {
-                half = _mm512_cvtepi32_epi16((__m512i)pair_bfloat16((Floats)x, Floats{}));
-            }
+            const __m256i half = dtype == FOVEATE_FLOAT16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : to_bfloat16(x);
             _mm256_storeu_si256((__m256i*)(p + i * bytes), half);
         }
 #endif

@@ -67,38 +67,42 @@ FOVEATE_INLINE Floats lesser(Floats a, Floats b) {
 #endif
 }
 
-// Minimax polynomials of 2^x on [-1/2, 1/2]: relative error 7.5e-8 (degree 5), 2.6e-6 (degree 4).
-template <int DEGREE> FOVEATE_INLINE Floats exp2_fraction(Floats f) {
-    if constexpr (DEGREE == 4) {
-        Floats p = f * 0x1.3997d4p-7f + 0x1.ca1440p-5f;
-        p = p * f + 0x1.ec06dap-3f;
-        p = p * f + 0x1.62e0dcp-1f;
-        return p * f + 0x1.ffffe8p-1f;
-    } else {
-        Floats p = f * 0x1.5c08e4p-10f + 0x1.3d0c52p-7f;
-        p = p * f + 0x1.c6b6e4p-5f;
-        p = p * f + 0x1.ebf918p-3f;
-        p = p * f + 0x1.62e428p-1f;
-        return p * f + 0x1.000002p+0f;
-    }
-}
-
-// 2^x for x <= 127; 0 for x < -126 (-inf too), NaN for NaN.
-template <int DEGREE = 5> FOVEATE_INLINE Floats exp2_of(Floats x) {
+// 2^x for x <= 127; 0 where that underflows (-inf too), NaN for NaN. The polynomials are minimax: relative error
+// 7.5e-8 (degree 5), or 7.5e-5 (degree 3, for weights that are rounded to bfloat16).
 #if defined(__AVX512F__)
-    x = greater(all(-200.0f), x);
-    const __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (Floats)_mm512_scalef_ps((__m512)exp2_fraction<DEGREE>(x - (Floats)n), n);
+template <int DEGREE = 5> FOVEATE_INLINE Floats exp2_of(Floats x) {
+    constexpr int DOWN = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    const Floats f = (Floats)_mm512_reduce_ps((__m512)x, DOWN);  // x - floor(x)
+    Floats p;
+    if constexpr (DEGREE == 3) {
+        p = f * 0x1.3f96a4p-4f + 0x1.cefc4cp-3f;
+        p = p * f + 0x1.64444cp-1f;
+        p = p * f + 0x1.fff632p-1f;
+    } else {
+        p = f * 0x1.ec320ap-10f + 0x1.26900cp-7f;
+        p = p * f + 0x1.c95446p-5f;
+        p = p * f + 0x1.ebd5a8p-3f;
+        p = p * f + 0x1.62e4f6p-1f;
+        p = p * f + 0x1.fffffep-1f;
+    }
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
+}
 #else
+template <int DEGREE = 5> FOVEATE_INLINE Floats exp2_of(Floats x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
     const Ints tiny = x < -126.0f;
     x = greater(all(-126.0f), x);
     const Floats shifted = x + magic;
-    const Floats p = exp2_fraction<DEGREE>(x - (shifted - magic));
+    const Floats f = x - (shifted - magic);
+    Floats p = f * 0x1.5c08e4p-10f + 0x1.3d0c52p-7f;
+    p = p * f + 0x1.c6b6e4p-5f;
+    p = p * f + 0x1.ebf918p-3f;
+    p = p * f + 0x1.62e428p-1f;
+    p = p * f + 0x1.000002p+0f;
     const Words scaled = as_words(p) + (as_words(shifted) << 23);
     return tiny ? Floats{} : as_floats(scaled);
-#endif
 }
+#endif
 
 FOVEATE_INLINE float sum_lanes(Floats x) {
     float lanes[LANES], total = 0;
@@ -118,19 +122,15 @@ FOVEATE_INLINE Floats choose(uint32_t bits, Floats yes, Floats no) {
 #endif
 }
 
-// Two bfloat16 in each word, rounded to nearest even: the first in the low half. NaN stays NaN.
-FOVEATE_INLINE Words pair_bfloat16(Floats first, Floats second) {
 #if defined(__AVX512BF16__)
-    const __m256i low = (__m256i)_mm512_cvtneps_pbh((__m512)first), high = (__m256i)_mm512_cvtneps_pbh((__m512)second);
-    return (Words)_mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-#else
-    const auto rounded = [](Floats x) {
-        const Words bits = as_words(x), even = bits + (0x7fffu + ((bits >> 16) & 1u));
-        return (x == x) ? even : (bits | 0x400000u);
-    };
-    return (rounded(first) >> 16) | (rounded(second) & 0xffff0000u);
-#endif
+// Two bfloat16 in each word, rounded to nearest even: the first in the low half.
+FOVEATE_INLINE Words pair_bfloat16(Floats first, Floats second) {
+    alignas(64) static constexpr uint16_t LOW_HIGH[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (Words)_mm512_permutexvar_epi16(_mm512_load_si512(LOW_HIGH), halves);
 }
+#endif
 
 FOVEATE_INLINE float from_bfloat16(uint16_t x) {
     const uint32_t bits = (uint32_t)x << 16;

@@ -63,12 +63,11 @@ FOVEATE_INLINE void hide(const Scores& s, const Chunk& chunk, float hidden) {
 
 // Where weights go: float32 in the place of the scores, or pairs of bfloat16 along the keys.
 template <class A> FOVEATE_INLINE void put(void* to, const Scores& s, int64_t key, int64_t column, Floats w0, Floats w1) {
-    if constexpr (A::PAIR == 2) {
-        store_words((uint32_t*)to + key / 2 * s.ld + column, pair_bfloat16(w0, w1));
-    } else {
-        store((float*)to + key * s.ld + column, w0);
-        if (key + 1 < s.count) store((float*)to + (key + 1) * s.ld + column, w1);
-    }
+#if FOVEATE_HAS_BFLOAT16
+    if constexpr (A::PAIR == 2) return store_words((uint32_t*)to + key / 2 * s.ld + column, pair_bfloat16(w0, w1));
+#endif
+    store((float*)to + key * s.ld + column, w0);
+    if (key + 1 < s.count) store((float*)to + (key + 1) * s.ld + column, w1);
 }
 // Zeros for the keys that only fill up a grain of the next product.
 template <class A> FOVEATE_INLINE void put_zeros(void* to, const Scores& s) {
