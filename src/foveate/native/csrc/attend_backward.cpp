@@ -98,9 +98,10 @@ template <class A> class Backward {
 
     // One tile of queries; adds to the unit's sums dk (key_heads, key_rows, dim) and dv.
     void tile(int64_t b, int64_t h, int64_t q_tile, float* dk, float* dv) {
-        lanes_ = lanes_of(call_, q_tile);
+        first_ = q_tile * TILE;
+        lanes_ = lanes_of(call_, first_, TILE);
         if (lanes_ <= 0) return;
-        b_ = b, h_ = h, q_tile_ = q_tile;
+        b_ = b, h_ = h;
         ld_ = round_up(lanes_, std::max<int64_t>(A::GRAIN_K, LANES));
         vectors_ = (int)(ld_ / LANES);
         read(call_.q, call_.dim, plan_.dim, space_.queries, space_.query_rows);
@@ -109,13 +110,13 @@ template <class A> class Backward {
         std::fill(space_.dq, space_.dq + plan_.dim * ld_, 0.0f);
         dk += group_of(call_, call_.k, h) % plan_.key_heads * plan_.key_rows * plan_.dim;
         dv += group_of(call_, call_.v, h) % plan_.value_heads * plan_.key_rows * plan_.value_dim;
-        for_each_chunk(call_, b, h, q_tile, lanes_, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk, dk, dv); });
-        write_queries(call_, call_.dq, b, h, q_tile, lanes_, call_.dim, space_.dq, ld_, space_.dq_rows);
+        for_each_chunk(call_, b, h, first_, lanes_, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk, dk, dv); });
+        write_queries(call_, call_.dq, b, h, first_, lanes_, call_.dim, space_.dq, ld_, space_.dq_rows);
     }
 
   private:
     void read(const FoveateTensor& x, int64_t dim, int64_t padded, void* transposed, void* by_rows) {
-        read_queries<A>(call_, x, b_, h_, q_tile_, dim, padded, ld_, space_.rows);
+        read_queries<A>(call_, x, b_, h_, first_, lanes_, dim, padded, ld_, space_.rows);
         transpose_words(transposed, ld_, space_.rows, padded / A::PAIR, ld_, padded / A::PAIR);
         pair_rows<A>(by_rows, space_.rows, ld_, padded);
     }
@@ -125,7 +126,7 @@ template <class A> class Backward {
         const int64_t row = (b_ * call_.q.heads + h_) * call_.num_queries;
         for (int64_t i = 0; i < ld_; ++i) {
             space_.lse[i] = space_.delta[i] = 0;
-            const int64_t token = i < lanes_ ? query_at(call_, q_tile_ * TILE + i) : -1;
+            const int64_t token = i < lanes_ ? query_at(call_, first_ + i) : -1;
             if (token < 0 || call_.kind != FOVEATE_SOFTMAX || std::isinf(call_.lse[row + token])) continue;
             space_.lse[i] = call_.lse[row + token] * LOG2E;
             space_.delta[i] = dot(token) - (call_.grad_lse ? call_.grad_lse[row + token] : 0);
@@ -180,7 +181,7 @@ template <class A> class Backward {
     // From scores and d_weights to weights and the gradient of scores.
     void differentiate(const Chunk& chunk, int64_t rows) {
         Scores s{space_.scores, chunk.count, ld_, vectors_, 0};
-        const float* bias = call_.num_biases ? biases_.of(b_, h_, q_tile_, lanes_, ld_, chunk) : nullptr;
+        const float* bias = call_.num_biases ? biases_.of(b_, h_, first_, lanes_, ld_, chunk) : nullptr;
         bend(call_, s, bias, call_.softcap > 0 ? space_.cap_slope : nullptr);
         const bool softmax = call_.kind == FOVEATE_SOFTMAX;
         if (chunk.masked && softmax) hide(s, chunk, -INFINITY);
@@ -197,12 +198,12 @@ template <class A> class Backward {
                 std::memset((Element*)x + chunk.count * ld_, 0, (rows - chunk.count) * ld_ * sizeof(Element));
         }
         if (!bias_grads_) return;
-        const Place place(call_, b_, h_, q_tile_, lanes_, chunk);
+        const Place place(call_, b_, h_, first_, lanes_, chunk);
         for (int64_t i = 0; i < call_.num_biases; ++i)
             if (bias_grads_[i]) add_bias_grad(call_.biases[i], bias_grads_[i], place, space_.d_logits, ld_);
     }
 
-    inline __attribute__((always_inline)) Floats differentiate_one(const Scores& s, const Chunk& chunk, int64_t k, int64_t column,
+    FOVEATE_INLINE_MEMBER Floats differentiate_one(const Scores& s, const Chunk& chunk, int64_t k, int64_t column,
                                                    bool softmax) {
         const int64_t at = k * ld_ + column;
         Floats w;
@@ -227,7 +228,7 @@ template <class A> class Backward {
     const Workspace<A> space_;
     float* const* bias_grads_;
     BiasTile biases_;
-    int64_t b_ = 0, h_ = 0, q_tile_ = 0, lanes_ = 0, ld_ = 0;
+    int64_t b_ = 0, h_ = 0, first_ = 0, lanes_ = 0, ld_ = 0;
     int vectors_ = 0;
 };
 

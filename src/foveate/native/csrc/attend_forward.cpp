@@ -8,111 +8,112 @@ template <class A> struct Workspace {
     typename A::Element *rows, *operand;
     void *queries, *weights;
     float *scores, *out, *out_rows, *bias, *bias_rows;
-    float *top, *sum, *kept;
+    Softmax* softmax;
 
     Workspace(Arena& arena, const FoveateAttend& call) {
-        const int64_t dim = round_up(call.dim, A::GRAIN_D);
-        const int64_t value_dim = round_up(call.value_dim, A::GRAIN_D);
+        const int64_t dim = round_up(call.dim, A::GRAIN_D), value_dim = round_up(call.value_dim, A::GRAIN_D);
         rows = arena.take<typename A::Element>(TILE * dim);
         operand = arena.take<typename A::Element>(Operand<A>::buffer_size(std::max(call.dim, call.value_dim)));
         queries = arena.take<float>(TILE * dim);
         scores = arena.take<float>(TILE * TILE);
-        weights = A::PAIR == 1 ? scores : arena.take<float>(TILE * TILE / A::PAIR);
+        weights = A::PAIR == 2 ? arena.take<float>(TILE * TILE / 2) : scores;
         out = arena.take<float>(TILE * value_dim);
         out_rows = arena.take<float>(TILE * value_dim);
         bias = arena.take<float>(call.num_biases ? TILE * TILE : 0);
         bias_rows = arena.take<float>(call.num_biases ? TILE * TILE : 0);
-        top = arena.take<float>(TILE);
-        sum = arena.take<float>(TILE);
-        kept = arena.take<float>(TILE);
+        softmax = arena.take<Softmax>(1);
     }
 };
 
-// out^T times a factor per lane.
-void scale_columns(float* out, int64_t rows, int64_t ld, int vectors, const float* factor) {
+// x^T times a factor per lane.
+void scale_columns(float* x, int64_t rows, int64_t ld, int vectors, const float* factor) {
     for (int j = 0; j < vectors; ++j) {
         const Floats by = load(factor + j * LANES);
-        for (int64_t i = 0; i < rows; ++i) {
-            float* p = out + i * ld + j * LANES;
-            store(p, load(p) * by);
-        }
+        for (int64_t i = 0; i < rows; ++i) store(x + i * ld + j * LANES, load(x + i * ld + j * LANES) * by);
     }
-}
-bool all_one(const float* x, int vectors) {
-    for (int i = 0; i < vectors * LANES; ++i)
-        if (x[i] != 1.0f) return false;
-    return true;
 }
 
 template <class A> class Forward {
   public:
-    Forward(const FoveateAttend& call, const Operand<A>& keys, const Operand<A>& values, Workspace<A> space)
-        : call_(call), keys_(keys), values_(values), space_(space), biases_(call, space.bias, space.bias_rows) {}
+    using Element = typename A::Element;
+    using Right = std::conditional_t<A::PAIR == 1, const float*, const uint32_t*>;
 
-    void tile(int64_t b, int64_t h, int64_t q_tile) {
-        const int64_t lanes = lanes_of(call_, q_tile);
-        if (lanes <= 0) return;
-        const int vectors = (int)((lanes + LANES - 1) / LANES);
-        pack_queries(b, h, q_tile, vectors);
-        std::fill(space_.top, space_.top + TILE, -INFINITY);
-        std::fill(space_.sum, space_.sum + TILE, 0.0f);
-        bool empty = true;
-        for_each_chunk(call_, b, h, q_tile, lanes, A::GRAIN_K, [&](const Chunk& chunk) {
-            join(b, h, q_tile, lanes, vectors, chunk, !empty);
-            empty = false;
-        });
-        if (empty) std::fill(space_.out, space_.out + vectors * LANES * round_up(call_.value_dim, LANES), 0.0f);
-        finish(b, h, q_tile, lanes, vectors);
+    Forward(const FoveateAttend& call, const Operand<A>& keys, const Operand<A>& values, Workspace<A> space)
+        : call_(call), keys_(keys), values_(values), space_(space), softmax_(*space.softmax),
+          biases_(call, space.bias, space.bias_rows) {}
+
+    // The queries from slot `first` on, up to `most` of them, all of one tile.
+    void queries(int64_t b, int64_t h, int64_t first, int64_t most) {
+        lanes_ = lanes_of(call_, first, most);
+        if (lanes_ <= 0) return;
+        b_ = b, h_ = h, first_ = first;
+        vectors_ = (int)((lanes_ + LANES - 1) / LANES);
+        ld_ = vectors_ * LANES;
+        pack_queries();
+        softmax_.begin();
+        empty_ = true;
+        for_each_chunk(call_, b, h, first, lanes_, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk); });
+        if (empty_) std::fill(space_.out, space_.out + ld_ * round_up(call_.value_dim, LANES), 0.0f);
+        finish();
     }
 
   private:
-    void pack_queries(int64_t b, int64_t h, int64_t q_tile, int vectors) {
+    void pack_queries() {
         const int64_t dim = round_up(call_.dim, A::GRAIN_D), words = dim / A::PAIR;
-        read_queries<A>(call_, call_.q, b, h, q_tile, call_.dim, dim, vectors * LANES, space_.rows);
-        transpose_words(space_.queries, vectors * LANES, space_.rows, words, vectors * LANES, words);
+        read_queries<A>(call_, call_.q, b_, h_, first_, lanes_, call_.dim, dim, ld_, space_.rows);
+        transpose_words(space_.queries, ld_, space_.rows, words, ld_, words);
     }
 
-    void join(int64_t b, int64_t h, int64_t q_tile, int64_t lanes, int vectors, const Chunk& chunk, bool add) {
-        const int64_t ld = vectors * LANES;
-        const auto k = keys_.natural(b, group_of(call_, call_.k, h), chunk, space_.operand);
-        using Right = std::conditional_t<A::PAIR == 1, const float*, const uint32_t*>;
-        A::multiply(round_up(chunk.count, A::GRAIN_M), vectors, round_up(call_.dim, A::GRAIN_K), k,
-                    (Right)space_.queries, ld, space_.scores, ld, false);
-        Scores scores{space_.scores, chunk.count, ld, vectors, 0};
-        const float* bias = call_.num_biases ? biases_.of(b, h, q_tile, lanes, ld, chunk) : nullptr;
+    void join(const Chunk& chunk) {
+        const auto k = keys_.natural(b_, group_of(call_, call_.k, h_), chunk, space_.operand);
+        A::multiply(round_up(chunk.count, A::GRAIN_M), vectors_, round_up(call_.dim, A::GRAIN_K), k,
+                    (Right)space_.queries, ld_, space_.scores, ld_, false);
+        weigh(chunk);
+        const auto v = values_.transposed(b_, group_of(call_, call_.v, h_), chunk, space_.operand);
+        A::multiply(round_up(call_.value_dim, A::GRAIN_M), vectors_, round_up(chunk.count, A::GRAIN_K), v,
+                    (Right)space_.weights, ld_, space_.out, ld_, !empty_);
+        empty_ = false;
+    }
+
+    void weigh(const Chunk& chunk) {
+        Scores scores{space_.scores, chunk.count, ld_, vectors_, 0};
+        const float* bias = call_.num_biases ? biases_.of(b_, h_, first_, lanes_, ld_, chunk) : nullptr;
         bend(call_, scores, bias, nullptr);
         if (call_.kind == FOVEATE_SOFTMAX) {
             if (chunk.masked) hide(scores, chunk, -INFINITY);
-            softmax_step<A>(scores, space_.weights, space_.top, space_.sum, space_.kept);
-            if (add && !all_one(space_.kept, vectors))
-                scale_columns(space_.out, call_.value_dim, ld, vectors, space_.kept);
+            softmax_.look(scores);
+            softmax_.template weigh<A>(scores, space_.weights);
+            if (!empty_ && softmax_.rescaled)
+                scale_columns(space_.out, call_.value_dim, ld_, vectors_, softmax_.kept);
         } else {
             elementwise_step<A>(scores, call_.kind, chunk, space_.weights);
         }
-        const auto v = values_.transposed(b, group_of(call_, call_.v, h), chunk, space_.operand);
-        A::multiply(round_up(call_.value_dim, A::GRAIN_M), vectors, round_up(chunk.count, A::GRAIN_K), v,
-                    (Right)space_.weights, ld, space_.out, ld, add);
+        put_zeros<A>(space_.weights, scores);
     }
 
-    void finish(int64_t b, int64_t h, int64_t q_tile, int64_t lanes, int vectors) {
-        const int64_t ld = vectors * LANES;
+    void finish() {
         if (call_.kind == FOVEATE_SOFTMAX) {
-            for (int64_t i = 0; i < ld; ++i) space_.kept[i] = space_.sum[i] == 0 ? 0.0f : 1.0f / space_.sum[i];
-            scale_columns(space_.out, call_.value_dim, ld, vectors, space_.kept);
+            for (int64_t i = 0; i < ld_; ++i) softmax_.kept[i] = softmax_.sum[i] == 0 ? 0.0f : 1.0f / softmax_.sum[i];
+            scale_columns(space_.out, call_.value_dim, ld_, vectors_, softmax_.kept);
         }
-        write_queries(call_, call_.out, b, h, q_tile, lanes, call_.value_dim, space_.out, ld, space_.out_rows);
+        write_queries(call_, call_.out, b_, h_, first_, lanes_, call_.value_dim, space_.out, ld_, space_.out_rows);
         if (!call_.lse) return;
-        float* lse = call_.lse + (b * call_.q.heads + h) * call_.num_queries;
-        for (int64_t i = 0; i < lanes; ++i) {
-            const int64_t token = query_at(call_, q_tile * TILE + i);
-            if (token >= 0) lse[token] = space_.sum[i] == 0 ? -INFINITY : space_.top[i] * LN2 + std::log(space_.sum[i]);
+        float* lse = call_.lse + (b_ * call_.q.heads + h_) * call_.num_queries;
+        for (int64_t i = 0; i < lanes_; ++i) {
+            const int64_t token = query_at(call_, first_ + i);
+            const float sum = softmax_.sum[i];
+            if (token >= 0) lse[token] = sum == 0 ? -INFINITY : softmax_.base[i] * LN2 + std::log(sum);
         }
     }
 
     const FoveateAttend& call_;
     const Operand<A>&keys_, &values_;
     const Workspace<A> space_;
+    Softmax& softmax_;
     BiasTile biases_;
+    int64_t b_ = 0, h_ = 0, first_ = 0, lanes_ = 0, ld_ = 0;
+    int vectors_ = 0;
+    bool empty_ = true;
 };
 
 // Batch entries innermost where they share a bias, so that its tile is read once.
@@ -130,7 +131,7 @@ template <class A> int64_t forward(const FoveateAttend& call) {
     Buffer<typename A::Element> packed(packs ? Operand<A>::packed_size(call, call.v, call.value_dim) : 0);
     if (packs && !values.pack(packed.get())) return FOVEATE_NO_MEMORY;
     const bool batch_innermost = batch_is_innermost(call);
-    const int64_t threads = std::min(call.threads, all);
+    const int64_t threads = std::min(call.threads, all), lanes = A::lanes(std::max(call.dim, call.value_dim));
     Queue queue(all, std::max<int64_t>(all / (threads * 64 + 1), 1));
     const bool done = on_threads(threads, [&](int64_t) {
         Forward<A> work(call, keys, values, scratch<Workspace<A>>(call));
@@ -138,7 +139,9 @@ template <class A> int64_t forward(const FoveateAttend& call) {
         queue.run([&](int64_t item) {
             const int64_t b = batch_innermost ? item % call.batch : item / (heads * tiles);
             const int64_t row = batch_innermost ? item / call.batch : item % (heads * tiles);
-            work.tile(b, row / tiles, tiles - 1 - row % tiles);  // the longest rows of a causal call first
+            const int64_t tile = tiles - 1 - row % tiles;  // the longest rows of a causal call first
+            for (int64_t first = tile * TILE; first < (tile + 1) * TILE; first += lanes)
+                work.queries(b, row / tiles, first, lanes);
         });
         A::end();
     });

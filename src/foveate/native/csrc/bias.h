@@ -9,9 +9,9 @@ struct Place {
     int64_t b, h, lanes, count;
     int64_t query[TILE], key[TILE];
 
-    Place(const FoveateAttend& call, int64_t b, int64_t h, int64_t q_tile, int64_t lanes, const Chunk& chunk)
+    Place(const FoveateAttend& call, int64_t b, int64_t h, int64_t first, int64_t lanes, const Chunk& chunk)
         : b(b), h(h), lanes(lanes), count(chunk.count) {
-        for (int64_t i = 0; i < lanes; ++i) query[i] = query_at(call, q_tile * TILE + i);
+        for (int64_t i = 0; i < lanes; ++i) query[i] = query_at(call, first + i);
         for (int64_t i = 0; i < count; ++i) key[i] = key_at(call, chunk.slot(i));
     }
     bool exists(int64_t key_index, int64_t lane) const { return key[key_index] >= 0 && query[lane] >= 0; }
@@ -91,10 +91,10 @@ class BiasTile {
     }
     static bool of_batch(const FoveateBias& bias) { return bias.kind == FOVEATE_DENSE && bias.stride[0] != 0; }
 
-    const float* of(int64_t b, int64_t h, int64_t q_tile, int64_t lanes, int64_t ld, const Chunk& chunk) {
-        const bool same = h == h_ && q_tile == q_tile_ && chunk.first == first_ && chunk.count == count_;
+    const float* of(int64_t b, int64_t h, int64_t first, int64_t lanes, int64_t ld, const Chunk& chunk) {
+        const bool same = h == h_ && first == first_ && chunk.first == key_ && chunk.count == count_;
         if (shared_ && same && !chunk.columns) return tile_;
-        const Place place(call_, b, h, q_tile, lanes, chunk);
+        const Place place(call_, b, h, first, lanes, chunk);
         std::fill(tile_, tile_ + round_up(chunk.count, LANES) * ld, 0.0f);
         for (int64_t i = 0; i < call_.num_biases; ++i) {
             const FoveateBias& bias = call_.biases[i];
@@ -102,7 +102,7 @@ class BiasTile {
             if (bias.kind == FOVEATE_RELATIVE) add_relative(bias, place, tile_, ld);
             if (bias.kind == FOVEATE_ALIBI) add_alibi(bias, place, tile_, ld);
         }
-        h_ = chunk.columns ? -1 : h, q_tile_ = q_tile, first_ = chunk.first, count_ = chunk.count;
+        h_ = chunk.columns ? -1 : h, first_ = first, key_ = chunk.first, count_ = chunk.count;
         return tile_;
     }
 
@@ -110,7 +110,7 @@ class BiasTile {
     const FoveateAttend& call_;
     float *tile_, *scratch_;
     bool shared_ = true;
-    int64_t h_ = -1, q_tile_ = -1, first_ = -1, count_ = -1;
+    int64_t h_ = -1, first_ = -1, key_ = -1, count_ = -1;
 };
 
 // Adds the gradient of the logits of a chunk, (keys, lanes), to one bias's.

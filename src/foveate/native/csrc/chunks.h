@@ -1,4 +1,4 @@
-// What a tile of 64 queries sees, as chunks of up to 64 keys.
+// What some queries of a tile see, as chunks of up to 64 keys. Queries are counted from `first`, a slot.
 #pragma once
 #include <algorithm>
 
@@ -13,7 +13,7 @@ struct Chunk {
     int64_t count;
     const int32_t* columns;  // null: consecutive slots
     bool masked;             // else every query sees every key
-    uint64_t seen[TILE];     // bit i: query i of the tile sees the key; set only where masked
+    uint64_t seen[TILE];     // bit i: query i sees the key; set only where masked
 
     int64_t slot(int64_t i) const { return columns ? columns[i] : first + i; }
 };
@@ -56,9 +56,9 @@ FOVEATE_INLINE void trim(Chunk& chunk, int64_t grain) {
 }
 
 template <class Visit>
-static void for_each_chunk_of_band(const FoveateAttend& call, int64_t q_tile, int64_t num_lanes, Visit visit) {
+static void for_each_chunk_of_band(const FoveateAttend& call, int64_t first_query, int64_t num_lanes, Visit visit) {
     const FoveateSelection& band = call.selection;
-    const int64_t position = q_tile * TILE + call.num_keys - call.num_queries;  // of query 0 of the tile
+    const int64_t position = first_query + call.num_keys - call.num_queries;
     const int64_t first = std::max<int64_t>(position - band.band_high, 0);
     const int64_t end = std::min(position + num_lanes - band.band_low, call.num_keys);
     Chunk chunk;
@@ -79,10 +79,11 @@ static void for_each_chunk_of_band(const FoveateAttend& call, int64_t q_tile, in
 }
 
 template <class Visit>
-static void for_each_chunk_of_lists(const FoveateAttend& call, int64_t b, int64_t h, int64_t q_tile, Visit visit) {
+static void for_each_chunk_of_lists(const FoveateAttend& call, int64_t b, int64_t h, int64_t first, Visit visit) {
     const FoveateSelection& lists = call.selection;
     const int64_t head = h / (call.q.heads / lists.heads), batch = lists.batches > 1 ? b : 0;
-    const int64_t row = (batch * lists.heads + head) * lists.num_q_tiles + q_tile;
+    const int64_t row = (batch * lists.heads + head) * lists.num_q_tiles + first / TILE;
+    const int64_t shift = first % TILE;
     Chunk chunk;
     chunk.columns = nullptr;
     for (int64_t t = lists.tile_starts[row]; t < lists.tile_starts[row + 1]; ++t) {
@@ -92,6 +93,7 @@ static void for_each_chunk_of_lists(const FoveateAttend& call, int64_t b, int64_
         if (chunk.masked) {
             std::memcpy(chunk.seen, lists.masks + (int64_t)lists.mask_ids[t] * TILE * TILE / 8, sizeof chunk.seen);
             transpose_bits(chunk.seen);
+            for (uint64_t& bits : chunk.seen) bits >>= shift;
         }
         visit(chunk);
     }
@@ -101,22 +103,23 @@ static void for_each_chunk_of_lists(const FoveateAttend& call, int64_t b, int64_
         chunk.count = std::min<int64_t>(lists.column_starts[row + 1] - c, TILE);
         chunk.columns = lists.column_ids + c;
         std::memcpy(chunk.seen, lists.column_masks + c * TILE / 8, chunk.count * sizeof *chunk.seen);
+        for (int64_t i = 0; i < chunk.count; ++i) chunk.seen[i] >>= shift;
         visit(chunk);
     }
 }
 
-// Visits the chunks that the first `num_lanes` queries of a tile see; none of them is empty.
+// Visits the chunks that `num_lanes` queries from slot `first` on (of one tile) see; none of them is empty.
 template <class Visit>
-static void for_each_chunk(const FoveateAttend& call, int64_t b, int64_t h, int64_t q_tile, int64_t num_lanes,
+static void for_each_chunk(const FoveateAttend& call, int64_t b, int64_t h, int64_t first, int64_t num_lanes,
                            int64_t grain, Visit visit) {
     const auto trimmed = [&](Chunk& chunk) {
         if (chunk.masked && !chunk.columns) trim(chunk, grain);
         if (chunk.count) visit(chunk);
     };
     if (call.selection.tile_starts)
-        for_each_chunk_of_lists(call, b, h, q_tile, trimmed);
+        for_each_chunk_of_lists(call, b, h, first, trimmed);
     else
-        for_each_chunk_of_band(call, q_tile, num_lanes, trimmed);
+        for_each_chunk_of_band(call, first, num_lanes, trimmed);
 }
 
 }  // namespace foveate

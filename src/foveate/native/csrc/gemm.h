@@ -24,6 +24,7 @@ struct Float32 {
     static constexpr int64_t GRAIN_D = LANES;  // channels in memory of ours: whole grains, whole vectors of words
     static constexpr int EXP2_DEGREE = 5;
     static constexpr int64_t DTYPE = FOVEATE_FLOAT32;
+    static int64_t lanes(int64_t) { return TILE; }  // queries at a time, for a head dim
 
     static void begin() {}
     static void end() {}
@@ -115,8 +116,11 @@ struct Bfloat16 {
     static constexpr int64_t DTYPE = FOVEATE_BFLOAT16;
 #if defined(__AMX_BF16__)
     static constexpr int64_t GRAIN_K = 32, GRAIN_M = 16, GRAIN_D = 32;
+    // Products are so fast that the first cache decides: half a tile's scores, weights and outputs stay in it.
+    static int64_t lanes(int64_t dim) { return dim <= 64 ? TILE / 2 : TILE; }
 #else
     static constexpr int64_t GRAIN_K = 2, GRAIN_M = 1, GRAIN_D = 2 * LANES;
+    static int64_t lanes(int64_t) { return TILE; }
 #endif
 
     static void begin();

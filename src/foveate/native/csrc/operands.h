@@ -114,32 +114,31 @@ template <class A> class Operand {
     const Element* packed_ = nullptr;
 };
 
-// Rows of a query tile (64, padded), zeros where a slot is empty.
+// Rows of the queries from slot `first` on, (rows, padded): zeros beyond `lanes`, and where a slot is empty.
 template <class A>
-static void read_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t q_tile,
-                         int64_t dim, int64_t padded, int64_t rows, typename A::Element* to) {
+static void read_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t first,
+                         int64_t lanes, int64_t dim, int64_t padded, int64_t rows, typename A::Element* to) {
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t token = query_at(call, q_tile * TILE + i);
+        const int64_t token = i < lanes ? query_at(call, first + i) : -1;
         const void* from = at(x, call.dtype, b, h, std::max<int64_t>(token, 0));
         read_row(to + i * padded, from, call.dtype, x.stride[3], token < 0 ? 0 : dim, padded);
     }
 }
 
-// Queries of a tile that exist, counted up to the last one.
-FOVEATE_INLINE int64_t lanes_of(const FoveateAttend& call, int64_t q_tile) {
-    int64_t lanes = TILE;
-    if (!call.selection.q_slots) return std::min<int64_t>(call.num_queries - q_tile * TILE, TILE);
-    while (lanes > 0 && query_at(call, q_tile * TILE + lanes - 1) < 0) --lanes;
-    return lanes;
+// Queries among the `most` from slot `first` on, counted up to the last that exists.
+FOVEATE_INLINE int64_t lanes_of(const FoveateAttend& call, int64_t first, int64_t most) {
+    if (!call.selection.q_slots) return std::min<int64_t>(call.num_queries - first, most);
+    while (most > 0 && query_at(call, first + most - 1) < 0) --most;
+    return most;
 }
 
 // Writes x^T (dim, lanes) times a factor per lane as rows of a tensor, in its dtype.
-static void write_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t q_tile,
+static void write_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t first,
                           int64_t lanes, int64_t dim, float* transposed, int64_t ld, float* rows) {
     const int64_t padded = round_up(dim, LANES);
     transpose_words(rows, padded, transposed, ld, dim, lanes);
     for (int64_t i = 0; i < lanes; ++i) {
-        const int64_t token = query_at(call, q_tile * TILE + i);
+        const int64_t token = query_at(call, first + i);
         if (token < 0) continue;
         write_row((void*)at(x, call.dtype, b, h, token), call.dtype, x.stride[3], rows + i * padded, dim);
     }

@@ -30,6 +30,7 @@ constexpr float LOG2E = 1.44269504088896340736f;
 constexpr float LN2 = 0.693147180559945309417f;
 
 #define FOVEATE_INLINE static inline __attribute__((always_inline))
+#define FOVEATE_INLINE_MEMBER inline __attribute__((always_inline))
 
 FOVEATE_INLINE Floats load(const float* p) {
     Floats x;

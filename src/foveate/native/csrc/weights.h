@@ -77,43 +77,77 @@ template <class A> FOVEATE_INLINE void put_zeros(void* to, const Scores& s) {
     }
 }
 
-// One step of online softmax on N vectors of lanes: weights 2^(logit - top), new tops and sums; `kept` is what is
-// left of all that was summed under the old tops.
-template <class A, int N>
-FOVEATE_INLINE void softmax_columns(const Scores& s, int64_t column, void* to, float* top, float* sum, float* kept) {
-    const float factor = s.factor * LOG2E;
-    const float* from = s.data + column;
-    Floats highest[N], total[N], base[N];
-    for (int j = 0; j < N; ++j) highest[j] = all(-INFINITY);
-    for (int64_t k = 0; k < s.count; ++k)
-        for (int j = 0; j < N; ++j) highest[j] = greater(highest[j], load(from + k * s.ld + j * LANES));
-    for (int j = 0; j < N; ++j) {
-        float* at = top + column + j * LANES;
-        const Floats now = greater(load(at), highest[j] * factor);
-        base[j] = now == -INFINITY ? Floats{} : now;
-        const Floats rest = exp2_of(load(at) - base[j]);
-        store(at, now);
-        store(kept + column + j * LANES, rest);
-        total[j] = load(sum + column + j * LANES) * rest;
-    }
-    for (int64_t k = 0; k < s.count; k += 2)
-        for (int j = 0; j < N; ++j) {
-            const float* p = from + k * s.ld + j * LANES;
-            const Floats w0 = exp2_of<A::EXP2_DEGREE>(load(p) * factor - base[j]);
-            Floats w1{};
-            if (k + 1 < s.count) w1 = exp2_of<A::EXP2_DEGREE>(load(p + s.ld) * factor - base[j]);
-            total[j] += w0 + w1;
-            put<A>(to, s, k, column + j * LANES, w0, w1);
-        }
-    for (int j = 0; j < N; ++j) store(sum + column + j * LANES, total[j]);
-}
+// Online softmax of the lanes of a query tile. Weights are 2^(logit - base), where base follows the greatest logit
+// only when that has left it 8 behind: float32 has room for weights of 2^8, and what was summed is seldom rescaled.
+struct Softmax {
+    static constexpr float SLACK = 8;
+    float base[TILE], sum[TILE], kept[TILE];  // kept: what is left of earlier sums after the last new base
+    bool rescaled;
 
-template <class A> FOVEATE_INLINE void softmax_step(const Scores& s, void* to, float* top, float* sum, float* kept) {
-    int j = 0;
-    for (; j + 4 <= s.vectors; j += 4) softmax_columns<A, 4>(s, j * LANES, to, top, sum, kept);
-    for (; j < s.vectors; ++j) softmax_columns<A, 1>(s, j * LANES, to, top, sum, kept);
-    put_zeros<A>(to, s);
-}
+    void begin() {
+        std::fill(base, base + TILE, -INFINITY);
+        std::fill(sum, sum + TILE, 0.0f);
+    }
+
+    // Look at the logits of a chunk, and move the bases where they must.
+    void look(const Scores& s) {
+        rescaled = false;
+        int j = 0;
+        for (; j + 4 <= s.vectors; j += 4) look_at<4>(s, j * LANES);
+        for (; j + 2 <= s.vectors; j += 2) look_at<2>(s, j * LANES);
+        if (j < s.vectors) look_at<1>(s, j * LANES);
+    }
+
+    template <class A> void weigh(const Scores& s, void* to) {
+        int j = 0;
+        for (; j + 4 <= s.vectors; j += 4) weigh_columns<A, 4>(s, j * LANES, to);
+        for (; j + 2 <= s.vectors; j += 2) weigh_columns<A, 2>(s, j * LANES, to);
+        if (j < s.vectors) weigh_columns<A, 1>(s, j * LANES, to);
+    }
+
+  private:
+    template <int N> void look_at(const Scores& s, int64_t column) {
+        Floats highest[N];
+        for (int j = 0; j < N; ++j) highest[j] = all(-INFINITY);
+        for (int64_t k = 0; k < s.count; ++k)
+            for (int j = 0; j < N; ++j)
+                highest[j] = greater(highest[j], load(s.data + k * s.ld + column + j * LANES));
+        for (int j = 0; j < N; ++j) move(column + j * LANES, highest[j] * (s.factor * LOG2E));
+    }
+
+    void move(int64_t column, Floats highest) {
+        const Floats before = load(base + column);
+        const Floats now = highest > before + SLACK ? highest : before;
+        const Floats rest = exp2_of(before - (now == -INFINITY ? Floats{} : now));
+        store(base + column, now);
+        store(kept + column, rest);
+        store(sum + column, load(sum + column) * rest);
+        const Ints moved = now != before;
+        for (int i = 0; i < LANES; ++i) rescaled |= moved[i] != 0;
+    }
+
+    template <class A, int N>
+    FOVEATE_INLINE_MEMBER void weigh_columns(const Scores& s, int64_t column, void* to) {
+        const float factor = s.factor * LOG2E;
+        const float* from = s.data + column;
+        Floats total[N], from_base[N];
+        for (int j = 0; j < N; ++j) {
+            const Floats b = load(base + column + j * LANES);
+            from_base[j] = b == -INFINITY ? Floats{} : b;
+            total[j] = load(sum + column + j * LANES);
+        }
+        for (int64_t k = 0; k < s.count; k += 2)
+            for (int j = 0; j < N; ++j) {
+                const float* p = from + k * s.ld + j * LANES;
+                const Floats w0 = exp2_of<A::EXP2_DEGREE>(load(p) * factor - from_base[j]);
+                Floats w1{};
+                if (k + 1 < s.count) w1 = exp2_of<A::EXP2_DEGREE>(load(p + s.ld) * factor - from_base[j]);
+                total[j] += w0 + w1;
+                put<A>(to, s, k, column + j * LANES, w0, w1);
+            }
+        for (int j = 0; j < N; ++j) store(sum + column + j * LANES, total[j]);
+    }
+};
 
 // Weight of a logit without a row sum, and its slope.
 FOVEATE_INLINE Floats weight_of(int64_t kind, Floats logit) {
