@@ -1,0 +1,116 @@
+"""Compiles the kernels: at install, at first use, or by hand.
+
+    python -m foveate.native.build               every variant for this kind of processor, into the user's cache
+    python -m foveate.native.build --isa avx2    one of them
+
+It needs no PyTorch. CXX names the compiler.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from foveate.native import cache
+from foveate.native.compiler import CannotCompile, Compiler
+from foveate.native.variants import Variant, source_hash, units
+
+MOST_JOBS = 8  # each takes some hundred megabytes
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a variant: a library, or an error."""
+
+    variant: Variant
+    path: Path
+    error: CannotCompile | None = None
+
+
+def build(variants: Sequence[Variant], sources: Path, folder: Path, compiler: Compiler) -> list[Built]:
+    """Compile variants into `folder/<name>.so`, as many sources at a time as there are cores."""
+    with TemporaryDirectory(prefix="foveate-") as scratch, _workers() as pool:
+        probes = {variant: pool.submit(compiler.probe, variant.flags) for variant in variants}
+        started: dict[Variant, list[Future[Any]]] = {
+            variant: [probe] if probe.exception() else _compile(variant, sources, Path(scratch), compiler, pool)
+            for variant, probe in probes.items()
+        }
+        return [_link(variant, parts, folder, compiler) for variant, parts in started.items()]
+
+
+def build_cached(
+    variant: Variant, sources: Path, compiler: Compiler, is_usable: Callable[[Path], bool] = cache.is_intact
+) -> tuple[Path, bool]:
+    """The variant's library in the user's cache, and whether it had to be compiled; one process compiles, others wait.
+
+    Where the user's cache cannot be written, a folder among the temporary ones serves.
+    """
+    key = cache.key(source_hash(sources, variant.flags), compiler.version)
+    refusals = []
+    for root in cache.roots():
+        path = root / key / f"{variant.name}.so"
+        try:
+            with cache.locked(path):
+                if is_usable(path):
+                    return path, False
+                _build_into(path, variant, sources, compiler)
+            cache.prune(root)
+            return path, True
+        except OSError as error:
+            refusals.append(f"{root}: {error.strerror or error}")
+    raise CannotCompile(f"compiled kernels can be kept nowhere ({'; '.join(refusals)})")
+
+
+def _build_into(path: Path, variant: Variant, sources: Path, compiler: Compiler) -> None:
+    path.unlink(missing_ok=True)
+    with TemporaryDirectory(prefix="foveate-") as scratch:
+        (built,) = build([variant], sources, Path(scratch), compiler)
+        if built.error:
+            raise built.error
+        if path.parent.name != cache.key(source_hash(sources, variant.flags), compiler.version):
+            raise CannotCompile("the sources changed while they were compiled")
+        cache.publish(built.path, path)
+
+
+def _compile(
+    variant: Variant, sources: Path, scratch: Path, compiler: Compiler, pool: ThreadPoolExecutor
+) -> list[Future[Path]]:
+    flags = (*variant.flags, f'-DFOVEATE_SOURCE_HASH="{source_hash(sources, variant.flags)}"')
+    return [
+        pool.submit(compiler.compile, flags, unit, scratch / f"{variant.name}-{unit.stem}.o") for unit in units(sources)
+    ]
+
+
+def _link(variant: Variant, parts: list[Future[Any]], folder: Path, compiler: Compiler) -> Built:
+    path = folder / f"{variant.name}.so"
+    try:
+        compiler.link(variant.flags, [part.result() for part in parts], path)
+    except CannotCompile as error:
+        return Built(variant, path, error)
+    return Built(variant, path)
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that start nothing more once something went wrong."""
+    pool = ThreadPoolExecutor(min(_cores(), MOST_JOBS))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    from foveate.native.build_command import main
+
+    main()

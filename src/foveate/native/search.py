@@ -1,0 +1,158 @@
+"""The search for a library of kernels: in the package, then in the user's cache, then by compiling it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch  # noqa: F401  (first: the kernels then share its OpenMP threads)
+
+from foveate.native import cache
+from foveate.native.build import build_cached
+from foveate.native.compiler import CannotCompile, find_compiler
+from foveate.native.processor import lacks
+from foveate.native.shared_object import Unusable, open_library
+from foveate.native.variants import BY_NAME, SOURCES, VARIANTS, Variant, source_hash, units
+
+Origin = Literal["package", "cache", "compiled"]
+Found = tuple[ctypes.CDLL, Path, Origin]
+PATIENCE = 2.0  # seconds of compiling before we say so
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which library is in use and where it came from, or why there is none; and why others were passed over."""
+
+    isa: str | None = None
+    path: str | None = None
+    origin: Origin | None = None
+    reason: str | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A library, or none, and the record of it."""
+
+    library: ctypes.CDLL | None
+    status: Status
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the sources are, and the libraries built at install."""
+
+    sources: Path = SOURCES
+    packaged: Path = SOURCES.parent / "lib"
+
+    def hash_for(self, variant: Variant) -> str | None:
+        """What a library must be made from; None (anything) where there are no sources to compare it with."""
+        return source_hash(self.sources, variant.flags) if units(self.sources) else None
+
+
+def search(places: Places) -> Loaded:
+    """Open the best library for this machine, or the one that FOVEATE_ISA names."""
+    asked = os.environ.get("FOVEATE_ISA", "")
+    if asked == "none":
+        return Loaded(None, Status(reason="switched off by FOVEATE_ISA=none"))
+    unfit = {variant.name: reason for variant in VARIANTS if (reason := lacks(variant))}
+    _check(asked, unfit)
+    skipped = {} if asked else unfit
+    for variant in (variant for variant in VARIANTS if variant.name not in unfit and asked in ("", variant.name)):
+        try:
+            found, path, origin = _obtain(variant, places)
+        except Unusable as reason:
+            skipped[variant.name] = str(reason)
+        else:
+            return Loaded(found, Status(variant.name, str(path), origin, skipped=tuple(skipped.items())))
+    return Loaded(None, Status(reason=_in_short(skipped, unfit), skipped=tuple(skipped.items())))
+
+
+def _check(asked: str, unfit: dict[str, str]) -> None:
+    """Refuse a FOVEATE_ISA that nobody knows, or that this machine cannot run."""
+    if not asked or (asked in BY_NAME and asked not in unfit):
+        return
+    why = unfit.get(asked, "there is no such variant")
+    possible = [name for name in BY_NAME if name not in unfit]
+    raise ValueError(f"FOVEATE_ISA={asked}: {why}; possible here: {', '.join([*possible, 'none'])}")
+
+
+def _in_short(skipped: dict[str, str], unfit: dict[str, str]) -> str:
+    """One reason why there is no library: that of the best variant which the machine runs."""
+    tried = [f"{name}: {reason}" for name, reason in skipped.items() if name not in unfit]
+    return tried[0] if tried else "there are no kernels for this processor"
+
+
+def _obtain(variant: Variant, places: Places) -> Found:
+    """A variant's library, wherever it can be had; Unusable with all the reasons if nowhere."""
+    reasons = []
+    for source in (_packaged, _kept, _compiled):
+        try:
+            return source(variant, places)
+        except (Unusable, CannotCompile) as reason:
+            reasons.append(str(reason))
+    raise Unusable("; ".join(reasons))
+
+
+def _packaged(variant: Variant, places: Places) -> Found:
+    path = places.packaged / f"{variant.name}.so"
+    if not path.exists():
+        raise Unusable("the package has none")
+    try:
+        return open_library(path, variant, places.hash_for(variant)), path, "package"
+    except Unusable as reason:
+        raise Unusable(f"the one in the package is not used: {reason}") from reason
+
+
+def _kept(variant: Variant, places: Places) -> Found:
+    wanted = places.hash_for(variant)
+    for path in cache.find(variant.name, wanted, _compiler_version()) if wanted else ():
+        with suppress(Unusable):
+            return open_library(path, variant, wanted), path, "cache"
+    raise Unusable("the cache has none")
+
+
+def _compiled(variant: Variant, places: Places) -> Found:
+    wanted = places.hash_for(variant)
+    if wanted is None:
+        raise Unusable("there are no sources to compile")
+    if os.environ.get("FOVEATE_NO_JIT", "0") not in ("", "0"):
+        raise Unusable("FOVEATE_NO_JIT forbids to compile it now")
+    opens = partial(_opens, variant=variant, wanted=wanted)
+    with _announced(f"foveate: compiling the {variant.name} kernels for this machine, once"):
+        path, compiled_now = build_cached(variant, places.sources, find_compiler(), opens)
+    return open_library(path, variant, wanted), path, "compiled" if compiled_now else "cache"
+
+
+def _opens(path: Path, variant: Variant, wanted: str) -> bool:
+    try:
+        return cache.is_intact(path) and bool(open_library(path, variant, wanted))
+    except Unusable:
+        return False
+
+
+def _compiler_version() -> str | None:
+    try:
+        return find_compiler().version
+    except CannotCompile:
+        return None
+
+
+@contextmanager
+def _announced(line: str) -> Iterator[None]:
+    """Say on standard error what takes so long, if it does."""
+    patience = threading.Timer(PATIENCE, lambda: print(line, file=sys.stderr, flush=True))
+    patience.daemon = True
+    patience.start()
+    try:
+        yield
+    finally:
+        patience.cancel()
