@@ -57,6 +57,14 @@ template <class A> class Forward {
         finish();
     }
 
+    // The queries and first keys of a tile that comes next, where sequences are short.
+    void prefetch(int64_t b, int64_t h, int64_t first) const {
+        if (call_.num_keys > 2 * TILE || call_.selection.q_slots) return;
+        const Operand<A> queries(call_, call_.q, call_.dim);
+        queries.prefetch(b, h, first, std::min<int64_t>(call_.num_queries - first, TILE));
+        keys_.prefetch(b, group_of(call_, call_.k, h), 0, std::min<int64_t>(call_.num_keys, TILE));
+    }
+
   private:
     void pack_queries() {
         const int64_t dim = round_up(call_.dim, A::GRAIN_D), words = dim / A::PAIR;
@@ -65,6 +73,7 @@ template <class A> class Forward {
     }
 
     void join(const Chunk& chunk) {
+        if (!chunk.columns) values_.prefetch(b_, group_of(call_, call_.v, h_), chunk.first, chunk.count);
         const auto k = keys_.natural(b_, group_of(call_, call_.k, h_), chunk, space_.operand);
         A::multiply(round_up(chunk.count, A::GRAIN_M), vectors_, round_up(call_.dim, A::GRAIN_K), k,
                     (Right)space_.queries, ld_, space_.scores, ld_, false);
@@ -97,12 +106,17 @@ template <class A> class Forward {
             scale_columns(space_.out, call_.value_dim, ld_, vectors_, softmax_.kept);
         }
         write_queries(call_, call_.out, b_, h_, first_, lanes_, call_.value_dim, space_.out, ld_, space_.out_rows);
-        if (!call_.lse) return;
-        float* lse = call_.lse + (b_ * call_.q.heads + h_) * call_.num_queries;
+        if (call_.lse) write_lse(call_.lse + (b_ * call_.q.heads + h_) * call_.num_queries);
+    }
+
+    void write_lse(float* lse) {
+        for (int j = 0; j < ld_; j += LANES) {
+            const Floats sum = load(softmax_.sum + j), logs = (load(softmax_.base + j) + log2_of(sum)) * LN2;
+            store(softmax_.kept + j, sum == 0.0f ? all(-INFINITY) : (sum == sum ? logs : sum));
+        }
         for (int64_t i = 0; i < lanes_; ++i) {
             const int64_t token = query_at(call_, first_ + i);
-            const float sum = softmax_.sum[i];
-            if (token >= 0) lse[token] = sum == 0 ? -INFINITY : softmax_.base[i] * LN2 + std::log(sum);
+            if (token >= 0) lse[token] = softmax_.kept[i];
         }
     }
 
@@ -136,12 +150,17 @@ template <class A> int64_t forward(const FoveateAttend& call) {
     const bool done = on_threads(threads, [&](int64_t) {
         Forward<A> work(call, keys, values, scratch<Workspace<A>>(call));
         A::begin();
-        queue.run([&](int64_t item) {
+        const auto place = [&](int64_t item, auto visit) {
             const int64_t b = batch_innermost ? item % call.batch : item / (heads * tiles);
             const int64_t row = batch_innermost ? item / call.batch : item % (heads * tiles);
-            const int64_t tile = tiles - 1 - row % tiles;  // the longest rows of a causal call first
-            for (int64_t first = tile * TILE; first < (tile + 1) * TILE; first += lanes)
-                work.queries(b, row / tiles, first, lanes);
+            visit(b, row / tiles, (tiles - 1 - row % tiles) * TILE);  // the longest rows of a causal call first
+        };
+        queue.run([&](int64_t item) {
+            if (item + 1 < all)
+                place(item + 1, [&](int64_t b, int64_t h, int64_t first) { work.prefetch(b, h, first); });
+            place(item, [&](int64_t b, int64_t h, int64_t first) {
+                for (int64_t i = 0; i < TILE; i += lanes) work.queries(b, h, first + i, lanes);
+            });
         });
         A::end();
     });

@@ -105,6 +105,18 @@ template <int DEGREE = 5> FOVEATE_INLINE Floats exp2_of(Floats x) {
 }
 #endif
 
+// log2 of positive normal numbers, to about 1e-7: exponent, and the series of atanh for the mantissa.
+FOVEATE_INLINE Floats log2_of(Floats x) {
+    const Ints bits = (Ints)x, exponent = (bits - 0x3f3504f3) >> 23;  // mantissas from sqrt(1/2) to sqrt(2)
+    const Floats m = (Floats)(bits - (exponent << 23));
+    const Floats t = (m - 1.0f) / (m + 1.0f), y = t * t;
+    Floats p = y * (1 / 9.0f) + 1 / 7.0f;
+    p = p * y + 1 / 5.0f;
+    p = p * y + 1 / 3.0f;
+    p = p * y + 1.0f;
+    return p * t * (2 * LOG2E) + __builtin_convertvector(exponent, Floats);
+}
+
 FOVEATE_INLINE float sum_lanes(Floats x) {
     float lanes[LANES], total = 0;
     store(lanes, x);
