@@ -59,8 +59,8 @@ def lacks(variant: Variant) -> str | None:
     """
     if variant.family != family():
         return f"it is for {variant.family} processors, and this is {platform.machine()} with {platform.system()}"
-    missing = [name for name in variant.abilities if name not in abilities()]
-    if missing:
+    has = abilities()
+    if missing := [name for name in variant.abilities if name not in has]:
         return f"this processor has no {', '.join(missing)}"
     if "amx_tile" in variant.abilities and (refusal := _tiles_refused()):
         return f"the system grants no AMX tiles: {refusal}"
