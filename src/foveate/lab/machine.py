@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from foveate.native import processor
+from foveate.native.processor import available_cores
 
 VECTOR_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve")
 
@@ -18,14 +20,13 @@ def describe() -> dict[str, Any]:
     >>> sorted(describe())[:4]
     ['accelerator', 'blas', 'cores', 'cpu']
     """
-    facts = _cpu_facts()
-    flags = (facts.get("flags") or facts.get("Features") or "").split()
+    facts, abilities = processor.facts(), processor.abilities()
     return {
         "cpu": facts.get("model name") or platform.processor() or platform.machine(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_gb": _memory_gb(),
-        "instructions": [name for name in VECTOR_SETS if name in flags],
+        "instructions": [name for name in VECTOR_SETS if name in abilities],
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -45,23 +46,6 @@ def in_words(facts: dict[str, Any] | None = None) -> str:
     machine = [facts["cpu"], f"{facts['cores']} cores", facts["accelerator"]]
     software = [f"Python {facts['python']}", f"torch {facts['torch']}"]
     return ", ".join(part for part in (*machine, *software) if part)
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpu_facts() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
-    file = Path("/proc/cpuinfo")
-    if not file.exists():
-        return {}
-    first = file.read_text(encoding="utf-8").split("\n\n")[0]
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _memory_gb() -> float | None:

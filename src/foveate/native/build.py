@@ -8,7 +8,6 @@ It needs no PyTorch. CXX names the compiler.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 
 from foveate.native import cache
 from foveate.native.compiler import CannotCompile, Compiler
+from foveate.native.processor import available_cores
 from foveate.native.variants import Variant, source_hash, units
 
 MOST_JOBS = 8  # each takes some hundred megabytes
@@ -99,15 +99,11 @@ def _link(variant: Variant, parts: list[Future[Any]], folder: Path, compiler: Co
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
     """Threads that start nothing more once something went wrong."""
-    pool = ThreadPoolExecutor(min(_cores(), MOST_JOBS))
+    pool = ThreadPoolExecutor(min(available_cores(), MOST_JOBS))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

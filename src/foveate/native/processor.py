@@ -41,6 +41,17 @@ def abilities() -> frozenset[str]:
     return frozenset(listed.split()) if listed else _vouched_by_torch()
 
 
+def available_cores() -> int:
+    """Cores this process may run on.
+
+    >>> available_cores() >= 1
+    True
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def family() -> Family | None:
     """The kind of processor; None if there are no kernels for it.
 
