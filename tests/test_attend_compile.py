@@ -25,6 +25,7 @@ from foveate import (
     topk_blocks,
     window,
 )
+from foveate.native.loader import library, status
 
 PADDING = torch.ones(2, 77, dtype=torch.bool)
 PADDING[0, :9] = False
@@ -69,14 +70,17 @@ def test_a_pattern_made_inside_the_graph() -> None:
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(q), run(q))
 
 
-def test_the_operator_is_well_made() -> None:
+@pytest.mark.parametrize("kernels", ["tiles", "native"])
+def test_the_operator_is_well_made(kernels: str) -> None:
+    if kernels == "native" and library() is None:
+        pytest.skip(f"no native kernels: {status().reason}")
     q, k, v = (torch.randn(1, 2, 70, 8, requires_grad=True) for _ in range(3))
     slopes = torch.rand(2, requires_grad=True)
-    text = "softmax\nwindow(20) & causal\nSequence()\nAlibi"
+    text = f"{kernels}\nsoftmax\nwindow(20) & causal\nSequence()\nAlibi"
     explain(q, k, v)  # the operator is defined on first use of the package
     import foveate.attention.ops  # noqa: F401
 
-    torch.library.opcheck(torch.ops.foveate.attend_tiles, (q, k, v, [slopes], [], text, 0.3, 2.0))
+    torch.library.opcheck(torch.ops.foveate.attend_selected, (q, k, v, [slopes], [], text, 0.3, 2.0))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

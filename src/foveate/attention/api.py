@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import ModuleType
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from foveate.attention import flex, native, reference, sdpa, tiles
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call, prepare
 from foveate.attention.partial import Partial, with_sink
+from foveate.attention.quick import attend_plain
 from foveate.attention.weights import Weights
 from foveate.options import FORCED
 from foveate.patterns.algebra import Pattern
@@ -70,6 +72,10 @@ def attend(
 
     NaN or infinite inputs give NaN in the rows that see them, as plain softmax does.
     """
+    if bias is softcap is layout is None and weights == "softmax" and not dropout and _takes_native(impl):
+        out = attend_plain(q, k, v, pattern, scale)
+        if out is not None:
+            return out
     if dropout:
         raise ValueError("attend has no dropout on weights: drop outputs instead (torch.nn.functional.dropout)")
     call, sink = prepare(q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=False)
@@ -107,6 +113,10 @@ def attend_partial(
 def _run(call: Call, sink: Tensor | None, impl: str) -> Partial:
     partial = choose(call, impl).run(call)
     return partial if sink is None else with_sink(partial, sink)
+
+
+def _takes_native(impl: str) -> bool:
+    return impl in ("auto", "native") and FORCED.get() in (None, "native") and not is_compiling()
 
 
 def choose(call: Call, impl: str = "auto") -> ModuleType:

@@ -50,9 +50,10 @@ def explain(
 
     >>> import torch
     >>> from foveate import explain, sigmoid
-    >>> q = k = v = torch.randn(1, 2, 1024, 8)
+    >>> q = k = v = torch.randn(1, 2, 1024, 8, dtype=torch.float64)
     >>> print(explain(q, k, v, weights="sigmoid"))
     full: runs on tiles
+      native     no: it has float32, bfloat16 and float16, not float64
       sdpa       no: it has softmax weights only, not sigmoid
       flex       no: FlexAttention has no backward on CPU, and compiles for seconds
       tiles      chosen

@@ -13,15 +13,13 @@ from foveate.attention import spec as shared
 from foveate.attention.bias import Alibi, Bias, Dense, PerHead, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
-from foveate.attention.spec import TILE, Spec
+from foveate.attention.spec import TILE, WIDEST, Spec
 from foveate.native import call as c
 from foveate.native.loader import library, num_threads, status
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band, band_of
 from foveate.patterns.layouts import Layout
 from foveate.patterns.selection import Selection
-
-WIDEST = 256  # channels of a head
 
 
 def refuse(call: Call) -> str | None:

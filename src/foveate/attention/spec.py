@@ -17,6 +17,7 @@ from foveate.patterns.layouts import Layout
 from foveate.patterns.selection import Selection
 
 TILE = 64
+WIDEST = 256  # channels of a head in the native kernels
 
 
 class Spec(NamedTuple):
