@@ -33,6 +33,11 @@ def refuse(call: Call) -> str | None:
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
         if not torch.compiler.is_compiling() and x.data_ptr() % x.element_size():
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
+    return _absence()
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not look into how libraries are loaded
+def _absence() -> str | None:
     return status().reason if library() is None else None
 
 
