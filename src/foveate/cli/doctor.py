@@ -40,10 +40,16 @@ def doctor(
 
 
 def _print(report: Report) -> None:
+    from foveate.lab.doctor import kernels
+
     console = out()
     machine = _plain("machine", "")
     for name, value in report.machine.items():
         machine.add_row(name.replace("_", " "), escape(_said(value)))
+    native = _plain("native kernels", "")
+    for name, fate in kernels(report.native):
+        colour = "green" if name == report.native.isa else "yellow"
+        native.add_row(name, f"[{colour}]{escape(fate)}[/{colour}]")
     tried = _plain("operator", "implementation", "device", "call", "")
     for trial in report.trials:
         verdict = _verdict(trial.verdict, trial.detail)
@@ -52,7 +58,7 @@ def _print(report: Report) -> None:
     for extra in report.extras:
         mend = f"missing {', '.join(extra.missing)}: [cyan]{escape(extra.command)}[/cyan]" if extra.missing else ""
         extras.add_row(escape(f"[{extra.name}]"), ", ".join(extra.present), mend)
-    for table in (machine, tried, extras):
+    for table in (machine, native, tried, extras):
         console.print(table, "")
 
 

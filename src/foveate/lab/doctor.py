@@ -14,12 +14,16 @@ from torch import Tensor
 
 from foveate import __version__
 from foveate.lab import machine
+from foveate.native import loader
+from foveate.native.loader import Status
+from foveate.native.variants import BY_NAME
 
 EXTRAS = {
     "hf": ("transformers", "tokenizers", "safetensors"),
     "report": ("matplotlib",),
     "peers": ("flash-linear-attention", "natten"),
 }
+ORIGINS = {"package": "from the package", "cache": "from the cache", "compiled": "just compiled"}
 LENGTH = 130
 TOLERANCE = 5e-4  # outputs are about 1; float32 on any device
 
@@ -56,6 +60,7 @@ class Report:
     """What `foveate doctor` prints."""
 
     machine: dict[str, Any]
+    native: Status
     trials: tuple[Trial, ...]
     extras: tuple[Extra, ...]
 
@@ -65,8 +70,10 @@ class Report:
 
     def to_json(self) -> str:
         extras = [asdict(extra) | {"command": extra.command} for extra in self.extras]
+        native = asdict(self.native) | {"skipped": dict(self.native.skipped)}
         trials = [asdict(trial) for trial in self.trials]
-        return json.dumps({"machine": self.machine, "trials": trials, "extras": extras}, indent=2)
+        report = {"machine": self.machine, "native": native, "trials": trials, "extras": extras}
+        return json.dumps(report, indent=2)
 
 
 def examine() -> Report:
@@ -76,12 +83,28 @@ def examine() -> Report:
     >>> report.disagreements
     ()
     """
-    return Report(machine.describe() | versions(), tuple(_trials()), extras())
+    return Report(machine.describe() | versions(), loader.status(), tuple(_trials()), extras())
 
 
 def versions() -> dict[str, str | None]:
     """Versions of what is used where it is there."""
     return {"foveate": __version__} | {name: _version(name) for name in ("numpy", "transformers", "triton")}
+
+
+def kernels(status: Status) -> Iterator[tuple[str, str]]:
+    """Each variant of the native kernels, and what became of it.
+
+    >>> dict(kernels(Status("avx512", "avx512.so", "package", skipped=(("amx", "no tiles"),))))["avx2"]
+    'not needed: avx512 is in use'
+    """
+    skipped = dict(status.skipped)
+    for name in BY_NAME:
+        if name == status.isa and status.origin:
+            yield name, f"in use, {ORIGINS[status.origin]}: {status.path}"
+        elif name in skipped:
+            yield name, skipped[name]
+        else:
+            yield name, f"not needed: {status.isa} is in use" if status.isa else status.reason or ""
 
 
 def extras() -> tuple[Extra, ...]:

@@ -65,15 +65,18 @@ def search(places: Places) -> Loaded:
         return Loaded(None, Status(reason="switched off by FOVEATE_ISA=none"))
     unfit = {variant.name: reason for variant in VARIANTS if (reason := lacks(variant))}
     _check(asked, unfit)
-    skipped = {} if asked else unfit
-    for variant in (variant for variant in VARIANTS if variant.name not in unfit and asked in ("", variant.name)):
+    unwanted = {name: f"FOVEATE_ISA asks for {asked}" for name in BY_NAME if asked not in ("", name)}
+    skipped, failures = unwanted | unfit, []
+    for variant in (variant for variant in VARIANTS if variant.name not in skipped):
         try:
             found, path, origin = _obtain(variant, places)
-        except Unusable as reason:
-            skipped[variant.name] = str(reason)
+        except Unusable as why:
+            failures.append(f"no kernels for {variant.name}: {why}")
+            skipped[variant.name] = str(why)
         else:
             return Loaded(found, Status(variant.name, str(path), origin, skipped=tuple(skipped.items())))
-    return Loaded(None, Status(reason=_in_short(skipped, unfit), skipped=tuple(skipped.items())))
+    reason = failures[0] if failures else "there are no native kernels for this processor"
+    return Loaded(None, Status(reason=reason, skipped=tuple(skipped.items())))
 
 
 def _check(asked: str, unfit: dict[str, str]) -> None:
@@ -85,39 +88,34 @@ def _check(asked: str, unfit: dict[str, str]) -> None:
     raise ValueError(f"FOVEATE_ISA={asked}: {why}; possible here: {', '.join([*possible, 'none'])}")
 
 
-def _in_short(skipped: dict[str, str], unfit: dict[str, str]) -> str:
-    """One reason why there is no library: that of the best variant which the machine runs."""
-    tried = [f"{name}: {reason}" for name, reason in skipped.items() if name not in unfit]
-    return tried[0] if tried else "there are no kernels for this processor"
-
-
 def _obtain(variant: Variant, places: Places) -> Found:
     """A variant's library, wherever it can be had; Unusable with all the reasons if nowhere."""
     reasons = []
     for source in (_packaged, _kept, _compiled):
         try:
-            return source(variant, places)
+            if found := source(variant, places):
+                return found
         except (Unusable, CannotCompile) as reason:
             reasons.append(str(reason))
     raise Unusable("; ".join(reasons))
 
 
-def _packaged(variant: Variant, places: Places) -> Found:
+def _packaged(variant: Variant, places: Places) -> Found | None:
     path = places.packaged / f"{variant.name}.so"
     if not path.exists():
-        raise Unusable("the package has none")
+        return None
     try:
         return open_library(path, variant, places.hash_for(variant)), path, "package"
     except Unusable as reason:
-        raise Unusable(f"the one in the package is not used: {reason}") from reason
+        raise Unusable(f"the one in the package is of no use: {reason}") from reason
 
 
-def _kept(variant: Variant, places: Places) -> Found:
+def _kept(variant: Variant, places: Places) -> Found | None:
     wanted = places.hash_for(variant)
     for path in cache.find(variant.name, wanted, _compiler_version()) if wanted else ():
         with suppress(Unusable):
             return open_library(path, variant, wanted), path, "cache"
-    raise Unusable("the cache has none")
+    return None
 
 
 def _compiled(variant: Variant, places: Places) -> Found:
@@ -125,7 +123,7 @@ def _compiled(variant: Variant, places: Places) -> Found:
     if wanted is None:
         raise Unusable("there are no sources to compile")
     if os.environ.get("FOVEATE_NO_JIT", "0") not in ("", "0"):
-        raise Unusable("FOVEATE_NO_JIT forbids to compile it now")
+        raise Unusable("FOVEATE_NO_JIT forbids to compile it")
     opens = partial(_opens, variant=variant, wanted=wanted)
     with _announced(f"foveate: compiling the {variant.name} kernels for this machine, once"):
         path, compiled_now = build_cached(variant, places.sources, find_compiler(), opens)
