@@ -62,16 +62,29 @@ def contest(name: str, contenders: Mapping[str, Run], truth: Run, *, tolerance: 
         errors[label] = max(float((a - b).abs().max()) for a, b in zip(run(), expected, strict=True))
         if not errors[label] <= tolerance:
             raise SystemExit(f"{name}: {label} is off by {errors[label]:.2e}, more than {tolerance:.0e}; nothing timed")
-    seconds: dict[str, list[float]] = {label: [] for label in contenders}
     with Progress(transient=True) as progress:
         task = progress.add_task(name, total=repeats * len(contenders))
-        for _ in range(repeats):
-            for label, run in contenders.items():
-                start = time.perf_counter()
-                run()
-                seconds[label].append(time.perf_counter() - start)
-                progress.advance(task)
-    return Case(name, {label: Times.of(values) for label, values in seconds.items()}, errors)
+        times = take_turns(contenders, dict.fromkeys(contenders, repeats), lambda: progress.advance(task))
+    return Case(name, times, errors)
+
+
+def take_turns(
+    contenders: Mapping[str, Run], repeats: Mapping[str, int], tick: Callable[[], None] = lambda: None
+) -> dict[str, Times]:
+    """Times of each contender's repeats; those with more of them go on when others are done."""
+    seconds: dict[str, list[float]] = {label: [] for label in contenders}
+    for turn in range(max(repeats.values())):
+        for label, run in contenders.items():
+            if turn < repeats[label]:
+                seconds[label].append(seconds_of(run))
+                tick()
+    return {label: Times.of(values) for label, values in seconds.items()}
+
+
+def seconds_of(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def publish(name: str, title: str, cases: list[Case], **facts: Any) -> Path:
@@ -86,9 +99,13 @@ def publish(name: str, title: str, cases: list[Case], **facts: Any) -> Path:
     Console(width=120).print(table, f"{machine.in_words()}; {torch.get_num_threads()} threads")
     record = {"title": title, "machine": machine.describe(), **facts}
     record["cases"] = [asdict(case) | {"speedups": case.speedups} for case in cases]
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    unfinished = path.with_suffix(".json.part")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    return write_json(RESULTS / f"{name}.json", record)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> Path:
+    """Write a record whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
     return path

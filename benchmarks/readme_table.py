@@ -2,6 +2,7 @@
 
     foveate compare --out out/compare && cp out/compare/results.json benchmarks/results/compare.json
     python -m benchmarks.attend_tiles
+    python -m benchmarks.attend_cpu
     python -m benchmarks.readme_table
 
 A block between `<!-- table:NAME -->` and `<!-- /table -->` is filled from NAME.json.
@@ -14,6 +15,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attend_cpu_report import TITLES, best, lead, milliseconds
+from benchmarks.attend_cpu_targets import OURS
 from foveate.lab import machine
 from foveate.lab.report_table import row
 from foveate.lab.results import Entry, Results
@@ -22,6 +25,16 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 FOLDER = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+HEADLINES = (
+    ("causal", "D 64, N 4096"),
+    ("training", "D 64, N 4096"),
+    ("window", "N 8192"),
+    ("window-training", "N 8192"),
+    ("neighborhood", "7x7 on 56x56"),
+    ("swin", "512 windows 7x7, 3 heads"),
+    ("swin-training", "512 windows 7x7, 3 heads"),
+    ("decode", "32768 keys"),
+)
 HEADINGS = ["mechanism", "speed-up", "prefill", "peak memory", "bits per byte", "change", "pairs seen"]
 
 
@@ -35,7 +48,10 @@ def table(name: str) -> str:
     if not file.exists():
         return ""
     text = file.read_text(encoding="utf-8")
-    return _of_compare(Results.from_json(text)) if "schema" in json.loads(text) else _of_contest(json.loads(text))
+    record = json.loads(text)
+    if "schema" in record:
+        return _of_compare(Results.from_json(text))
+    return _of_groups(record["groups"]) if "groups" in record else _of_contest(record)
 
 
 def front(results: Results) -> list[Entry]:
@@ -76,6 +92,30 @@ def _of_contest(record: dict[str, Any]) -> str:
         times = [f"{case['times'][name]['minimum'] * 1e3:.0f} ms" for name in names]
         rows.append([case["name"], *times, f"{case['speedups'][names[-1]]:.1f}x"])
     return _page(["", *record["cases"][0]["times"], "faster by"], rows, record["title"], record["machine"])
+
+
+def _of_groups(groups: dict[str, Any]) -> str:
+    """A case or two of each group of attend_cpu: ours, the fastest other contender, and the share of the limit."""
+    rows = []
+    for name, wanted in HEADLINES:
+        for case in groups[name]["cases"] if name in groups else ():
+            if case["name"] == wanted:
+                rows.append(_headline(TITLES[name], case))
+    about = next(iter(groups.values()))
+    said = f"{about['threads']} threads, batch 1, 8 heads unless said; the limit is what the machine was measured to do"
+    return _page(["", "Foveate", "fastest other", "faster by", "of the limit"], rows, said, about["machine"])
+
+
+def _headline(title: str, case: dict[str, Any]) -> list[str]:
+    other, ratio, share = best(case), lead(case), case["of_limit"].get(OURS)
+    theirs = f"{_least(case, other)}, {other.replace(',', '')}" if other else ""
+    by = "" if ratio is None else f"{ratio:.1f}x"
+    words = f"{title}, {case['name']}, {case['dtype']}"
+    return [words, _least(case, OURS), theirs, by, "" if share is None else f"{share:.0%}"]
+
+
+def _least(case: dict[str, Any], label: str) -> str:
+    return milliseconds(case["times"][label]["minimum"])
 
 
 def _page(headings: list[str], rows: list[list[str]], said: str, measured_on: dict[str, Any]) -> str:
