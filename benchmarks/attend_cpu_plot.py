@@ -35,7 +35,7 @@ def draw(groups: dict[str, Any], path: Path) -> Path:
         top = height - HEADING
         for name in column:
             below, tall = top - TITLE / 2 - LINE * len(groups[name]["cases"]), LINE * len(groups[name]["cases"])
-            box = ((place + 0.26) / 2, below / height, 0.41 / 2, tall / height)
+            box = ((place + 0.26) / 2, below / height, 0.40 / 2, tall / height)
             _panel(figure.add_axes(box), TITLES[name], groups[name]["cases"])
             top -= _height(groups[name])
     _head(figure, groups[names[0]], height)
@@ -66,7 +66,8 @@ def _height(group: dict[str, Any]) -> float:
 
 
 def _panel(axes: Axes, title: str, cases: list[dict[str, Any]]) -> None:
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=6)
+    across = axes.get_yaxis_transform()
+    axes.text(-0.58, -1.15, title, transform=across, va="center", fontsize=10, fontweight="bold", color=INK)
     axes.set_ylim(len(cases) - 0.5, -0.5)
     _scale(axes, [x for case in cases for x in (lead(case), strictest(case)) if x is not None])
     axes.set_yticks(range(len(cases)), [case["name"] for case in cases], fontsize=8)
@@ -74,7 +75,7 @@ def _panel(axes: Axes, title: str, cases: list[dict[str, Any]]) -> None:
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.axvline(1, color=INK, linewidth=0.9, zorder=1)
-    _beside(axes, -1.0, "time", "of limit", "fastest other")
+    _beside(axes, -1.15, "time", "of limit", "fastest other")
     for row, case in enumerate(cases):
         _line(axes, row, case)
 
@@ -109,7 +110,7 @@ def _line(axes: Axes, row: int, case: dict[str, Any]) -> None:
 def _beside(axes: Axes, row: float, *words: str) -> None:
     """Words in the columns to the right of a panel."""
     across = axes.get_yaxis_transform()
-    for said, (place, side) in zip(words, ((1.19, "right"), (1.35, "right"), (1.39, "left")), strict=True):
+    for said, (place, side) in zip(words, ((1.20, "right"), (1.38, "right"), (1.43, "left")), strict=True):
         axes.text(place, row, said, transform=across, ha=side, va="center", fontsize=8, color=INK)
 
 

@@ -20,9 +20,9 @@ TITLES = {
     "window-training": "Window of 256, forward + backward",
     "neighborhood": "Neighborhoods on grids, forward",
     "blocks": "Random 64 x 64 blocks, forward",
-    "swin": "Shifted Swin windows with bias, forward",
-    "swin-training": "Shifted Swin windows with bias, forward + backward",
-    "decode": "Decoding, 32 query and 8 key heads of 128",
+    "swin": "Shifted Swin windows, forward",
+    "swin-training": "Shifted Swin windows, forward + backward",
+    "decode": "Decoding, 32 / 8 heads, D 128",
 }
 
 
