@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from benchmarks.attend_cpu_truth import Truth
 from benchmarks.contest import Run, Times, seconds_of, take_turns
 from benchmarks.limits import bandwidth
 
-PATIENCE = 2.0  # seconds for a contender's repeats; the slowest get three all the same
+PATIENCE = 1.5  # seconds for a contender's repeats; the slowest get three all the same
 FEWEST = 3
 
 Tell = Callable[[str], None]
@@ -31,7 +32,7 @@ class Settings:
     limits: dict[str, float]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Field:
     """The contenders of a case that computed the right thing, and why others are missing."""
 
@@ -61,7 +62,8 @@ def measure(case: Case, settings: Settings, tell: Tell) -> dict[str, Any]:
     for rival in case.rivals:
         tell(rival.label)
         try:
-            field.enter(rival.label, problem.run(rival.prepare(problem)), truth, settings.repeats)
+            with warnings.catch_warnings(action="ignore"):
+                field.enter(rival.label, problem.run(rival.prepare(problem)), truth, settings.repeats)
         except Exception as error:  # whatever a rival raises is a fact about it
             field.missing[rival.label] = _first_line(error)
     tell("by turns")
