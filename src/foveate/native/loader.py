@@ -11,7 +11,7 @@ import ctypes
 import os
 import threading
 
-import torch
+import torch  # before a library is opened, which then shares PyTorch's OpenMP threads
 
 from foveate.native.search import Loaded, Places, Status, search
 

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch  # noqa: F401  (first: the kernels then share its OpenMP threads)
-
 from foveate.native import cache
 from foveate.native.build import build_cached
 from foveate.native.compiler import CannotCompile, find_compiler
