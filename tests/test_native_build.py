@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -379,6 +380,7 @@ def test_threads_of_python_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def slow_search(places: Places) -> Loaded:
         searches.append(places)
+        time.sleep(0.1)
         return Loaded(None, search.Status(reason="none in this test"))
 
     monkeypatch.setattr(loader, "_loaded", None)
