@@ -7,6 +7,7 @@
 // units each is cut into parts that sum apart, so the result depends on the number of threads, not on their pace.
 #include <numeric>
 
+#include "bias_grads.h"
 #include "weights.h"
 
 namespace foveate {
@@ -92,7 +93,7 @@ template <class A> class Backward {
     using Right = std::conditional_t<A::PAIR == 1, const float*, const uint32_t*>;
 
     Backward(const FoveateAttend& call, const Plan& plan, const Operand<A>& keys, const Operand<A>& values,
-             Workspace<A> space, float* const* bias_grads)
+             Workspace<A> space, const BiasSums* bias_grads)
         : call_(call), plan_(plan), keys_(keys), values_(values), space_(space), bias_grads_(bias_grads),
           biases_(call, space.bias, space.bias_rows) {}
 
@@ -200,7 +201,7 @@ template <class A> class Backward {
         if (!bias_grads_) return;
         const Place place(call_, b_, h_, first_, lanes_, chunk);
         for (int64_t i = 0; i < call_.num_biases; ++i)
-            if (bias_grads_[i]) add_bias_grad(call_.biases[i], bias_grads_[i], place, space_.d_logits, ld_);
+            bias_grads_[i].add(call_.biases[i], place, space_.d_logits, ld_);
     }
 
     FOVEATE_INLINE_MEMBER Floats differentiate_one(const Scores& s, const Chunk& chunk, int64_t k, int64_t column,
@@ -226,55 +227,10 @@ template <class A> class Backward {
     const Plan& plan_;
     const Operand<A>&keys_, &values_;
     const Workspace<A> space_;
-    float* const* bias_grads_;
+    const BiasSums* bias_grads_;
     BiasTile biases_;
     int64_t b_ = 0, h_ = 0, first_ = 0, lanes_ = 0, ld_ = 0;
     int vectors_ = 0;
-};
-
-// Gradients of biases: each thread sums into its own where entries are shared, and they are added up in order.
-class BiasGrads {
-  public:
-    BiasGrads(const FoveateAttend& call, int64_t threads) : call_(call), threads_(threads), sums_(size(call) * threads) {
-        std::fill(sums_.get(), sums_.get() + size(call) * threads, 0.0f);
-    }
-    static bool wanted(const FoveateAttend& call) {
-        for (int64_t i = 0; i < call.num_biases; ++i)
-            if (call.biases[i].grad) return true;
-        return false;
-    }
-    void of_thread(int64_t thread, float** grads) const {
-        float* next = sums_.get() + thread * size(call_);
-        for (int64_t i = 0; i < call_.num_biases; ++i) {
-            const FoveateBias& bias = call_.biases[i];
-            grads[i] = bias.grad && shared(bias) ? next : bias.grad;
-            if (bias.grad && shared(bias)) next += bias.size;
-        }
-    }
-    void add_up() const {
-        const float* from = sums_.get();
-        for (int64_t thread = 0; thread < threads_; ++thread)
-            for (int64_t i = 0; i < call_.num_biases; ++i) {
-                const FoveateBias& bias = call_.biases[i];
-                if (!bias.grad || !shared(bias)) continue;
-                for (int64_t j = 0; j < bias.size; ++j) bias.grad[j] += from[j];
-                from += bias.size;
-            }
-    }
-
-  private:
-    static bool shared(const FoveateBias& bias) {
-        return bias.kind != FOVEATE_DENSE || !(bias.stride[0] && bias.stride[1] && bias.stride[2] && bias.stride[3]);
-    }
-    static int64_t size(const FoveateAttend& call) {
-        int64_t total = 0;
-        for (int64_t i = 0; i < call.num_biases; ++i)
-            if (call.biases[i].grad && shared(call.biases[i])) total += call.biases[i].size;
-        return total;
-    }
-    const FoveateAttend& call_;
-    const int64_t threads_;
-    Buffer<float> sums_;
 };
 
 // The sums of a unit's parts as rows of dk or dv.
@@ -322,7 +278,7 @@ template <class A> int64_t backward(const FoveateAttend& call) {
     const BiasGrads grads(call, bias_grads ? threads : 0);
     Queue queue(all);
     const bool done = on_threads(threads, [&](int64_t thread) {
-        Buffer<float*> own(call.num_biases);
+        Buffer<BiasSums> own(call.num_biases);
         if (bias_grads) grads.of_thread(thread, own.get());
         Backward<A> work(call, plan, keys, values, scratch<Workspace<A>>(call, plan), bias_grads ? own.get() : nullptr);
         A::begin();

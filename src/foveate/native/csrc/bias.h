@@ -1,39 +1,10 @@
 // Additive biases on the logits of a chunk, (keys, lanes) like the logits themselves.
 #pragma once
 #include "operands.h"
+#include "relative.h"
 
 namespace foveate {
 
-// Where a chunk's pairs lie: tokens of its keys and of the tile's queries (-1: none).
-struct Place {
-    int64_t b, h, lanes, count;
-    int64_t query[TILE], key[TILE];
-
-    Place(const FoveateAttend& call, int64_t b, int64_t h, int64_t first, int64_t lanes, const Chunk& chunk)
-        : b(b), h(h), lanes(lanes), count(chunk.count) {
-        for (int64_t i = 0; i < lanes; ++i) query[i] = query_at(call, first + i);
-        for (int64_t i = 0; i < count; ++i) key[i] = key_at(call, chunk.slot(i));
-    }
-    bool exists(int64_t key_index, int64_t lane) const { return key[key_index] >= 0 && query[lane] >= 0; }
-    bool keys_in_order() const {
-        for (int64_t i = 1; i < count; ++i)
-            if (key[i] != key[0] + i) return false;
-        return count > 0 && key[0] >= 0;
-    }
-};
-
-// The entry of a relative table for a pair, from its head's first entry.
-FOVEATE_INLINE int64_t relative_entry(const FoveateBias& bias, int64_t h, int64_t query, int64_t key) {
-    int64_t entry = h, left_q = query + bias.offset, left_k = key, cells = 1;
-    for (int64_t axis = 0; axis < bias.axes; ++axis) cells *= bias.dims[axis] ? bias.dims[axis] : 1;
-    for (int64_t axis = 0; axis < bias.axes; ++axis) {
-        const int64_t dim = bias.dims[axis], reach = bias.reach[axis];
-        cells /= dim ? dim : 1;
-        const int64_t apart = dim ? left_q / cells % dim - left_k / cells % dim : left_q - left_k;
-        entry = entry * (2 * reach + 1) + std::clamp(apart, -reach, reach) + reach;
-    }
-    return entry;
-}
 FOVEATE_INLINE int64_t dense_entry(const FoveateBias& bias, const Place& place, int64_t lane, int64_t key) {
     return place.b * bias.stride[0] + place.h * bias.stride[1] + place.query[lane] * bias.stride[2] +
            place.key[key] * bias.stride[3];
@@ -71,16 +42,24 @@ static void add_dense(const FoveateBias& bias, const Place& place, float* to, in
 }
 
 static void add_relative(const FoveateBias& bias, const Place& place, float* to, int64_t ld) {
+    const RelativeEntries entries(bias, place);
     for (int64_t k = 0; k < place.count; ++k)
-        for (int64_t i = 0; i < place.lanes; ++i)
-            if (place.exists(k, i))
-                to[k * ld + i] += bias.data[relative_entry(bias, place.h, place.query[i], place.key[k])];
+        for (int64_t i = 0; i < place.lanes; i += LANES) {
+            float* sum = to + k * ld + i;
+            store(sum, load(sum) + gather(bias.data, entries.of(k, i)));
+        }
 }
 
 static void add_alibi(const FoveateBias& bias, const Place& place, float* to, int64_t ld) {
     const float slope = bias.data[place.h];
+    float position[TILE];
+    for (int64_t i = 0; i < TILE; ++i) position[i] = i < place.lanes ? (float)(place.query[i] + bias.offset) : 0.0f;
     for (int64_t k = 0; k < place.count; ++k)
-        for (int64_t i = 0; i < place.lanes; ++i) to[k * ld + i] += slope * alibi_factor(bias, place, i, k);
+        for (int64_t i = 0; i < place.lanes; i += LANES) {
+            const Floats apart = load(position + i) - (float)place.key[k];
+            float* sum = to + k * ld + i;
+            store(sum, load(sum) - slope * as_floats(as_words(apart) & 0x7fffffffu));
+        }
 }
 
 // The sum of all biases on a chunk; kept while the next chunk's is the same.
@@ -112,17 +91,5 @@ class BiasTile {
     bool shared_ = true;
     int64_t h_ = -1, first_ = -1, key_ = -1, count_ = -1;
 };
-
-// Adds the gradient of the logits of a chunk, (keys, lanes), to one bias's.
-[[maybe_unused]] static void add_bias_grad(const FoveateBias& bias, float* grad, const Place& place, const float* from, int64_t ld) {
-    for (int64_t k = 0; k < place.count; ++k)
-        for (int64_t i = 0; i < place.lanes; ++i) {
-            if (!place.exists(k, i)) continue;
-            const float g = from[k * ld + i];
-            if (bias.kind == FOVEATE_DENSE) grad[dense_entry(bias, place, i, k)] += g;
-            if (bias.kind == FOVEATE_RELATIVE) grad[relative_entry(bias, place.h, place.query[i], place.key[k])] += g;
-            if (bias.kind == FOVEATE_ALIBI) grad[place.h] += g * alibi_factor(bias, place, i, k);
-        }
-}
 
 }  // namespace foveate

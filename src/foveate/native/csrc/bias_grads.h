@@ -1,0 +1,106 @@
+// Gradients of biases. Where many pairs share an entry each thread sums into its own, and they are added up in order.
+#pragma once
+#include "bias.h"
+
+namespace foveate {
+
+// How many pairs share an entry: one, those of few batch entries and heads, or a number that float32 cannot count.
+enum class Sharing { ONE, FEW, MANY };
+
+FOVEATE_INLINE Sharing sharing_of(const FoveateBias& bias) {
+    if (bias.kind != FOVEATE_DENSE || !bias.stride[2] || !bias.stride[3]) return Sharing::MANY;
+    return bias.stride[0] && bias.stride[1] ? Sharing::ONE : Sharing::FEW;
+}
+
+template <class Sum>
+static void add_pairs(const FoveateBias& bias, Sum* sums, const Place& place, const float* from, int64_t ld) {
+    for (int64_t k = 0; k < place.count; ++k)
+        for (int64_t i = 0; i < place.lanes; ++i) {
+            if (!place.exists(k, i)) continue;
+            const float g = from[k * ld + i];
+            if (bias.kind == FOVEATE_DENSE) sums[dense_entry(bias, place, i, k)] += g;
+            if (bias.kind == FOVEATE_ALIBI) sums[place.h] += g * alibi_factor(bias, place, i, k);
+        }
+}
+
+template <class Sum>
+static void add_relative_pairs(const FoveateBias& bias, Sum* sums, const Place& place, const float* from, int64_t ld) {
+    const RelativeEntries entries(bias, place);
+    for (int64_t k = 0; k < place.count; ++k)
+        for (int64_t i = 0; i < place.lanes; i += LANES) {
+            const Ints entry = entries.of(k, i);
+            for (int64_t lane = i; lane < std::min<int64_t>(i + LANES, place.lanes); ++lane)
+                if (place.exists(k, lane)) sums[entry[lane - i]] += from[k * ld + lane];
+        }
+}
+
+// Where a thread adds up one bias's gradient; nowhere if it is not wanted.
+struct BiasSums {
+    float* few = nullptr;
+    double* many = nullptr;
+
+    // Adds the gradient of the logits of a chunk, (keys, lanes).
+    void add(const FoveateBias& bias, const Place& place, const float* from, int64_t ld) const {
+        if (few) add_pairs(bias, few, place, from, ld);
+        if (many && bias.kind == FOVEATE_RELATIVE) return add_relative_pairs(bias, many, place, from, ld);
+        if (many) add_pairs(bias, many, place, from, ld);
+    }
+};
+
+class BiasGrads {
+  public:
+    BiasGrads(const FoveateAttend& call, int64_t threads)
+        : call_(call), threads_(threads), few_(threads * size(Sharing::FEW)), many_(threads * size(Sharing::MANY)) {
+        std::fill(few_.get(), few_.get() + threads * size(Sharing::FEW), 0.0f);
+        std::fill(many_.get(), many_.get() + threads * size(Sharing::MANY), 0.0);
+    }
+    static bool wanted(const FoveateAttend& call) {
+        for (int64_t i = 0; i < call.num_biases; ++i)
+            if (call.biases[i].grad) return true;
+        return false;
+    }
+    void of_thread(int64_t thread, BiasSums* sums) const {
+        float* few = few_.get() + thread * size(Sharing::FEW);
+        double* many = many_.get() + thread * size(Sharing::MANY);
+        for (int64_t i = 0; i < call_.num_biases; ++i) {
+            const FoveateBias& bias = call_.biases[i];
+            sums[i] = BiasSums{};
+            if (!bias.grad) continue;
+            const Sharing sharing = sharing_of(bias);
+            if (sharing == Sharing::ONE) sums[i].few = bias.grad;
+            if (sharing == Sharing::FEW) sums[i].few = few, few += bias.size;
+            if (sharing == Sharing::MANY) sums[i].many = many, many += bias.size;
+        }
+    }
+    void add_up() const {
+        add_up(Sharing::FEW, few_.get());
+        add_up(Sharing::MANY, many_.get());
+    }
+
+  private:
+    int64_t size(Sharing sharing) const {
+        int64_t total = 0;
+        for (int64_t i = 0; i < call_.num_biases; ++i)
+            if (call_.biases[i].grad && sharing_of(call_.biases[i]) == sharing) total += call_.biases[i].size;
+        return total;
+    }
+    template <class Sum> void add_up(Sharing sharing, const Sum* first) const {
+        const int64_t apart = size(sharing);
+        for (int64_t i = 0; i < call_.num_biases; ++i) {
+            const FoveateBias& bias = call_.biases[i];
+            if (!bias.grad || sharing_of(bias) != sharing) continue;
+            for (int64_t entry = 0; entry < bias.size; ++entry, ++first) {
+                Sum total = 0;
+                for (int64_t thread = 0; thread < threads_; ++thread) total += first[thread * apart];
+                bias.grad[entry] = (float)total;
+            }
+        }
+    }
+
+    const FoveateAttend& call_;
+    const int64_t threads_;
+    Buffer<float> few_;
+    Buffer<double> many_;
+};
+
+}  // namespace foveate
