@@ -124,6 +124,18 @@ FOVEATE_INLINE float sum_lanes(Floats x) {
     return total;
 }
 
+FOVEATE_INLINE Floats gather(const float* from, Ints index) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_i32gather_ps((__m512i)index, from, 4);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_i32gather_ps(from, (__m256i)index, 4);
+#else
+    Floats x;
+    for (int i = 0; i < LANES; ++i) x[i] = from[index[i]];
+    return x;
+#endif
+}
+
 // The lanes of `yes` whose bit is set, else of `no`.
 FOVEATE_INLINE Floats choose(uint32_t bits, Floats yes, Floats no) {
 #if defined(__AVX512F__)
