@@ -13,6 +13,7 @@ from foveate import (
     Grid,
     Packed,
     Partial,
+    alibi,
     attend,
     attend_partial,
     blocks,
@@ -32,6 +33,7 @@ from foveate import (
     window,
 )
 from foveate.attention import rows
+from foveate.native.loader import library, status
 
 PATTERNS = [
     full,
@@ -225,3 +227,17 @@ def test_merge_refuses_what_cannot_be_joined() -> None:
         merge([])
     with pytest.raises(ValueError, match="cannot join"):
         merge([attend_partial(q, k, v), attend_partial(q, k, v, weights="relu")])
+
+
+@pytest.mark.parametrize("impl", ["tiles", "native"])
+def test_a_steep_bias_raises_no_infinity_from_the_slots_without_a_query(impl: str) -> None:
+    q, k, v = (torch.randn(1, 1, n, 3, requires_grad=True) for n in (3, 300, 300))
+    slopes = torch.tensor([-2.0])  # 600 at the farthest key: its exponential is beyond float32
+    grads = []
+    for name in ("reference", impl):
+        if name == "native" and library() is None:
+            pytest.skip(f"no native kernels: {status().reason}")
+        out = attend(q, k, v, causal, bias=alibi(slopes), impl=name)
+        grads.append(torch.autograd.grad(out.sum(), (q, k, v)))
+    for expected, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

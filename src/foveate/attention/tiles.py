@@ -100,7 +100,8 @@ def backward(
 def _weights(kind: Kind, logits: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Weights, and their derivative by the logits up to softmax's row term."""
     if kind == "softmax":
-        weights = logits.sub_(torch.where(lse.isneginf(), 0.0, lse).unsqueeze(-1)).exp_()
+        relative = logits.sub_(torch.where(lse.isneginf(), 0.0, lse).unsqueeze(-1))
+        weights = relative.clamp_max_(0).exp_()  # above 0 only in empty slots, which a bias may raise to infinity
         return weights, weights
     if kind == "sigmoid":
         weights = logits.sigmoid_()

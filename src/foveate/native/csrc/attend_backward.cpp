@@ -126,7 +126,8 @@ template <class A> class Backward {
     void read_sums() {
         const int64_t row = (b_ * call_.q.heads + h_) * call_.num_queries;
         for (int64_t i = 0; i < ld_; ++i) {
-            space_.lse[i] = space_.delta[i] = 0;
+            space_.delta[i] = 0;
+            space_.lse[i] = INFINITY;  // no weight at all: what a bias says of a query that is not there is no matter
             const int64_t token = i < lanes_ ? query_at(call_, first_ + i) : -1;
             if (token < 0 || call_.kind != FOVEATE_SOFTMAX || std::isinf(call_.lse[row + token])) continue;
             space_.lse[i] = call_.lse[row + token] * LOG2E;
