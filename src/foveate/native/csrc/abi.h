@@ -63,3 +63,6 @@ struct FoveateAttend {
 FOVEATE_API int64_t foveate_attend_size(void);  // bytes of FoveateAttend, checked when the library is loaded
 FOVEATE_API int64_t foveate_attend_forward(const FoveateAttend* call);
 FOVEATE_API int64_t foveate_attend_backward(const FoveateAttend* call);
+// The same as forward for a band without biases; faster for few queries.
+FOVEATE_API int64_t foveate_attend_decode(const FoveateAttend* call);
+FOVEATE_API int64_t foveate_decode_queries(int64_t num_keys);  // up to so many it is the faster, whatever the heads

@@ -1,0 +1,198 @@
+// Attention of a few queries over many keys, at the speed of memory: the keys are split among threads, and all query
+// heads of a group share each read of a key or a value.
+#include "decode_lanes.h"
+#include "decode_pairs.h"
+#include "decode_softmax.h"
+#include "decode_work.h"
+#include "threads.h"
+
+namespace foveate {
+namespace {
+
+template <class P> struct DecodeSpace {
+    typename P::Reads::Element* buffer;
+    typename P::Query* queries;
+    float *scores, *scratch, *sums;
+    RowStep step;
+
+    DecodeSpace(Arena& arena, const DecodeWork& work, int64_t query_size, int64_t dim, int64_t value_dim) {
+        const int64_t rows = work.rows + P::SPARE_ROWS;
+        const int64_t buffer_size = std::max(TILE * std::max(dim, value_dim), rows * dim);
+        buffer = arena.take<typename P::Reads::Element>(buffer_size);
+        queries = arena.take<typename P::Query>(work.together * work.key_heads * query_size);
+        scores = arena.take<float>(rows * TILE);
+        scratch = arena.take<float>(P::scratch_size(work.rows));
+        sums = arena.take<float>(work.together * RowSums::size(work.rows, value_dim));
+        step.highest = arena.take<float>(round_up(work.rows, LANES));
+        step.kept = arena.take<float>(round_up(work.rows, LANES));
+        step.base = arena.take<float>(round_up(work.rows, LANES));
+    }
+};
+
+// Items of work, on one thread.
+template <class P> class Decode {
+  public:
+    Decode(const FoveateAttend& call, const DecodeWork& work)
+        : call_(call), work_(work), keys_(call.k, call.dim), values_(call.v, call.value_dim),
+          key_rows_(work.rows / work.key_heads), value_rows_(work.rows / work.value_heads),
+          query_size_(P::query_size(key_rows_, keys_.channels())),
+          space_(scratch<DecodeSpace<P>>(work, query_size_, keys_.channels(), values_.channels())) {}
+
+    // The sums of an item are so many floats; an item that is all of its keys has them here.
+    static int64_t sums_size(const FoveateAttend& call, const DecodeWork& work) {
+        return work.together * RowSums::size(work.rows, round_up(call.value_dim, CHANNELS<Reads>));
+    }
+    float* own_sums() const { return space_.sums; }
+
+    void add_up(int64_t b, int64_t set, int64_t part, float* sums) const {
+        for (int64_t s = 0; s < work_.together; ++s) {
+            pack_queries(b, set + s, queries(s));
+            sums_of(sums, s).clear();
+        }
+        const int64_t first = work_.first + part * work_.split, end = std::min(first + work_.split, work_.end);
+        for (int64_t key = first; key < end; key += TILE)
+            for (int64_t s = 0; s < work_.together; ++s) {
+                const bool last = s + 1 == work_.together;
+                Ahead ahead = fetch(b, last ? set : set + s + 1, last ? key + TILE : key, end);
+                chunk(b, set + s, key, std::min<int64_t>(end - key, TILE), queries(s), sums_of(sums, s), ahead);
+            }
+    }
+
+    void add(float* sums, float* others) const {
+        for (int64_t s = 0; s < work_.together; ++s)
+            merge(sums_of(sums, s), sums_of(others, s), call_.kind == FOVEATE_SOFTMAX, space_.step);
+    }
+
+    void finish(int64_t b, int64_t set, float* sums) const {
+        for (int64_t s = 0; s < work_.together; ++s)
+            for (int64_t r = 0; r < work_.rows; ++r) write(b, set + s, r, sums_of(sums, s));
+    }
+
+  private:
+    using Reads = typename P::Reads;
+
+    typename P::Query* queries(int64_t s) const { return space_.queries + s * work_.key_heads * query_size_; }
+    RowSums sums_of(float* memory, int64_t s) const {
+        const int64_t channels = values_.channels();
+        return RowSums(memory + s * RowSums::size(work_.rows, channels), work_.rows, channels);
+    }
+    int64_t head(int64_t set, int64_t row) const { return set * work_.heads + row / call_.num_queries; }
+    int64_t query(int64_t row) const { return row % call_.num_queries; }
+
+    void pack_queries(int64_t b, int64_t set, typename P::Query* to) const {
+        const int64_t channels = keys_.channels();
+        for (int64_t r = 0; r < work_.rows; ++r)
+            read_row(space_.buffer + r * channels, at(call_.q, Reads::DTYPE, b, head(set, r), query(r)), Reads::DTYPE,
+                     call_.q.stride[3], call_.dim, channels);
+        for (int64_t g = 0; g < work_.key_heads; ++g)
+            P::pack(space_.buffer + g * key_rows_ * channels, key_rows_, channels, to + g * query_size_);
+    }
+
+    // The keys and values of the chunk at hand's successor; of a set with several heads of them only the first's.
+    Ahead fetch(int64_t b, int64_t set, int64_t first, int64_t end) const {
+        const auto stream = [&](const FoveateTensor& x, int64_t h, int64_t dim) -> Ahead::Stream {
+            const int64_t size = bytes_of(Reads::DTYPE);
+            return {at(x, Reads::DTYPE, b, h, first), x.stride[2] * size, x.stride[3] == 1 ? dim * size : 0};
+        };
+        const int64_t work = work_.key_heads * P::work(key_rows_, keys_.channels()) +
+                             work_.value_heads * P::work(value_rows_, values_.channels());
+        return Ahead(stream(call_.k, set * work_.key_heads, call_.dim),
+                     stream(call_.v, set * work_.value_heads, call_.value_dim),
+                     std::clamp<int64_t>(end - first, 0, TILE), work);
+    }
+
+    void chunk(int64_t b, int64_t set, int64_t first, int64_t count, const typename P::Query* queries,
+               const RowSums& sums, Ahead& ahead) const {
+        for (int64_t g = 0; g < work_.key_heads; ++g) {
+            const auto keys = keys_.rows(b, set * work_.key_heads + g, first, count, space_.buffer, P::GRAIN);
+            P::scores(keys, keys_.channels(), queries + g * query_size_, key_rows_,
+                      space_.scores + g * key_rows_ * TILE, space_.scratch, ahead);
+        }
+        weigh<Reads::DTYPE == FOVEATE_FLOAT32 ? 5 : 4>(call_, space_.scores, first, count, sums, space_.step);
+        for (int64_t g = 0; g < work_.value_heads; ++g) {
+            const auto values = values_.rows(b, set * work_.value_heads + g, first, count, space_.buffer);
+            P::add_values(values, values_.channels(), space_.scores + g * value_rows_ * TILE, value_rows_,
+                          sums.out + g * value_rows_ * values_.channels(), space_.scratch, ahead);
+        }
+    }
+
+    void write(int64_t b, int64_t set, int64_t r, const RowSums& sums) const {
+        const int64_t h = head(set, r), i = query(r);
+        const float total = sum_lanes(load(sums.sum + r * LANES));
+        float* row = sums.out + r * sums.channels;
+        if (call_.kind == FOVEATE_SOFTMAX) scale_row(row, sums.channels, total == 0 ? 0.0f : 1.0f / total);
+        gather<Reads>(row, sums.channels);
+        void* to = (void*)at(call_.out, Reads::DTYPE, b, h, i);
+        write_row(to, Reads::DTYPE, call_.out.stride[3], row, call_.value_dim);
+        if (call_.lse)
+            call_.lse[(b * call_.q.heads + h) * call_.num_queries + i] =
+                total == 0 ? -INFINITY : sums.top[r] * LN2 + std::log(total);
+    }
+
+    const FoveateAttend& call_;
+    const DecodeWork& work_;
+    const RowReader<Reads> keys_, values_;
+    const int64_t key_rows_, value_rows_, query_size_;
+    const DecodeSpace<P> space_;
+};
+
+// The sums of parts of the keys. Whoever does the last part of a whole merges all of them, in their order.
+class Parts {
+  public:
+    Parts(int64_t wholes, int64_t splits, int64_t size)
+        : splits_(splits), size_(size), sums_(wholes * splits * size), missing_(wholes) {
+        for (int64_t i = 0; i < wholes; ++i) new (missing_.get() + i) std::atomic<int64_t>(splits);
+    }
+    float* sums(int64_t whole, int64_t part) const { return sums_.get() + (whole * splits_ + part) * size_; }
+    bool is_last(int64_t whole) const { return missing_.get()[whole].fetch_sub(1) == 1; }
+
+  private:
+    const int64_t splits_, size_;
+    Buffer<float> sums_;
+    Buffer<std::atomic<int64_t>> missing_;
+};
+
+template <class P> int64_t decode(const FoveateAttend& call, const DecodeWork& work) {
+    const int64_t apart = work.sets / work.together, splits = work.splits;
+    const Parts parts(splits > 1 ? call.batch * apart : 0, splits, Decode<P>::sums_size(call, work));
+    Queue queue(work.items);
+    const bool done = on_threads(work.threads, [&](int64_t) {
+        const Decode<P> decode(call, work);
+        P::begin();
+        queue.run([&](int64_t item) {
+            const int64_t whole = item / splits, b = whole / apart, set = whole % apart * work.together;
+            float* sums = splits > 1 ? parts.sums(whole, item % splits) : decode.own_sums();
+            decode.add_up(b, set, item % splits, sums);
+            if (splits > 1) {
+                if (!parts.is_last(whole)) return;
+                sums = parts.sums(whole, 0);
+                for (int64_t i = 1; i < splits; ++i) decode.add(sums, parts.sums(whole, i));
+            }
+            decode.finish(b, set, sums);
+        });
+        P::end();
+    });
+    return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;
+}
+
+}  // namespace
+}  // namespace foveate
+
+FOVEATE_API int64_t foveate_decode_queries(int64_t num_keys) { return num_keys < 512 ? 12 : 16; }
+
+FOVEATE_API int64_t foveate_attend_decode(const FoveateAttend* call) {
+    using namespace foveate;
+    if (call->batch * call->q.heads * call->num_queries == 0) return FOVEATE_OK;
+    try {
+        const DecodeWork work(*call);
+        if (call->dtype == FOVEATE_FLOAT16) return decode<LaneProducts<Float16Reads>>(*call, work);
+        if (call->dtype == FOVEATE_FLOAT32) return decode<LaneProducts<Float32Reads>>(*call, work);
+#if FOVEATE_HAS_BFLOAT16
+        // Rows behind the last one of a head are written over, so there must be no other head's.
+        if (work.value_heads == 1 && work.rows >= PairProducts::FEWEST_ROWS) return decode<PairProducts>(*call, work);
+#endif
+        return decode<LaneProducts<Bfloat16Reads>>(*call, work);
+    } catch (const std::bad_alloc&) {
+        return FOVEATE_NO_MEMORY;
+    }
+}
