@@ -37,9 +37,11 @@ struct Plan {
 template <class A> struct Workspace {
     typename A::Element *rows, *operand;
     void *queries, *query_rows, *grads, *grad_rows, *weights, *slopes, *slopes_of_keys;
-    float *scores, *d_weights, *d_logits, *cap_slope, *dq, *dq_rows, *bias, *bias_rows, *lse, *delta, *spare;
+    float *scores, *d_weights, *d_logits, *cap_slope, *dq, *dq_rows, *lse, *delta, *spare;
 
-    Workspace(Arena& arena, const FoveateAttend& call, const Plan& plan) {
+    BiasTiles biases;
+
+    Workspace(Arena& arena, const FoveateAttend& call, const Plan& plan) : biases(arena, call) {
         const int64_t widest = std::max(plan.dim, plan.value_dim);
         const bool pairs = A::PAIR == 2;
         rows = arena.take<typename A::Element>(TILE * widest);
@@ -57,8 +59,6 @@ template <class A> struct Workspace {
         cap_slope = arena.take<float>(call.softcap > 0 ? TILE * TILE : 0);
         dq = arena.take<float>(TILE * plan.dim);
         dq_rows = arena.take<float>(TILE * plan.dim);
-        bias = arena.take<float>(call.num_biases ? TILE * TILE : 0);
-        bias_rows = arena.take<float>(call.num_biases ? TILE * TILE : 0);
         lse = arena.take<float>(TILE);
         delta = arena.take<float>(TILE);
         spare = arena.take<float>(TILE * widest);
@@ -94,8 +94,9 @@ template <class A> class Backward {
 
     Backward(const FoveateAttend& call, const Plan& plan, const Operand<A>& keys, const Operand<A>& values,
              Workspace<A> space, const BiasSums* bias_grads)
-        : call_(call), plan_(plan), keys_(keys), values_(values), space_(space), bias_grads_(bias_grads),
-          biases_(call, space.bias, space.bias_rows) {}
+        : call_(call), plan_(plan), keys_(keys), values_(values), space_(space), bias_grads_(bias_grads) {
+        space_.biases.begin();
+    }
 
     // One tile of queries; adds to the unit's sums dk (key_heads, key_rows, dim) and dv.
     void tile(int64_t b, int64_t h, int64_t q_tile, float* dk, float* dv) {
@@ -183,7 +184,7 @@ template <class A> class Backward {
     // From scores and d_weights to weights and the gradient of scores.
     void differentiate(const Chunk& chunk, int64_t rows) {
         Scores s{space_.scores, chunk.count, ld_, vectors_, 0};
-        const float* bias = call_.num_biases ? biases_.of(b_, h_, first_, lanes_, ld_, chunk) : nullptr;
+        const float* bias = space_.biases.of(b_, h_, first_, lanes_, ld_, chunk);
         bend(call_, s, bias, call_.softcap > 0 ? space_.cap_slope : nullptr);
         const bool softmax = call_.kind == FOVEATE_SOFTMAX;
         if (chunk.masked && softmax) hide(s, chunk, -INFINITY);
@@ -227,9 +228,8 @@ template <class A> class Backward {
     const FoveateAttend& call_;
     const Plan& plan_;
     const Operand<A>&keys_, &values_;
-    const Workspace<A> space_;
+    Workspace<A> space_;
     const BiasSums* bias_grads_;
-    BiasTile biases_;
     int64_t b_ = 0, h_ = 0, first_ = 0, lanes_ = 0, ld_ = 0;
     int vectors_ = 0;
 };

@@ -7,10 +7,12 @@ namespace {
 template <class A> struct Workspace {
     typename A::Element *rows, *operand;
     void *queries, *weights;
-    float *scores, *out, *out_rows, *bias, *bias_rows;
+    float *scores, *out, *out_rows;
     Softmax* softmax;
 
-    Workspace(Arena& arena, const FoveateAttend& call) {
+    BiasTiles biases;
+
+    Workspace(Arena& arena, const FoveateAttend& call) : biases(arena, call) {
         const int64_t dim = round_up(call.dim, A::GRAIN_D), value_dim = round_up(call.value_dim, A::GRAIN_D);
         rows = arena.take<typename A::Element>(TILE * dim);
         operand = arena.take<typename A::Element>(Operand<A>::buffer_size(std::max(call.dim, call.value_dim)));
@@ -19,8 +21,6 @@ template <class A> struct Workspace {
         weights = A::PAIR == 2 ? arena.take<float>(TILE * TILE / 2) : scores;
         out = arena.take<float>(TILE * value_dim);
         out_rows = arena.take<float>(TILE * value_dim);
-        bias = arena.take<float>(call.num_biases ? TILE * TILE : 0);
-        bias_rows = arena.take<float>(call.num_biases ? TILE * TILE : 0);
         softmax = arena.take<Softmax>(1);
     }
 };
@@ -39,8 +39,9 @@ template <class A> class Forward {
     using Right = std::conditional_t<A::PAIR == 1, const float*, const uint32_t*>;
 
     Forward(const FoveateAttend& call, const Operand<A>& keys, const Operand<A>& values, Workspace<A> space)
-        : call_(call), keys_(keys), values_(values), space_(space), softmax_(*space.softmax),
-          biases_(call, space.bias, space.bias_rows) {}
+        : call_(call), keys_(keys), values_(values), space_(space), softmax_(*space.softmax) {
+        space_.biases.begin();
+    }
 
     // The queries from slot `first` on, up to `most` of them, all of one tile.
     void queries(int64_t b, int64_t h, int64_t first, int64_t most) {
@@ -55,14 +56,6 @@ template <class A> class Forward {
         for_each_chunk(call_, b, h, first, lanes_, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk); });
         if (empty_) std::fill(space_.out, space_.out + ld_ * round_up(call_.value_dim, LANES), 0.0f);
         finish();
-    }
-
-    // The queries and first keys of a tile that comes next, where sequences are short.
-    void prefetch(int64_t b, int64_t h, int64_t first) const {
-        if (call_.num_keys > 2 * TILE || call_.selection.q_slots) return;
-        const Operand<A> queries(call_, call_.q, call_.dim);
-        queries.prefetch(b, h, first, std::min<int64_t>(call_.num_queries - first, TILE));
-        keys_.prefetch(b, group_of(call_, call_.k, h), 0, std::min<int64_t>(call_.num_keys, TILE));
     }
 
   private:
@@ -86,7 +79,7 @@ template <class A> class Forward {
 
     void weigh(const Chunk& chunk) {
         Scores scores{space_.scores, chunk.count, ld_, vectors_, 0};
-        const float* bias = call_.num_biases ? biases_.of(b_, h_, first_, lanes_, ld_, chunk) : nullptr;
+        const float* bias = space_.biases.of(b_, h_, first_, lanes_, ld_, chunk);
         bend(call_, scores, bias, nullptr);
         if (call_.kind == FOVEATE_SOFTMAX) {
             if (chunk.masked) hide(scores, chunk, -INFINITY);
@@ -122,20 +115,12 @@ template <class A> class Forward {
 
     const FoveateAttend& call_;
     const Operand<A>&keys_, &values_;
-    const Workspace<A> space_;
+    Workspace<A> space_;
     Softmax& softmax_;
-    BiasTile biases_;
     int64_t b_ = 0, h_ = 0, first_ = 0, lanes_ = 0, ld_ = 0;
     int vectors_ = 0;
     bool empty_ = true;
 };
-
-// Batch entries innermost where they share a bias, so that its tile is read once.
-bool batch_is_innermost(const FoveateAttend& call) {
-    bool shared = call.num_biases > 0;
-    for (int64_t i = 0; i < call.num_biases; ++i) shared &= !BiasTile::of_batch(call.biases[i]);
-    return shared;
-}
 
 template <class A> int64_t forward(const FoveateAttend& call) {
     const int64_t heads = call.q.heads, tiles = num_q_tiles(call), all = call.batch * heads * tiles;
@@ -144,23 +129,16 @@ template <class A> int64_t forward(const FoveateAttend& call) {
     const bool packs = A::PAIR == 2 && tiles * heads / call.v.heads > 2;
     Buffer<typename A::Element> packed(packs ? Operand<A>::packed_size(call, call.v, call.value_dim) : 0);
     if (packs && !values.pack(packed.get())) return FOVEATE_NO_MEMORY;
-    const bool batch_innermost = batch_is_innermost(call);
-    const int64_t threads = std::min(call.threads, all), lanes = A::lanes(std::max(call.dim, call.value_dim));
+    const int64_t threads = std::min(call.threads, all);
+    const int64_t lanes = num_slots(call) > TILE ? A::lanes(std::max(call.dim, call.value_dim)) : TILE;
     Queue queue(all, std::max<int64_t>(all / (threads * 64 + 1), 1));
     const bool done = on_threads(threads, [&](int64_t) {
         Forward<A> work(call, keys, values, scratch<Workspace<A>>(call));
         A::begin();
-        const auto place = [&](int64_t item, auto visit) {
-            const int64_t b = batch_innermost ? item % call.batch : item / (heads * tiles);
-            const int64_t row = batch_innermost ? item / call.batch : item % (heads * tiles);
-            visit(b, row / tiles, (tiles - 1 - row % tiles) * TILE);  // the longest rows of a causal call first
-        };
         queue.run([&](int64_t item) {
-            if (item + 1 < all)
-                place(item + 1, [&](int64_t b, int64_t h, int64_t first) { work.prefetch(b, h, first); });
-            place(item, [&](int64_t b, int64_t h, int64_t first) {
-                for (int64_t i = 0; i < TILE; i += lanes) work.queries(b, h, first + i, lanes);
-            });
+            const int64_t tile = tiles - 1 - item % tiles;  // the longest rows of a causal call first
+            for (int64_t i = tile * TILE; i < (tile + 1) * TILE; i += lanes)
+                work.queries(item / tiles / heads, item / tiles % heads, i, lanes);
         });
         A::end();
     });

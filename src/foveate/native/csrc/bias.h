@@ -62,34 +62,53 @@ static void add_alibi(const FoveateBias& bias, const Place& place, float* to, in
         }
 }
 
-// The sum of all biases on a chunk; kept while the next chunk's is the same.
-class BiasTile {
+// The sum of all biases on a chunk. Short sequences keep that of every head, for the batch entries to come.
+class BiasTiles {
   public:
-    BiasTile(const FoveateAttend& call, float* tile, float* scratch) : call_(call), tile_(tile), scratch_(scratch) {
+    static int64_t kept(const FoveateAttend& call) {
+        if (!call.num_biases) return 0;
+        return num_q_tiles(call) == 1 && num_slots(call) <= TILE ? std::min<int64_t>(call.q.heads, 64) : 1;
+    }
+
+    template <class Arena> BiasTiles(Arena& arena, const FoveateAttend& call) : call_(&call), kept_(kept(call)) {
+        tiles_ = arena.template take<Tile>(kept_);
+        rows_ = arena.template take<float>(kept_ ? TILE * TILE : 0);
         for (int64_t i = 0; i < call.num_biases; ++i) shared_ &= !of_batch(call.biases[i]);
     }
-    static bool of_batch(const FoveateBias& bias) { return bias.kind == FOVEATE_DENSE && bias.stride[0] != 0; }
+    void begin() {
+        for (int64_t i = 0; i < kept_; ++i) tiles_[i].h = -1;
+    }
 
+    // (keys of the chunk, ld), or null without biases.
     const float* of(int64_t b, int64_t h, int64_t first, int64_t lanes, int64_t ld, const Chunk& chunk) {
-        const bool same = h == h_ && first == first_ && chunk.first == key_ && chunk.count == count_;
-        if (shared_ && same && !chunk.columns) return tile_;
-        const Place place(call_, b, h, first, lanes, chunk);
-        std::fill(tile_, tile_ + round_up(chunk.count, LANES) * ld, 0.0f);
-        for (int64_t i = 0; i < call_.num_biases; ++i) {
-            const FoveateBias& bias = call_.biases[i];
-            if (bias.kind == FOVEATE_DENSE) add_dense(bias, place, tile_, ld, scratch_);
-            if (bias.kind == FOVEATE_RELATIVE) add_relative(bias, place, tile_, ld);
-            if (bias.kind == FOVEATE_ALIBI) add_alibi(bias, place, tile_, ld);
+        if (!kept_) return nullptr;
+        Tile& tile = tiles_[h % kept_];
+        const bool same = tile.h == h && tile.first == first && tile.key == chunk.first && tile.count == chunk.count;
+        if (shared_ && same && !chunk.columns) return tile.sum;
+        const Place place(*call_, b, h, first, lanes, chunk);
+        std::fill(tile.sum, tile.sum + round_up(chunk.count, LANES) * ld, 0.0f);
+        for (int64_t i = 0; i < call_->num_biases; ++i) {
+            const FoveateBias& bias = call_->biases[i];
+            if (bias.kind == FOVEATE_DENSE) add_dense(bias, place, tile.sum, ld, rows_);
+            if (bias.kind == FOVEATE_RELATIVE) add_relative(bias, place, tile.sum, ld);
+            if (bias.kind == FOVEATE_ALIBI) add_alibi(bias, place, tile.sum, ld);
         }
-        h_ = chunk.columns ? -1 : h, first_ = first, key_ = chunk.first, count_ = chunk.count;
-        return tile_;
+        tile.h = chunk.columns ? -1 : h, tile.first = first, tile.key = chunk.first, tile.count = chunk.count;
+        return tile.sum;
     }
 
   private:
-    const FoveateAttend& call_;
-    float *tile_, *scratch_;
+    struct Tile {
+        float sum[TILE * TILE];
+        int64_t h, first, key, count;
+    };
+    static bool of_batch(const FoveateBias& bias) { return bias.kind == FOVEATE_DENSE && bias.stride[0] != 0; }
+
+    const FoveateAttend* call_;
+    int64_t kept_;
+    Tile* tiles_;
+    float* rows_;
     bool shared_ = true;
-    int64_t h_ = -1, first_ = -1, key_ = -1, count_ = -1;
 };
 
 }  // namespace foveate

@@ -34,6 +34,20 @@ static void add_relative_pairs(const FoveateBias& bias, Sum* sums, const Place& 
         }
 }
 
+// Rows of a dense bias: transposed in registers, then added along the keys.
+static inline void add_dense_rows(const FoveateBias& bias, float* sums, const Place& place, const float* from,
+                                  int64_t ld) {
+    alignas(64) float rows[TILE * TILE];
+    transpose_words(rows, TILE, from, ld, place.count, place.lanes);
+    for (int64_t i = 0; i < place.lanes; ++i) {
+        if (place.query[i] < 0) continue;
+        float* to = sums + dense_entry(bias, place, i, 0);
+        int64_t k = 0;
+        for (; k + LANES <= place.count; k += LANES) store(to + k, load(to + k) + load(rows + i * TILE + k));
+        for (; k < place.count; ++k) to[k] += rows[i * TILE + k];
+    }
+}
+
 // Where a thread adds up one bias's gradient; nowhere if it is not wanted.
 struct BiasSums {
     float* few = nullptr;
@@ -41,6 +55,7 @@ struct BiasSums {
 
     // Adds the gradient of the logits of a chunk, (keys, lanes).
     void add(const FoveateBias& bias, const Place& place, const float* from, int64_t ld) const {
+        if (few && bias.stride[3] == 1 && place.keys_in_order()) return add_dense_rows(bias, few, place, from, ld);
         if (few) add_pairs(bias, few, place, from, ld);
         if (many && bias.kind == FOVEATE_RELATIVE) return add_relative_pairs(bias, many, place, from, ld);
         if (many) add_pairs(bias, many, place, from, ld);

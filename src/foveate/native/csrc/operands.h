@@ -143,7 +143,7 @@ FOVEATE_INLINE int64_t lanes_of(const FoveateAttend& call, int64_t first, int64_
 }
 
 // Writes x^T (dim, lanes) times a factor per lane as rows of a tensor, in its dtype.
-static void write_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t first,
+inline void write_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t first,
                           int64_t lanes, int64_t dim, float* transposed, int64_t ld, float* rows) {
     const int64_t padded = round_up(dim, LANES);
     transpose_words(rows, padded, transposed, ld, dim, lanes);
