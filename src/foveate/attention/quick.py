@@ -30,8 +30,8 @@ Kernel = Callable[[bytes], int]
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor | None:
     """Heads out (B, H, N, Dv) of a plain call; None if it is none."""
-    kernels, band = _kernels(), _band(pattern)
-    if kernels is None or band is None or not _is_plain(q, k, v):
+    kernel, band = _kernel(), _band(pattern)
+    if kernel is None or band is None or not _is_plain(q, k, v):
         return None
     batch, heads, num_queries, dim = q.shape
     k_batch, k_heads, num_keys, k_dim = k.shape
@@ -49,7 +49,7 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float
         dim**-0.5 if scale is None else scale, 0.0,
         *band,
     )  # fmt: skip
-    c.check(kernels[num_queries * (heads // k_heads) <= c.MOST_DECODED](head + TAIL))
+    c.check(kernel(head + TAIL))
     return out
 
 
@@ -67,10 +67,8 @@ def _band(pattern: Pattern) -> Band | None:
 
 
 @lru_cache(maxsize=1)
-def _kernels() -> tuple[Kernel, Kernel] | None:
-    """The kernels for many and for few queries."""
+def _kernel() -> Kernel | None:
     found = library()
     if found is None:
         return None
-    kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
-    return kind(("foveate_attend_forward", found)), kind(("foveate_attend_forward", found))
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(("foveate_attend_forward", found))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"softmax": 0, "sigmoid": 1, "relu": 2}
-MOST_DECODED = 16  # query rows that share keys up to which the decoding kernel is the faster one
 DENSE, ALIBI, RELATIVE = 0, 1, 2
 
 Four = c_int64 * 4

@@ -153,6 +153,8 @@ FOVEATE_API int64_t foveate_attend_size(void) { return sizeof(FoveateAttend); }
 FOVEATE_API int64_t foveate_attend_forward(const FoveateAttend* call) {
     using namespace foveate;
     if (call->batch * call->q.heads * num_q_tiles(*call) == 0) return FOVEATE_OK;
+    const bool band = !call->selection.tile_starts && !call->num_biases;
+    if (band && call->num_queries <= foveate_decode_queries(call->num_keys)) return foveate_attend_decode(call);
     try {
 #if FOVEATE_HAS_BFLOAT16
         if (call->dtype == FOVEATE_BFLOAT16) return forward<Bfloat16>(*call);
