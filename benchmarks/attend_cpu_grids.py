@@ -95,7 +95,7 @@ def natten(dims: Sequence[int], kernel: Sequence[int]) -> Rival:
             from natten import functional
         except ImportError:
             raise Unfit("it is not installed (pip install 'foveate[peers]')") from None
-        needs(3.0 * math.prod(problem.q.shape[:3]) * problem.k.shape[2] * 4)
+        needs(9.0 * math.prod(problem.q.shape[:3]) * problem.k.shape[2] * 4)  # as measured
         return partial(run, getattr(functional, f"na{len(dims)}d"))
 
     def run(function: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from benchmarks.attend_cpu_truth import Truth
 from benchmarks.contest import Run, Times, seconds_of, take_turns
 from benchmarks.limits import bandwidth
 
-PATIENCE = 1.5  # seconds for a contender's repeats; the slowest get three all the same
+PATIENCE = 1.5  # seconds for a contender's repeats; slower ones get three all the same, the slowest one
 FEWEST = 3
+SLOWEST = 5.0  # seconds of a single run
 
 Tell = Callable[[str], None]
 
@@ -47,7 +48,8 @@ class Field:
             self.errors[label] = error = truth.error(run())
             if not error <= truth.tolerance:
                 raise ArithmeticError(f"it is off by {error:.1e} of a row, more than {truth.tolerance:.0e}")
-        self.repeats[label] = min(most, max(FEWEST, int(PATIENCE / seconds_of(run))))
+        once = seconds_of(run)
+        self.repeats[label] = min(most, max(FEWEST if once < SLOWEST else 1, int(PATIENCE / once)))
         self.runs[label] = run
 
 

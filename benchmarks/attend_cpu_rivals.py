@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from benchmarks.attend_cpu_problem import Attention, Problem
 from foveate.patterns import causal, full, to_block_mask
 
-ROOM = 8e9  # bytes that a rival may take for itself
+ROOM = 4e9  # bytes that a rival may take for itself
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
