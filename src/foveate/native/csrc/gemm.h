@@ -58,7 +58,7 @@ FOVEATE_INLINE void block(int64_t k, const float* a, int64_t row, int64_t column
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) sum[i][j] = add ? load(c + i * ldc + j * LANES) : Floats{};
+        for (int j = 0; j < N; ++j) sum[i][j] = Floats{};
     for (int64_t p = 0; p < k; ++p) {
         Floats right[N];
 #pragma GCC unroll 8
@@ -74,7 +74,10 @@ FOVEATE_INLINE void block(int64_t k, const float* a, int64_t row, int64_t column
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) store(c + i * ldc + j * LANES, sum[i][j]);
+        for (int j = 0; j < N; ++j) {
+            float* to = c + i * ldc + j * LANES;
+            store(to, add ? load(to) + sum[i][j] : sum[i][j]);  // a sum of sums keeps more digits than a long one
+        }
 }
 
 template <int N, int TALLEST>

@@ -118,11 +118,11 @@ struct Softmax {
     void move(int64_t column, Floats highest) {
         const Floats before = load(base + column);
         const Floats now = highest > before + SLACK ? highest : before;
-        const Floats rest = exp2_of(before - (now == -INFINITY ? Floats{} : now));
+        const Ints moved = now != before;
+        const Floats rest = moved ? exp2_of(before - now) : all(1.0f);  // exactly: a unit in the last place would grow
         store(base + column, now);
         store(kept + column, rest);
         store(sum + column, load(sum + column) * rest);
-        const Ints moved = now != before;
         for (int i = 0; i < LANES; ++i) rescaled |= moved[i] != 0;
     }
 
@@ -134,7 +134,7 @@ struct Softmax {
         for (int j = 0; j < N; ++j) {
             const Floats b = load(base + column + j * LANES);
             from_base[j] = b == -INFINITY ? Floats{} : b;
-            total[j] = load(sum + column + j * LANES);
+            total[j] = Floats{};
         }
         for (int64_t k = 0; k < s.count; k += 2)
             for (int j = 0; j < N; ++j) {
@@ -145,7 +145,7 @@ struct Softmax {
                 total[j] += w0 + w1;
                 put<A>(to, s, k, column + j * LANES, w0, w1);
             }
-        for (int j = 0; j < N; ++j) store(sum + column + j * LANES, total[j]);
+        for (int j = 0; j < N; ++j) store(sum + column + j * LANES, load(sum + column + j * LANES) + total[j]);
     }
 };
 
