@@ -1,0 +1,99 @@
+// Where the windows of a grid lie, and how a call is split into boxes of queries.
+#pragma once
+#include <algorithm>
+
+#include "neighborhood.h"
+#include "simd.h"
+
+namespace foveate::grid {
+
+struct Range {
+    int64_t begin, end;
+    int64_t size() const { return end - begin; }
+    bool has(int64_t i) const { return begin <= i && i < end; }
+    bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
+};
+
+// Every `dilation`-th coordinate of an axis, numbered 0 .. length - 1: queries and keys that see only one another.
+struct Axis {
+    int64_t length, size, token, stride;  // coordinate i is at token + i * stride
+    bool causal;
+
+    int64_t first(int64_t query) const {
+        if (causal) return std::max<int64_t>(query - size + 1, 0);
+        return std::min(std::max<int64_t>(query - size / 2, 0), length - size);
+    }
+    int64_t end(int64_t query) const { return causal ? query + 1 : first(query) + size; }
+    Range keys(int64_t query) const { return {first(query), end(query)}; }
+    Range keys(Range queries) const { return {first(queries.begin), end(queries.end - 1)}; }
+};
+
+// A box of a grid of three axes z, y, x; a grid of fewer has leading axes of length 1.
+struct Box {
+    Range z, y, x;
+    int64_t rows() const { return z.size() * y.size(); }
+    int64_t tokens() const { return rows() * x.size(); }
+    int64_t row(int64_t at_z, int64_t at_y) const { return (at_z - z.begin) * y.size() + at_y - y.begin; }
+};
+
+struct Lattice {
+    Axis z, y, x;
+    int64_t token(int64_t at_z, int64_t at_y, int64_t at_x) const {
+        return z.token + at_z * z.stride + y.token + at_y * y.stride + x.token + at_x * x.stride;
+    }
+    Box keys(const Box& queries) const { return {z.keys(queries.z), y.keys(queries.y), x.keys(queries.x)}; }
+};
+
+// All lattices of a grid, one for each residue of the dilations, and the boxes that each is split into.
+class Plan {
+  public:
+    // Boxes for about `wanted` pieces of work in all, but none so small that its border outweighs it, and none so
+    // wide that the rows of keys in its sight leave the cache.
+    Plan(const FoveateNeighborhood& window, int64_t wanted) : window_(window) {
+        wanted = (wanted + lattices() - 1) / lattices();
+        for (int axis = 0; axis < 3; ++axis) {
+            const int64_t least = axis < 2 ? std::max<int64_t>(2 * size(axis), 8) : std::max<int64_t>(size(axis), 64);
+            const int64_t length = dim(axis) / dilation(axis), most = axis < 2 ? length : std::max<int64_t>(2 * least, 256);
+            splits_[axis] = std::max({std::min(length / least, wanted), (length + most - 1) / most, (int64_t)1});
+            wanted = (wanted + splits_[axis] - 1) / splits_[axis];
+        }
+    }
+    int64_t lattices() const { return dilation(0) * dilation(1) * dilation(2); }
+    int64_t boxes() const { return splits_[0] * splits_[1] * splits_[2]; }  // of each lattice
+
+    Lattice lattice(int64_t i) const {
+        const int64_t x = i % dilation(2), y = i / dilation(2) % dilation(1), z = i / dilation(2) / dilation(1);
+        return {axis(0, z), axis(1, y), axis(2, x)};
+    }
+    // Never empty: pieces are longer than the grain of their ends.
+    Box box(const Lattice& lattice, int64_t i) const {
+        const int64_t x = i % splits_[2], y = i / splits_[2] % splits_[1], z = i / splits_[2] / splits_[1];
+        return {part(lattice.z.length, z, splits_[0], 1), part(lattice.y.length, y, splits_[1], 4),
+                part(lattice.x.length, x, splits_[2], LANES)};
+    }
+
+  private:
+    int64_t of(const int64_t* setting, int axis, int64_t absent) const {
+        const int64_t at = axis + window_.axes - 3;
+        return at < 0 ? absent : setting[at];
+    }
+    int64_t dim(int axis) const { return of(window_.dims, axis, 1); }
+    int64_t size(int axis) const { return of(window_.size, axis, 1); }
+    int64_t dilation(int axis) const { return of(window_.dilation, axis, 1); }
+
+    Axis axis(int axis, int64_t residue) const {
+        int64_t stride = 1;
+        for (int finer = axis + 1; finer < 3; ++finer) stride *= dim(finer);
+        const int64_t length = (dim(axis) - residue + dilation(axis) - 1) / dilation(axis);
+        return {length, size(axis), residue * stride, dilation(axis) * stride, of(window_.causal, axis, 0) != 0};
+    }
+    static Range part(int64_t length, int64_t i, int64_t parts, int64_t grain) {
+        const int64_t grains = (length + grain - 1) / grain;
+        return {std::min(grains * i / parts * grain, length), std::min(grains * (i + 1) / parts * grain, length)};
+    }
+
+    const FoveateNeighborhood& window_;
+    int64_t splits_[3];
+};
+
+}  // namespace foveate::grid

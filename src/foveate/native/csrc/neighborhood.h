@@ -1,0 +1,17 @@
+// Attention of each token of a grid to the window around it: the C interface, beside abi.h.
+#pragma once
+#include "abi.h"
+
+constexpr int64_t FOVEATE_MAX_AXES = 4;
+
+// Tokens are numbered row-major. Along each axis a query sees, among the keys of its own coordinate modulo
+// `dilation`, `size` keys around it, shifted inward at the borders; where causal the last `size` up to itself.
+struct FoveateNeighborhood {
+    int64_t axes;  // 1 to 3
+    int64_t dims[FOVEATE_MAX_AXES], size[FOVEATE_MAX_AXES], dilation[FOVEATE_MAX_AXES], causal[FOVEATE_MAX_AXES];
+};
+
+// Softmax without bias or soft-cap; of `call` the selection and the biases are not read.
+FOVEATE_API int64_t foveate_neighborhood_size(void);  // bytes of FoveateNeighborhood
+FOVEATE_API int64_t foveate_neighborhood_forward(const FoveateAttend* call, const FoveateNeighborhood* window);
+FOVEATE_API int64_t foveate_neighborhood_backward(const FoveateAttend* call, const FoveateNeighborhood* window);

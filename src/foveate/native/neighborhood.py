@@ -1,0 +1,123 @@
+"""Windows on grids, for which the native kernels have products of their own: no pair outside a window is formed."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from ctypes import POINTER, Structure, byref, c_int64
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.native import call as c
+from foveate.native.loader import library, num_threads
+from foveate.patterns.algebra import Pattern
+from foveate.patterns.axis_rules import Near
+from foveate.patterns.grid import Neighborhood
+from foveate.patterns.layouts import Grid, Layout
+
+
+class Windows(NamedTuple):
+    """For each axis of a grid its length, how many keys a query sees, how far apart, and whether none after itself."""
+
+    dims: tuple[int, ...]
+    size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    causal: tuple[bool, ...]
+
+
+class WindowsArgument(Structure):
+    """FoveateNeighborhood of csrc/neighborhood.h."""
+
+    _fields_ = (("axes", c_int64), ("dims", c.Four), ("size", c.Four), ("dilation", c.Four), ("causal", c.Four))
+
+
+def windows_of(pattern: Pattern, layout: Layout, num_queries: int) -> Windows | None:
+    """The windows that a pattern is, where every token of a grid is a query; else None.
+
+    >>> from foveate import Grid, neighborhood
+    >>> windows_of(neighborhood((3, 5)), Grid(8, 8), num_queries=64)
+    Windows(dims=(8, 8), size=(3, 5), dilation=(1, 1), causal=(False, False))
+    >>> windows_of(neighborhood(3, stride=3), Grid(8, 8), num_queries=64) is None
+    True
+    """
+    if not isinstance(pattern, Neighborhood) or not isinstance(layout, Grid) or num_queries != layout.length:
+        return None
+    rules = [rule for rule in pattern.rules(layout.dims) if isinstance(rule, Near) and rule.stride == 1]
+    if len(rules) < layout.num_axes:
+        return None
+    columns = zip(*((rule.size, rule.kernel, rule.dilation, rule.causal) for rule in rules), strict=True)
+    return Windows(*columns)
+
+
+def forward(windows: Windows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Heads out (B, H, N, Dv) and log row sums (B, H, N) in float32."""
+    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), torch.empty(q.shape[:3])
+    call = _argument(windows, q, k, v, out, lse, scale)
+    c.check(_library().foveate_neighborhood_forward(byref(call), byref(_windows(windows))))
+    return out, lse
+
+
+def backward(
+    windows: Windows,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
+    call = _argument(windows, q, k, v, out, lse, scale)
+    call.grad_out, call.grad_lse = c.tensor(grad_out), c.pointer(grad_lse)
+    call.dq, call.dk, call.dv = c.tensor(dq), c.tensor(dk), c.tensor(dv)
+    c.check(_library().foveate_neighborhood_backward(byref(call), byref(_windows(windows))))
+    return dq, dk, dv
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "whoever asks for these kernels looks first whether there are any"
+    return _declared(found)
+
+
+@lru_cache(maxsize=1)
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name in ("foveate_neighborhood_forward", "foveate_neighborhood_backward"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = (POINTER(c.AttendArgument), POINTER(WindowsArgument)), c_int64
+    assert library.foveate_neighborhood_size() == ctypes.sizeof(WindowsArgument), "csrc/neighborhood.h has changed"
+    return c.declared(library)
+
+
+def _windows(windows: Windows) -> WindowsArgument:
+    return WindowsArgument(len(windows.dims), *(c.Four(*setting) for setting in windows))
+
+
+def _argument(
+    windows: Windows, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> c.AttendArgument:
+    tokens = math.prod(windows.dims)
+    assert q.shape[2] == k.shape[2] == v.shape[2] == tokens
+    return c.AttendArgument(
+        q=c.tensor(q),
+        k=c.tensor(k),
+        v=c.tensor(v),
+        out=c.tensor(out),
+        lse=c.pointer(lse),
+        dtype=c.DTYPES[q.dtype],
+        kind=c.KINDS["softmax"],
+        threads=num_threads(),
+        batch=q.shape[0],
+        num_queries=tokens,
+        num_keys=tokens,
+        dim=q.shape[3],
+        value_dim=v.shape[3],
+        scale=scale,
+    )
