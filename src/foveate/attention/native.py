@@ -15,7 +15,9 @@ from foveate.attention.call import Call
 from foveate.attention.partial import Partial
 from foveate.attention.spec import TILE, WIDEST, Spec
 from foveate.native import call as c
+from foveate.native import neighborhood
 from foveate.native.loader import library, num_threads, status
+from foveate.native.neighborhood import Windows, windows_of
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band, band_of
 from foveate.patterns.layouts import Layout
@@ -46,13 +48,19 @@ def run(call: Call) -> Partial:
     return shared.run(call, "native", cast(shared.Kernels, sys.modules[__name__]))
 
 
-def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float) -> Selection | Band:
-    """A band where the pattern is one, else its selection."""
-    return band_of(pattern, layout) or pattern.select(q, k, layout, tile=TILE, scale=scale)
+def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> shared.Seen:
+    """A band or windows on a grid where the pattern is such, else its selection."""
+    band = band_of(pattern, layout)
+    if band is not None:
+        return band
+    windows = windows_of(pattern, layout, q.shape[2]) if plain and q.shape[2] == k.shape[2] else None
+    return windows or pattern.select(q, k, layout, tile=TILE, scale=scale)
 
 
 def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads out (B, H, N, Dv) and log row sums (B, H, N), zeros for unnormalised weights."""
+    if isinstance(spec.seen, Windows):
+        return neighborhood.forward(spec.seen, q, k, v, spec.scale)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     softmax = spec.kind == "softmax"
     lse = torch.empty(q.shape[:3]) if softmax else torch.zeros(q.shape[:3])
@@ -66,6 +74,8 @@ def backward(
     spec: Spec, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and of each bias's parameter."""
+    if isinstance(spec.seen, Windows):
+        return neighborhood.backward(spec.seen, q, k, v, out, lse, grad_out, grad_lse, spec.scale)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     grad_lse = grad_lse.float().contiguous()
     arguments, held = _arguments(spec, q, k, v, out, lse.contiguous())
@@ -122,10 +132,10 @@ def _arguments(
     return arguments, held
 
 
-def _seen(seen: Selection | Band) -> c.SelectionArgument:
+def _seen(seen: shared.Seen) -> c.SelectionArgument:
     if isinstance(seen, Band):
         return c.SelectionArgument(seen.low, seen.high)
-    assert seen.tile == TILE
+    assert isinstance(seen, Selection) and seen.tile == TILE
     lists = (seen.tile_starts, seen.tile_ids, seen.mask_ids, seen.masks)
     columns = (seen.column_starts, seen.column_ids, seen.column_masks, seen.q_slots, seen.k_slots)
     pointers = (c.pointer(x) for x in (*lists, *columns))

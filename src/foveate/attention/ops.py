@@ -17,7 +17,7 @@ from foveate.attention import native, tiles
 from foveate.attention.bias import Bias, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
-from foveate.attention.spec import Kernels, Spec
+from foveate.attention.spec import Kernels, Spec, is_plain
 from foveate.patterns import layouts
 from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.dense import dense_mask
@@ -85,8 +85,9 @@ def _spec(
     name, kind, pattern, layout, *bias_texts = text.split("\n")
     offset = k.shape[2] - q.shape[2]
     kernels = KERNELS[name]
-    seen = kernels.sees(q, k, parse(pattern, held), _layout(layout), scale)
     biases = tuple(_bias(t, p, offset) for t, p in zip(bias_texts, parameters, strict=True))
+    plain = is_plain(kind, biases, softcap or None)  # type: ignore[arg-type]
+    seen = kernels.sees(q, k, parse(pattern, held), _layout(layout), scale, plain=plain)
     return kernels, Spec(seen, biases, kind, scale, softcap or None)  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from foveate.attention.bias import Bias
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
 from foveate.attention.weights import Kind
+from foveate.native.neighborhood import Windows
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band
 from foveate.patterns.layouts import Layout
@@ -20,10 +22,13 @@ TILE = 64
 WIDEST = 256  # channels of a head in the native kernels
 
 
+Seen = Selection | Band | Windows
+
+
 class Spec(NamedTuple):
     """All of a call but its tensors."""
 
-    seen: Selection | Band
+    seen: Seen
     biases: tuple[Bias, ...]
     kind: Kind
     scale: float
@@ -33,8 +38,8 @@ class Spec(NamedTuple):
 class Kernels(Protocol):
     """A module that attends over what a Spec says."""
 
-    def sees(self, q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float) -> Selection | Band:
-        """What the pattern shows, in the form these kernels run."""
+    def sees(self, q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> Seen:
+        """What the pattern shows, in the form these kernels run; plain calls are softmax without bias or soft-cap."""
 
     def forward(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Heads out (B, H, N, Dv) and log row sums (B, H, N), zeros for unnormalised weights."""
@@ -59,11 +64,17 @@ def run(call: Call, name: str, kernels: Kernels) -> Partial:
         from foveate.attention.ops import attend_selected
 
         return attend_selected(call, name)
-    seen = kernels.sees(call.q, call.k, call.pattern, call.layout, call.scale)
+    plain = is_plain(call.kind, call.biases, call.softcap)
+    seen = kernels.sees(call.q, call.k, call.pattern, call.layout, call.scale, plain=plain)
     spec = Spec(seen, call.biases, call.kind, call.scale, call.softcap)
     parameters = [bias.parameter for bias in call.biases]
     out, lse = _Attend.apply(kernels, spec, call.q, call.k, call.v, *parameters)
     return Partial(out, lse if call.kind == "softmax" else None)
+
+
+def is_plain(kind: Kind, biases: Sequence[Bias], softcap: float | None) -> bool:
+    """Whether logits are scaled products and nothing more, and weights their softmax."""
+    return kind == "softmax" and not biases and softcap is None
 
 
 class _Attend(torch.autograd.Function):

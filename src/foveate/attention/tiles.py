@@ -33,7 +33,7 @@ def run(call: Call) -> Partial:
     return shared.run(call, "tiles", cast(shared.Kernels, sys.modules[__name__]))
 
 
-def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float) -> Selection:
+def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> Selection:
     """The pattern's selection."""
     return pattern.select(q, k, layout, tile=TILE, scale=scale)
 
