@@ -73,7 +73,7 @@ FOVEATE_INLINE void value_block(const Rows<R>& values, int64_t c, int64_t channe
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; ++j) sum[r][j] = load(out + r * channels + c + j * LANES);
+        for (int j = 0; j < VECTORS; ++j) sum[r][j] = Floats{};
     const typename R::Element* value = values.data + c;
     for (int64_t k = 0; k < values.count; ++k, value += values.stride) {
         if (k % KEYS == 0) ahead.advance(KEYS * ROWS * VECTORS * LANES);
@@ -90,7 +90,10 @@ FOVEATE_INLINE void value_block(const Rows<R>& values, int64_t c, int64_t channe
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; ++j) store(out + r * channels + c + j * LANES, sum[r][j]);
+        for (int j = 0; j < VECTORS; ++j) {
+            float* to = out + r * channels + c + j * LANES;
+            store(to, load(to) + sum[r][j]);  // a sum of sums keeps more digits than a long one
+        }
 }
 
 template <class R, int ROWS>
