@@ -48,13 +48,13 @@ class Truth:
 
     def error(self, results: tuple[Tensor, ...]) -> float:
         """The greatest error of any sampled row, over its length or, if that is greater, the median row's."""
-        worst = 0.0
+        worst = []
         for result, parts in zip(results, self.parts, strict=True):
             rows = torch.cat([part.expected.flatten(0, -2) for part in parts])
             got = torch.cat([result[part.index].detach().double().flatten(0, -2) for part in parts])
             lengths = rows.norm(dim=-1)
-            worst = max(worst, float(((got - rows).norm(dim=-1) / lengths.clamp(min=lengths.median())).max()))
-        return worst
+            worst.append(((got - rows).norm(dim=-1) / lengths.clamp(min=lengths.median())).max())
+        return float(torch.stack(worst).max())  # of tensors, since it keeps NaN
 
     def _outputs(self) -> list[list[Part]]:
         rows = _sampled(self.scene.num_queries)
@@ -104,7 +104,8 @@ class Truth:
             assert bias is not None
             logits = logits + bias.values(0, 0, rows.unsqueeze(1), keys)
         seen = self._visible(b, h, rows, keys)
-        return torch.softmax(logits.masked_fill(~seen, float("-inf")), -1) @ v[keys]
+        weights = torch.softmax(logits.masked_fill(~seen, float("-inf")), -1)
+        return torch.where(seen, weights, 0.0) @ v[keys]  # zeros where nothing is seen
 
     def _visible(self, b: int, h: int, rows: Tensor, keys: Tensor) -> Tensor:
         """(R, K)"""

@@ -71,6 +71,10 @@ def small_case(*rivals: Rival) -> Case:
     return Case("small", torch.float32, partial(drawn, (1, 2, 50, 8), torch.float32, causal), rivals, ())
 
 
+def nan_in_a_row(problem: Problem) -> Callable[..., Tensor]:
+    return lambda q, k, v: problem.ours("reference")(q, k, v).index_fill(2, torch.tensor([49]), float("nan"))
+
+
 def zeros(problem: Problem) -> Callable[..., Tensor]:
     return lambda q, k, v: torch.zeros_like(q)
 
@@ -80,9 +84,11 @@ def refuses(problem: Problem) -> Callable[..., Tensor]:
 
 
 def test_a_rival_that_is_wrong_or_fails_is_named_and_not_timed() -> None:
-    measured = measure(small_case(Rival("wrong", zeros), Rival("broken", refuses), SDPA_MASK), SETTINGS, print)
+    rivals = Rival("wrong", zeros), Rival("not a number", nan_in_a_row), Rival("broken", refuses), SDPA_MASK
+    measured = measure(small_case(*rivals), SETTINGS, print)
     assert set(measured["times"]) == {OURS, SDPA_MASK.label}
     assert "it is off by 1" in measured["not_timed"]["wrong"]
+    assert "it is off by nan" in measured["not_timed"]["not a number"]
     assert measured["not_timed"]["broken"] == "RuntimeError: no compiler"
 
 
@@ -96,6 +102,7 @@ PROBLEMS = {
     "causal": partial(drawn, (1, 3, 70, 8), torch.float32, causal),
     "window": partial(drawn, (2, 3, 70, 8), torch.float32, window(9) & causal),
     "blocks": partial(drawn, (1, 2, 130, 8), torch.float32, random_blocks(64, 0.7, seed=3)),
+    "queries that see nothing": partial(drawn, (1, 2, 64, 8), torch.float32, random_blocks(8, 0.2, seed=1)),
     "grid": partial(drawn, (1, 2, 35, 8), torch.float32, neighborhood(3), layout=Grid(5, 7)),
     "swin": partial(drawn, (8, 2, 9, 8), torch.float32, shifted(8, 2, 3), window=(3, 3)),
 }
