@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
@@ -12,21 +12,32 @@ import pytest
 import torch
 from attend_inputs import HEADS, LENGTHS, leaf, random_call
 from dynamic_examples import PATTERNS as DYNAMIC
-from native_checks import DTYPES, assert_native_agrees, cast, every_dtype, needs_native, one_thread, outcome
+from native_checks import (
+    DTYPES,
+    EPS,
+    LAYOUTS,
+    assert_native_agrees,
+    cast,
+    every_dtype,
+    needs_native,
+    one_thread,
+    outcome,
+)
 from pattern_examples import ON_GRIDS, ON_POINTS
 from test_attend import PATTERNS
-from torch import Tensor
 
 from foveate import (
     Grid,
     Packed,
     alibi,
     attend,
+    attend_partial,
     causal,
     full,
     key_padding,
     per_head,
     relative_table,
+    sigmoid,
     sinks,
     softmax,
     window,
@@ -113,20 +124,6 @@ def test_heads_of_any_size(dim: int, dtype: torch.dtype) -> None:
     assert_native_agrees({"q": q, "k": k, "v": v, "pattern": pattern}, dtype)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tokens first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "channels before tokens": lambda x: x.mT.contiguous().mT,
-    "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "a slice of channels": lambda x: torch.cat([x, x, x], -1)[..., x.shape[3] : 2 * x.shape[3]],
-    "every second token": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
-    "every third channel": lambda x: x.repeat_interleave(3, 3)[..., ::3],
-    "the same in all batch entries": lambda x: x[:1].expand_as(x),
-    "the same in all heads": lambda x: x[:, :1].expand_as(x),
-    "the same token": lambda x: x[:, :, :1].expand_as(x),
-    "one number": lambda x: x[:1, :1, :1, :1].expand_as(x),
-}
-
-
 @every_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dims", [(8, 9), (64, 32)], ids=str)
@@ -188,6 +185,26 @@ def test_slopes_of_alibi_on_any_offset(dtype: torch.dtype) -> None:
         call = random_call(*lengths)
         slopes = alibi(leaf(call["q"].shape[1], dtype=torch.float64))
         assert_native_agrees(call | {"bias": slopes, "pattern": causal}, dtype)
+
+
+@pytest.mark.parametrize("num_queries", [3, 64])
+def test_sums_over_long_rows_keep_their_digits(num_queries: int) -> None:
+    q, k, v = torch.randn(1, 1, num_queries, 16), torch.randn(1, 1, 20_000, 16), torch.rand(1, 1, 20_000, 16)
+    exact = attend_partial(q.double(), k.double(), v.double(), impl="reference")
+    plain, ours = (attend_partial(q, k, v, impl=impl) for impl in ("reference", "native"))
+    for right, one, other in zip(exact, plain, ours, strict=True):
+        allowed = 2 * (one.double() - right).norm() + EPS * right.norm()
+        assert (other.double() - right).norm() <= allowed
+
+
+def test_biases_that_millions_of_pairs_share_get_exact_gradients() -> None:
+    q, k, v = torch.randn(3, 1, 2, 1500, 4).unbind(0)
+    grads = []
+    for dtype, impl in ((torch.float64, "reference"), (torch.float32, "native")):
+        bias = torch.tensor(0.1, dtype=dtype, requires_grad=True)
+        out = attend(*(x.to(dtype) for x in (q, k, v.abs())), weights=sigmoid(bias=bias), impl=impl)
+        grads.append(torch.autograd.grad(out.sum(), bias)[0].double())
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=0)
 
 
 def a_longer_call(dtype: torch.dtype) -> dict[str, Any]:
