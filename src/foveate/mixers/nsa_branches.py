@@ -10,8 +10,8 @@ from torch.nn.functional import gelu
 
 from foveate.patterns import Pattern, causal
 from foveate.patterns.algebra import Bounds, Boxes, Index
-from foveate.patterns.choose import NEVER, best, score, shares, slices, widen
-from foveate.patterns.decided import block_table, pack_rows
+from foveate.patterns.choose import NEVER, Sought, choose_rows, score, shares, slices, widen
+from foveate.patterns.decided import block_table, no_rows, words_of
 
 
 class Compressor(nn.Module):
@@ -94,25 +94,25 @@ class BlockSelector:
         offset, (batch, heads, num_queries, dim) = num_keys - q.shape[2], q.shape
         keys = widen(compressed) * dim**-0.5
         overlap = self.overlap(keys.shape[2], -(-num_keys // self.size)).to(keys)
-        words = []
+        shape = (batch, keys.shape[1], num_queries, -(-num_keys // self.size))
+        words = no_rows(*shape, q_block=1, device=q.device)
         for part in slices(num_queries, batch * heads * keys.shape[2]):
             place = torch.arange(offset + part.start, offset + part.stop, device=q.device).unsqueeze(1)
             weights = self.weights(score(q[:, :, part], keys), place)
             importance = weights.unflatten(1, (keys.shape[1], -1)).sum(2) @ overlap
-            words.append(pack_rows(self.pick(importance, place), 1))
-        return block_table(torch.cat(words, 2), num_queries, q_block=1, k_block=self.size, q_start=offset) & causal
+            choose_rows(self.ranked(importance, place), Sought(self.count), words_of(words, part, 1), 1)
+        return block_table(words, num_queries, q_block=1, k_block=self.size, q_start=offset) & causal
 
     def weights(self, scores: Tensor, place: Tensor) -> Tensor:
         """Softmax over the compressed blocks (last dim) that end at or before each query's place (n, 1)."""
         end = torch.arange(scores.shape[-1], device=scores.device) * self.stride + self.block
         return shares(scores.masked_fill(end > place + 1, NEVER)).clamp_min(0)
 
-    def pick(self, importance: Tensor, place: Tensor) -> Tensor:
-        """True at the blocks (last dim) that each query reads."""
+    def ranked(self, importance: Tensor, place: Tensor) -> Tensor:
+        """The importance of the blocks (last dim), endless where each query surely reads them."""
         own, block = place // self.size, torch.arange(importance.shape[-1], device=place.device)
         kept = (block < self.initial) | (block > own - self.local)
-        ranked = importance.masked_fill(kept, float("inf")).masked_fill(block > own, NEVER)
-        return best(ranked, self.count)
+        return importance.masked_fill(kept, float("inf")).masked_fill(block > own, NEVER)
 
     def overlap(self, num_compressed: int, num_selected: int) -> Tensor:
         """Strides that compressed block c shares with block s, (C, S): how often its weight counts for s."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.patterns import native
 from foveate.patterns.algebra import Boxes, Interval, Pattern, Scene, mix_hash, resolve
 from foveate.patterns.compound import All, Any, Not, settled_signature
 from foveate.patterns.layouts import Layout, Points, Sequence, pad_slots
@@ -82,6 +83,8 @@ def build(
     if tile % 8 or tile < 8:
         raise ValueError(f"a tile is a multiple of 8 tokens; got {tile}")
     reorder = reorder and resolved.needs_axes and scene.offset == 0
+    if tile == native.TILE and not reorder and (selection := native.select(resolved, scene, device)):
+        return selection
     slots = scene.layout.slots(tile, device) if reorder else None
     q_slots = _natural_slots(scene.num_queries, tile, device) if slots is None else slots
     k_slots = _natural_slots(scene.num_keys, tile, device) if slots is None else slots
@@ -203,9 +206,10 @@ class _Masks:
         partial = Pairs(*(torch.cat(pair) for pair in zip(partial, full.where(key_hole), strict=True)))
         full = full.where(~key_hole)
         first, number = self._distinct(self.pattern, partial, q_level, k_level)
-        masks = self._packed(self.pattern, partial.where(first), q_level, k_level)  # (U, tile, tile / 8)
+        distinct = partial.where(first)
+        masks = self._packed(self.pattern, distinct, q_level, k_level)  # (U, tile, tile / 8)
         used = self._used_keys(masks)
-        kind = self._classify(masks, used)  # 0 empty, 1 full, 2 masked, 3 columns
+        kind = self._classify(distinct, masks, used)  # 0 empty, 1 full, 2 masked, 3 columns
         kind_of = kind[number]
         columns, column_masks = self._columns(partial.where(kind_of == 3), masks, used, number[kind_of == 3])
         table, renumber = self._compact(masks, kind == 2)
@@ -266,12 +270,13 @@ class _Masks:
             used = torch.cat([used[:, :half] | used[:, half : 2 * half], rest], dim=1)
         return used[:, 0]
 
-    def _classify(self, masks: Tensor, used: Tensor) -> Tensor:
+    def _classify(self, pairs: Pairs, masks: Tensor, used: Tensor) -> Tensor:
         count = _popcount(used)
         kind = torch.full_like(count, 2)
         kind[count * SPARSE <= self.tile] = 3
+        is_full = (masks == self._existing(pairs)).flatten(1).all(1) & (count == self.tile)
+        kind[is_full] = 1
         kind[count == 0] = 0
-        kind[(masks == 255).flatten(1).all(1)] = 1
         return kind
 
     def _columns(self, pairs: Pairs, masks: Tensor, used: Tensor, number: Tensor) -> tuple[Pairs, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class BlockTable(Decided):
     """A bit for each row of ``q_block`` queries and each block of ``k_block`` keys."""
 
     table: Tensor  # (B, H, W, K) int64: bit r of word w is row w * rows_per_word + r
-    cells: Cells  # one for each word
+    num_rows: int
     q_block: int
     k_block: int
     q_start: int  # position of the first query of row 0
@@ -51,6 +52,13 @@ class BlockTable(Decided):
     @property
     def rows_per_word(self) -> int:
         return rows_per_word(self.q_block)
+
+    @cached_property
+    def cells(self) -> Cells:
+        """One for each word."""
+        first = torch.arange(self.table.shape[2], device=self.table.device) * self.rows_per_word
+        filled = low_bits((self.num_rows - first).clamp(max=self.rows_per_word)).unsqueeze(1)
+        return Cells.of(self.table != 0, self.table == filled)
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         row, block = collapse(self._row(q)), collapse(self._block(k))
@@ -103,12 +111,22 @@ def pack_rows(chosen: Tensor, q_block: int) -> Tensor:
     return pack_words(by_column.unflatten(-1, (-1, rows))).squeeze(-1).transpose(-1, -2)
 
 
+def no_rows(batches: int, heads: int, num_rows: int, num_blocks: int, *, q_block: int, device: torch.device) -> Tensor:
+    """The words of rows that chose nothing yet."""
+    num_words = -(-num_rows // rows_per_word(q_block))
+    return torch.zeros(batches, heads, num_words, num_blocks, dtype=torch.long, device=device)
+
+
+def words_of(words: Tensor, rows: slice, q_block: int) -> Tensor:
+    """The words of consecutive rows, the first of which begins a word."""
+    per_word = rows_per_word(q_block)
+    assert rows.start % per_word == 0
+    return words[:, :, rows.start // per_word : -(-rows.stop // per_word)]
+
+
 def block_table(words: Tensor, num_rows: int, *, q_block: int, k_block: int, q_start: int = 0) -> BlockTable:
     """The pattern of packed rows (see :func:`pack_rows`); ``num_rows`` of their bits are rows."""
-    rows = rows_per_word(q_block)
-    first = torch.arange(words.shape[2], device=words.device) * rows
-    filled = low_bits((num_rows - first).clamp(max=rows)).unsqueeze(1)
-    return BlockTable(words, Cells.of(words != 0, words == filled), q_block, k_block, q_start)
+    return BlockTable(words, num_rows, q_block, k_block, q_start)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

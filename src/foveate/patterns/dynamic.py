@@ -6,17 +6,15 @@ time. No gradient flows through a choice. Padding is not known here: join ``& ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from foveate.patterns.algebra import Pattern, Scene
-from foveate.patterns.choose import NEVER, along_diagonals, best, fewest, pool, score, shares, slices, widen
-from foveate.patterns.decided import Columns, Distances, block_table, joined, pack_rows, pick
+from foveate.patterns.choose import NEVER, Sought, before, best, choose_rows, looked_back, pool, score, slices, widen
+from foveate.patterns.decided import Columns, Distances, block_table, joined, no_rows, pick, words_of
 from foveate.patterns.sequence import causal as not_after
 from foveate.patterns.sequence import positive
 
@@ -53,8 +51,8 @@ class BlockChoice(Pattern):
     def _call(self) -> str:
         raise NotImplementedError
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        """True at the chosen blocks (last dim)."""
+    @property
+    def _sought(self) -> Sought:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -64,41 +62,41 @@ class BlockChoice(Pattern):
         start = scene.offset // q_block * q_block  # position of the first query of row 0
         rows = q if q_block == 1 else pool(q, q_block, lead=scene.offset - start)
         keys = pool(k, self.block) * scale  # (B, G, K, D)
-        chosen = [
-            pack_rows(pad(part, (0, keys.shape[2] - part.shape[-1])), q_block)
-            for part in self._parts(rows, keys, start, q_block)
-        ]
-        table = block_table(torch.cat(chosen, 2), rows.shape[2], q_block=q_block, k_block=self.block, q_start=start)
+        words = self._words(rows, keys, start, q_block)
+        table = block_table(words, rows.shape[2], q_block=q_block, k_block=self.block, q_start=start)
         return table & not_after if self.causal else table
 
-    def _parts(self, rows: Tensor, keys: Tensor, start: int, q_block: int) -> Iterator[Tensor]:
-        """The choices of consecutive rows, (B, H, n, C), C only as far as a causal row may see."""
+    def _words(self, rows: Tensor, keys: Tensor, start: int, q_block: int) -> Tensor:
+        """The choices of rows of ``q_block`` queries, packed; a causal row is scored only as far as it may see."""
         batch, heads, num_rows, _ = rows.shape
+        shape = (batch, keys.shape[1] if self.shared else heads, num_rows, keys.shape[2])
+        words = no_rows(*shape, q_block=q_block, device=rows.device)
         for part in slices(num_rows, batch * heads * keys.shape[2]):
-            place = start + torch.arange(part.start, part.stop, device=rows.device) * q_block
-            own = (place // self.block).unsqueeze(1)
-            last = (start + (part.stop - 1) * q_block) // self.block
-            within = keys[:, :, : max(last + 1, 0)] if self.causal else keys
-            block = torch.arange(within.shape[2], device=rows.device)
-            scores = score(rows[:, :, part], within)
-            if self.causal:
-                scores.masked_fill_(block >= own, NEVER)
-            chosen = self._choose(self._weighed(scores, keys.shape[1]))
-            yield chosen.logical_or_(block == own) if self.causal else chosen
+            own = self._own(start + torch.arange(part.start, part.stop, device=rows.device) * q_block)
+            within = keys if own is None else keys[:, :, : max(int(own[-1:].sum()) + 1, 0)]
+            weights = self._weighed(score(rows[:, :, part], within), keys.shape[1], own)
+            choose_rows(weights, self._sought, words_of(words, part, q_block), q_block, own=own)
+        return words
 
-    def _weighed(self, scores: Tensor, groups: int) -> Tensor:
+    def _own(self, place: Tensor) -> Tensor | None:
+        """The block that a query at each place surely sees, where only those before it compete."""
+        return place // self.block if self.causal else None
+
+    def _weighed(self, scores: Tensor, groups: int, own: Tensor | None) -> Tensor:
         """What to choose by: scores or shares of each head, or mean shares of each group of heads."""
-        if self.shared:
-            return shares(scores).unflatten(1, (groups, -1)).mean(2)
-        return shares(scores) if self.by_share else scores
+        if not (self.by_share or self.shared):
+            return scores
+        shares = torch.softmax(scores if own is None else before(own, scores), -1)
+        return shares.unflatten(1, (groups, -1)).mean(2) if self.shared else shares
 
 
 class TopBlocks(BlockChoice):
     def _call(self) -> str:
         return f"topk_blocks({self.block}, k={self.budget}"
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        return best(scores, int(self.budget) - self.causal)  # the own block is one of the k
+    @property
+    def _sought(self) -> Sought:
+        return Sought(self.budget - self.causal)  # the own block is one of the k
 
 
 class MassBlocks(BlockChoice):
@@ -107,8 +105,9 @@ class MassBlocks(BlockChoice):
     def _call(self) -> str:
         return f"mass_blocks({self.block}, {self.budget}"
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        return fewest(scores, self.budget)
+    @property
+    def _sought(self) -> Sought:
+        return Sought(self.budget, by_share=True)
 
 
 def topk_blocks(block: int, k: int, *, per: Per = "query", shared: bool = False, causal: bool = True) -> Pattern:
@@ -182,19 +181,10 @@ class VerticalSlash(Pattern):
     @torch.no_grad()
     def resolve(self, scene: Scene) -> Pattern:
         q, k, scale = _looked_at(self, scene)
-        weights = self._weights(q, k, scale)
-        distances = along_diagonals(weights)
+        last = min(self.last, q.shape[2], k.shape[2])
+        keys, distances = looked_back(widen(q[:, :, q.shape[2] - last :]) * scale, k)
         distances[..., :1] = float("inf")  # every query sees itself
-        columns = Columns.of(best(weights.sum(2), self.vertical))
-        return (columns | Distances.of(best(distances, self.slash))) & not_after
-
-    def _weights(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """Causal softmax weights (B, H, L, M) of the last L queries."""
-        num_queries, num_keys = q.shape[2], k.shape[2]
-        length = min(self.last, num_queries, num_keys)
-        scores = score(q[:, :, num_queries - length :], widen(k) * scale)
-        key = torch.arange(num_keys, device=q.device)
-        return torch.softmax(scores.masked_fill(key > key[num_keys - length :, None], NEVER), -1)
+        return (Columns.of(best(keys, self.vertical)) | Distances.of(best(distances, self.slash))) & not_after
 
 
 def vertical_slash(vertical: int, slash: int, *, last: int = 64) -> Pattern:
