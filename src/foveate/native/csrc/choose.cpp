@@ -142,7 +142,7 @@ class Chooser {
         const int64_t own = call_.own ? call_.own[row] : -1;
         const int64_t limit = call_.own ? std::min(std::max<int64_t>(own, 0), call_.columns) : call_.columns;
         mark(scores, limit);
-        std::memset(marks_.data() + limit, 0, marks_.size() - limit);
+        std::fill(marks_.begin() + limit, marks_.end(), 0);
         if (own >= 0 && own < call_.columns) marks_[own] = 1;
     }
 
