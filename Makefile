@@ -9,13 +9,16 @@ DEMO_OUT ?= out/demo
 DEMO_MECHANISMS = -m streaming_llm -m 'streaming_llm(window=256)' -m 'window(511) & causal | sinks(4)' -m mswa \
     -m power_attention -m minference_block_sparse -m moba -m delta_attention
 
+# The tests that run the kernels, rather than build or find them.
+KERNEL_TESTS := $(filter-out $(addprefix tests/test_native_,build.py neon.py sanitized.py),$(wildcard tests/test_native*.py))
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint docs clean
 
 help:
 	@echo 'make demo      compare attention mechanisms on the built-in model at 8192 tokens, with a report'
-	@echo 'make test      run the tests'
-	@echo 'make test-all  run the tests and the longer sweeps'
+	@echo 'make test      run the tests, those of the native kernels with AVX2 too'
+	@echo 'make test-all  run the tests and the longer sweeps: native kernels under sanitizers, NEON in an emulator'
 	@echo 'make lint      check style and types'
 	@echo 'make docs      write docs/catalogue.md again from the registry'
 	@echo 'make clean     remove the virtual environment and what the demo wrote'
@@ -26,9 +29,11 @@ demo: $(DEMO_READY)
 
 test: $(DEV_READY)
 	$(PY) -m pytest
+	$(call with_avx2,)
 
 test-all: $(DEV_READY)
 	$(PY) -m pytest -m ''
+	$(call with_avx2,-m '')
 
 lint: $(DEV_READY)
 	$(PY) -m ruff check .
@@ -47,6 +52,13 @@ clean:
 
 $(DEV_READY):
 	$(call install,dev,$@)
+
+# Where the processor has better than AVX2, the first run did not touch these kernels.
+define with_avx2
+@if $(PY) -c 'import sys; from foveate.native.processor import lacks; from foveate.native.variants import BY_NAME; sys.exit(lacks(BY_NAME["avx2"]))'; \
+then echo 'The tests of the native kernels once more, with AVX2:' && FOVEATE_ISA=avx2 $(PY) -m pytest $(1) $(KERNEL_TESTS); \
+else echo 'The AVX2 kernels are not tested: this processor does not run them.'; fi
+endef
 
 , := ,
 define install

@@ -8,6 +8,7 @@ It needs no PyTorch. CXX names the compiler.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,11 +35,15 @@ class Built:
 
 
 def build(variants: Sequence[Variant], sources: Path, folder: Path, compiler: Compiler) -> list[Built]:
-    """Compile variants into `folder/<name>.so`, as many sources at a time as there are cores."""
+    """Compile variants into `folder/<name>.so`, as many sources at a time as there are cores.
+
+    What is compiled is a copy of the sources: who edits them meanwhile does no harm.
+    """
     with TemporaryDirectory(prefix="foveate-") as scratch, _workers() as pool:
+        copy = Path(shutil.copytree(sources, Path(scratch, "csrc")))
         probes = {variant: pool.submit(compiler.probe, variant.flags) for variant in variants}
         started: dict[Variant, list[Future[Any]]] = {
-            variant: [probe] if probe.exception() else _compile(variant, sources, Path(scratch), compiler, pool)
+            variant: [probe] if probe.exception() else _compile(variant, copy, compiler, pool)
             for variant, probe in probes.items()
         }
         return [_link(variant, parts, folder, compiler) for variant, parts in started.items()]
@@ -73,18 +78,12 @@ def _build_into(path: Path, variant: Variant, sources: Path, compiler: Compiler)
         (built,) = build([variant], sources, Path(scratch), compiler)
         if built.error:
             raise built.error
-        if path.parent.name != cache.key(source_hash(sources, variant.flags), compiler.version):
-            raise CannotCompile("the sources changed while they were compiled")
         cache.publish(built.path, path)
 
 
-def _compile(
-    variant: Variant, sources: Path, scratch: Path, compiler: Compiler, pool: ThreadPoolExecutor
-) -> list[Future[Path]]:
+def _compile(variant: Variant, sources: Path, compiler: Compiler, pool: ThreadPoolExecutor) -> list[Future[Path]]:
     flags = (*variant.flags, f'-DFOVEATE_SOURCE_HASH="{source_hash(sources, variant.flags)}"')
-    return [
-        pool.submit(compiler.compile, flags, unit, scratch / f"{variant.name}-{unit.stem}.o") for unit in units(sources)
-    ]
+    return [pool.submit(compiler.compile, flags, unit, f"{variant.name}-{unit.stem}.o") for unit in units(sources)]
 
 
 def _link(variant: Variant, parts: list[Future[Any]], folder: Path, compiler: Compiler) -> Built:

@@ -37,10 +37,10 @@ class Compiler:
             source.write_text(PROBE, encoding="utf-8")
             _run([*self.command, *flags, "-shared", str(source), "-o", str(source.with_suffix(".so"))])
 
-    def compile(self, flags: Iterable[str], source: Path, made: Path) -> Path:
-        """Make an object of one source."""
-        _run([*self.command, *flags, "-c", str(source), "-o", str(made)])
-        return made
+    def compile(self, flags: Iterable[str], source: Path, name: str) -> Path:
+        """Make an object of one source, beside it."""
+        _run([*self.command, *flags, "-c", source.name, "-o", name], source.parent)
+        return source.with_name(name)
 
     def link(self, flags: Iterable[str], objects: Iterable[Path], made: Path) -> None:
         """Make a shared library of objects."""
@@ -57,7 +57,8 @@ def find_compiler() -> Compiler:
     """
     named = shlex.split(os.environ.get("CXX", ""))
     for command in [named] if named else [[name] for name in USUAL]:
-        if shutil.which(command[0]):
+        if found := shutil.which(command[0]):
+            command = [os.path.abspath(found), *command[1:]]  # it runs in other folders, too
             told = (_run([*command, option]).splitlines() for option in ("--version", "-dumpmachine"))
             return Compiler(tuple(command), ", ".join(lines[0] for lines in told if lines))
     if named:
@@ -65,15 +66,14 @@ def find_compiler() -> Compiler:
     raise CannotCompile(f"no C++ compiler is on PATH ({', '.join(USUAL)}; CXX names another)")
 
 
-def _run(command: list[str]) -> str:
+def _run(command: list[str], folder: Path | None = None) -> str:
+    environment = os.environ | {"LC_ALL": "C"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=os.environ | {"LC_ALL": "C"}
-        )
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
     except OSError as error:
         raise CannotCompile(f"{command[0]} does not start: {error.strerror}") from error
     if done.returncode:
-        raise CannotCompile(f"{command[0]}: {_first_error(done)}", done.stderr)
+        raise CannotCompile(f"{Path(command[0]).name}: {_first_error(done)}", done.stderr)
     return done.stdout
 
 

@@ -16,7 +16,13 @@ SOURCES = Path(__file__).parent / "csrc"
 # whole process.
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp")
 ARITHMETIC = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-SANITIZERS = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZERS = (
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+)
 
 Family = Literal["x86", "arm"]
 
