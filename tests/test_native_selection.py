@@ -42,7 +42,7 @@ from foveate.patterns import (
     window,
 )
 from foveate.patterns.build import build
-from foveate.patterns.choose import NEVER, Sought, choose_rows
+from foveate.patterns.choose import NEVER, Sought, choose_rows, pool
 from foveate.patterns.decided import no_rows
 
 pytestmark = needs_native
@@ -221,3 +221,17 @@ def test_patterns_choose_alike(pattern, without_library) -> None:
     )
     mine = build(resolve(pattern, scene), scene)
     assert_same(mine, without_library(lambda: build(resolve(pattern, scene), scene)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("turn", range(12))
+def test_means_of_blocks_are_those_of_torch(dtype: torch.dtype, turn: int, without_library) -> None:
+    tokens, dim, block = random.randint(0, 200), random.randint(1, 150), random.randint(1, 70)
+    lead = random.randrange(block)
+    x = torch.randn(2, tokens, 3, dim).transpose(1, 2).to(dtype)
+    x = x.mT.contiguous().mT if turn % 3 == 1 else x
+    exact = torch.randint(-5, 6, x.shape).to(dtype)
+    for values, error in ((x, 1e-6), (exact, 0)):
+        mine = pool(values, block, lead=lead)
+        theirs = without_library(lambda v=values: pool(v, block, lead=lead))
+        torch.testing.assert_close(mine, theirs, rtol=error, atol=error)

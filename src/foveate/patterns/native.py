@@ -1,4 +1,4 @@
-"""Selections built by the native kernels (csrc/select.cpp)."""
+"""Selections built, and blocks chosen, by the native kernels (csrc/select.cpp, choose.cpp, pool.cpp)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.native import loader
+from foveate.native.call import DTYPES, TensorArgument, tensor
 from foveate.patterns.algebra import Pattern, Scene
 from foveate.patterns.program import Program
 from foveate.patterns.selection import Selection
@@ -43,6 +44,21 @@ def select(pattern: Pattern, scene: Scene, device: torch.device | str) -> Select
         return _written(library, handle, sizes, undecided.value)
     finally:
         library.foveate_select_close(handle)
+
+
+def pool(x: Tensor, block: int, lead: int) -> Tensor | None:
+    """See :func:`foveate.patterns.choose.pool`; None where the kernels cannot do it."""
+    library = _library()
+    if library is None or x.device.type != "cpu" or x.dtype not in DTYPES:
+        return None
+    batch, heads, tokens, dim = x.shape
+    blocks = -(-(lead + tokens) // block)
+    out = torch.empty(batch, heads, blocks, dim)
+    numbers = (DTYPES[x.dtype], batch, tokens, dim, block, lead, blocks)
+    threads = 1 if x.numel() < FEW_WEIGHTS else loader.num_threads()
+    if library.foveate_pool(byref(tensor(x)), (c_int64 * 7)(*numbers), out.data_ptr(), threads):
+        raise MemoryError("no memory to pool tokens in")
+    return out
 
 
 def choose_rows(
@@ -104,4 +120,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.foveate_select_close.restype = None
     library.foveate_choose.argtypes = (c_void_p, c_void_p, c_void_p, numbers, c_int64)
     library.foveate_choose.restype = c_int64
+    library.foveate_pool.argtypes = (POINTER(TensorArgument), numbers, c_void_p, c_int64)
+    library.foveate_pool.restype = c_int64
     return library

@@ -24,6 +24,7 @@ FOVEATE_INLINE uint64_t hash_of(const Square& square) {
 // Slots by whole numbers, of which two different things may have the same.
 class SlotIndex {
   public:
+    explicit SlotIndex(int64_t most) : most_(most) {}
     // The slot under this number for which same(slot) holds, or else `slot`, now under it.
     template <class Same> int64_t find_or_add(uint64_t number, int64_t slot, Same same) {
         if (2 * (size_ + 1) > (int64_t)cells_.size()) grow();
@@ -38,6 +39,7 @@ class SlotIndex {
 
   private:
     static constexpr int64_t EMPTY = -1;
+    static constexpr size_t AT_ONCE = 1 << 19;
     struct Cell {
         uint64_t number;
         int64_t slot;
@@ -45,8 +47,11 @@ class SlotIndex {
 
     uint64_t place(uint64_t number) const { return mixed(HASH_START, number) & (cells_.size() - 1); }
     uint64_t next(uint64_t at) const { return (at + 1) & (cells_.size() - 1); }
+    // At the first entry to what all may need, if that is not much; it is half empty at least.
     void grow() {
-        std::vector<Cell> old(2 * cells_.size(), Cell{0, EMPTY});
+        size_t size = std::max<size_t>(2 * cells_.size(), 64);
+        while (size < AT_ONCE && (int64_t)size < 2 * most_) size *= 2;
+        std::vector<Cell> old(size, Cell{0, EMPTY});
         old.swap(cells_);
         for (const Cell& cell : old) {
             if (cell.slot == EMPTY) continue;
@@ -56,14 +61,15 @@ class SlotIndex {
         }
     }
 
-    std::vector<Cell> cells_ = std::vector<Cell>(1024, Cell{0, EMPTY});
-    int64_t size_ = 0;
+    std::vector<Cell> cells_;
+    int64_t most_, size_ = 0;
 };
 
 // Finds masks in slots of a table by what they hold.
 class MaskIndex {
   public:
-    explicit MaskIndex(const Square* table) : table_(table) {}
+    // Of at most so many masks.
+    MaskIndex(const Square* table, int64_t most) : table_(table), squares_(most), rows_(most) {}
 
     // The slot that has this mask already, or else `slot`, which must then be given it.
     int64_t find_or_add(const Square& mask, int64_t slot) {

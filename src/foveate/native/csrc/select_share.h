@@ -46,7 +46,7 @@ class Share {
 
     // Before tiles are evaluated: their masks go into the table's slots from this one on.
     void take_slots(Square* table, int64_t first) {
-        index.emplace(table);
+        index.emplace(table, undecided_);
         table_ = table;
         first_slot = first;
         next_ = candidates_.data();
