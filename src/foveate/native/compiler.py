@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-PROBE = '#include <omp.h>\nextern "C" int probe(void) { return omp_get_max_threads(); }\n'
+PROBE = """
+#include <omp.h>
+typedef int Four __attribute__((vector_size(16)));
+extern "C" int probe(void) {
+    const Four swapped = __builtin_shufflevector(Four{}, Four{}, 1, 0, 3, 2);
+    return swapped[0] + omp_get_max_threads();
+}
+"""
 USUAL = ("g++", "c++", "clang++")
 
 
