@@ -6,7 +6,7 @@ namespace foveate::grid {
 namespace {
 
 struct Workspace {
-    float *keys, *values, *rows, *queries, *query_rows, *scores, *out, *lse, *factor;
+    float *keys, *values, *rows, *queries, *query_rows, *scores, *out, *factor;
     KeyRow* key_rows;
     Link* links;
     Strip* strips;
@@ -20,11 +20,10 @@ struct Workspace {
         queries = arena.take<float>(QueryRows::size(dim));
         query_rows = arena.take<float>(QueryRows::size(dim));
         scores = arena.take<float>(Pairs::size(l));
-        out = arena.take<float>(LANES * value_dim);
-        lse = arena.take<float>(GROUP * LANES);
+        out = arena.take<float>(ROWS * LANES * value_dim);
         factor = arena.take<float>(GROUP * LANES);
         key_rows = arena.take<KeyRow>(Sight::most_rows(l));
-        links = arena.take<Link>(l.z.size * l.y.size);
+        links = arena.take<Link>(Links::most(l));
         strips = arena.take<Strip>(Strip::count_in(box.x));
     }
 };
@@ -44,54 +43,36 @@ class Forward {
 
     void run() {
         const auto pack = [&](int64_t row) { keys_.pack(row), values_.pack(row); };
-        each_group(box_, sight_, pack, [&](int64_t next_row) {
-            for (int64_t i = 0; i < Strip::count_in(box_.x); ++i) {
-                look_ahead(next_row, i * LANES);
-                strip(space_.strips[i]);
-            }
+        each_group(box_, sight_, pack, [&] {
+            for (int64_t i = 0; i < Strip::count_in(box_.x); ++i) strip(space_.strips[i]);
         });
     }
 
   private:
-    // Ask for what the next group needs, at the same place along x.
-    void look_ahead(int64_t next_row, int64_t x) {
-        ahead_.clear();
-        for (int64_t row = next_row; row < std::min(next_row + GROUP, slab_.keys.rows()); ++row)
-            for (const Head* head : {&k_, &v_})
-                ahead_.add(*head, slab_.token(row, x), l_.x.stride, std::min<int64_t>(slab_.columns() - x, LANES));
-        const int64_t y = sight_.queries().end;
-        for (int64_t i = y; i < std::min(y + GROUP, box_.y.end); ++i)
-            ahead_.add(q_, l_.token(sight_.z(), i, box_.x.begin + x), l_.x.stride, std::min<int64_t>(box_.x.size() - x, LANES));
-        ahead_.spread(sight_.slots());
-    }
-
     void strip(const Strip& strip) {
         const Pairs pairs(l_, sight_);
         const int64_t num_rows = sight_.queries().size();
         for (int64_t r = 0; r < num_rows; ++r)
-            queries_.read(r, token(strip, r), l_.x.stride, strip.lanes, (float)(call_.scale * LOG2E));
+            queries_.read(r, token(strip, r), l_, strip.lanes, (float)(call_.scale * LOG2E));
         for (const Run& run : sight_)
             for (const KeyRow& key : run) {
-                ahead_.part();
-                scores(run, key.slot, strip, l_.x.size, call_.dim, queries_.transposed(), queries_.row(),
-                       keys_.at(key.row) + strip.column, keys_.channel(), pairs, space_.scores);
+                scores(run, key.slot, strip, pairs, call_.dim, queries_.transposed(), queries_.row(),
+                       keys_.at(key.row) + strip.column, keys_.channel(), space_.scores);
             }
-        for (int64_t r = 0; r < num_rows; ++r) {
-            softmax(strip, r, pairs);
-            write(strip, r, pairs);
-        }
+        for (int64_t r = 0; r < num_rows; ++r) softmax(strip, r, pairs);
+        for (int64_t r = 0; r < num_rows; r += ROWS) write(strip, r, std::min<int64_t>(num_rows - r, ROWS), pairs);
     }
     int64_t token(const Strip& strip, int64_t r) const {
         return l_.token(sight_.z(), sight_.queries().begin + r, strip.x);
     }
 
-    // Scores in base 2 to weights, without the factor that makes their sum one.
+    // Scores in base 2 to weights, without the factor that makes their sum one; writes the log row sums.
     void softmax(const Strip& strip, int64_t r, const Pairs& pairs) {
         Floats top = all(-INFINITY), sum{};
         const bool ragged = strip.ragged;
-        pairs.each(sight_, r, [&](int64_t at, int64_t offset) {
+        pairs.each(sight_, r, [&](int64_t at, int64_t i) {
             Floats score = load(space_.scores + at);
-            if (ragged) store(space_.scores + at, score = choose(strip.seeing(offset), score, all(-INFINITY)));
+            if (ragged) store(space_.scores + at, score = choose(strip.seeing(i % pairs.width()), score, all(-INFINITY)));
             top = greater(top, score);
         });
         pairs.each(sight_, r, [&](int64_t at, int64_t) {
@@ -100,14 +81,16 @@ class Forward {
             sum += weight;
         });
         store(space_.factor + r * LANES, 1.0f / sum);
-        store(space_.lse + r * LANES, (top + log2_of(sum) + (sum - sum)) * LN2);  // NaN stays NaN
+        if (!lse_) return;
+        float lse[LANES];
+        store(lse, (top + log2_of(sum) + (sum - sum)) * LN2);  // NaN stays NaN
+        for (int64_t i = 0; i < strip.lanes; ++i) lse_[token(strip, r) + i * l_.x.stride] = lse[i];
     }
 
-    void write(const Strip& strip, int64_t r, const Pairs& pairs) {
-        const Links links(space_.links, sight_, r, strip, pairs, space_.scores, values_.step(), [&](int64_t row) { return values_.at(row); });
-        gather_to(out_, links, strip, space_.factor + r * LANES, token(strip, r), l_.x.stride, space_.out);
-        if (!lse_) return;
-        for (int64_t i = 0; i < strip.lanes; ++i) lse_[token(strip, r) + i * l_.x.stride] = space_.lse[r * LANES + i];
+    void write(const Strip& strip, int64_t r, int64_t rows, const Pairs& pairs) {
+        const Links links(space_.links, sight_, r, rows, strip, pairs, space_.scores, values_.step(),
+                          [&](int64_t row) { return values_.at(row); });
+        gather_to(out_, links, rows, strip, space_.factor + r * LANES, token(strip, r), l_, space_.out);
     }
 
     const FoveateAttend& call_;
@@ -121,12 +104,12 @@ class Forward {
     const NaturalRows values_;
     float* lse_;
     Sight sight_;
-    Prefetch ahead_;
 };
 
 int64_t forward(const FoveateAttend& call, const FoveateNeighborhood& window) {
     const int64_t heads = call.q.heads;
-    const Plan plan(window, (8 * call.threads + call.batch * heads - 1) / (call.batch * heads));
+    const int64_t pieces = (8 * call.threads + call.batch * heads - 1) / (call.batch * heads);
+    const Plan plan(window, pieces, 4 * (call.dim + call.value_dim));
     const int64_t all = call.batch * heads * plan.lattices() * plan.boxes();
     Queue queue(all);
     const bool done = on_threads(std::min(call.threads, all), [&](int64_t) {

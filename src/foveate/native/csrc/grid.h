@@ -7,6 +7,12 @@
 
 namespace foveate::grid {
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int GROUP = 4;  // rows of queries that are worked on together
+#else
+constexpr int GROUP = 6;
+#endif
+
 struct Range {
     int64_t begin, end;
     int64_t size() const { return end - begin; }
@@ -32,7 +38,6 @@ struct Axis {
 struct Box {
     Range z, y, x;
     int64_t rows() const { return z.size() * y.size(); }
-    int64_t tokens() const { return rows() * x.size(); }
     int64_t row(int64_t at_z, int64_t at_y) const { return (at_z - z.begin) * y.size() + at_y - y.begin; }
 };
 
@@ -41,35 +46,35 @@ struct Lattice {
     int64_t token(int64_t at_z, int64_t at_y, int64_t at_x) const {
         return z.token + at_z * z.stride + y.token + at_y * y.stride + x.token + at_x * x.stride;
     }
+    Box whole() const { return {{0, z.length}, {0, y.length}, {0, x.length}}; }
     Box keys(const Box& queries) const { return {z.keys(queries.z), y.keys(queries.y), x.keys(queries.x)}; }
 };
 
 // All lattices of a grid, one for each residue of the dilations, and the boxes that each is split into.
 class Plan {
   public:
-    // Boxes for about `wanted` pieces of work in all, but none so small that its border outweighs it, and none so
-    // wide that the rows of keys in its sight leave the cache.
-    Plan(const FoveateNeighborhood& window, int64_t wanted) : window_(window) {
-        wanted = (wanted + lattices() - 1) / lattices();
+    // About `pieces` boxes of each lattice, but none so small that its border outweighs it; more where the keys in
+    // sight would else leave the cache.
+    Plan(const FoveateNeighborhood& window, int64_t pieces, int64_t token_bytes) : window_(window) {
         for (int axis = 0; axis < 3; ++axis) {
-            const int64_t least = axis < 2 ? std::max<int64_t>(2 * size(axis), 8) : std::max<int64_t>(size(axis), 64);
-            const int64_t length = dim(axis) / dilation(axis), most = axis < 2 ? length : std::max<int64_t>(2 * least, 256);
-            splits_[axis] = std::max({std::min(length / least, wanted), (length + most - 1) / most, (int64_t)1});
-            wanted = (wanted + splits_[axis] - 1) / splits_[axis];
+            parts_[axis] = std::min(pieces, most_parts(axis));
+            pieces = (pieces + parts_[axis] - 1) / parts_[axis];
         }
+        for (int axis : {1, 2})
+            if (size(0) > 1 || axis == 2)
+                while (in_sight() * token_bytes > CACHE && parts_[axis] < most_parts(axis)) ++parts_[axis];
     }
     int64_t lattices() const { return dilation(0) * dilation(1) * dilation(2); }
-    int64_t boxes() const { return splits_[0] * splits_[1] * splits_[2]; }  // of each lattice
+    int64_t boxes() const { return parts_[0] * parts_[1] * parts_[2]; }  // of each lattice
 
     Lattice lattice(int64_t i) const {
         const int64_t x = i % dilation(2), y = i / dilation(2) % dilation(1), z = i / dilation(2) / dilation(1);
         return {axis(0, z), axis(1, y), axis(2, x)};
     }
-    // Never empty: pieces are longer than the grain of their ends.
     Box box(const Lattice& lattice, int64_t i) const {
-        const int64_t x = i % splits_[2], y = i / splits_[2] % splits_[1], z = i / splits_[2] / splits_[1];
-        return {part(lattice.z.length, z, splits_[0], 1), part(lattice.y.length, y, splits_[1], 4),
-                part(lattice.x.length, x, splits_[2], LANES)};
+        const int64_t x = i % parts_[2], y = i / parts_[2] % parts_[1], z = i / parts_[2] / parts_[1];
+        return {part(lattice.z.length, z, parts_[0], 1), part(lattice.y.length, y, parts_[1], GROUP),
+                part(lattice.x.length, x, parts_[2], LANES)};
     }
 
   private:
@@ -80,6 +85,19 @@ class Plan {
     int64_t dim(int axis) const { return of(window_.dims, axis, 1); }
     int64_t size(int axis) const { return of(window_.size, axis, 1); }
     int64_t dilation(int axis) const { return of(window_.dilation, axis, 1); }
+
+    static constexpr int64_t CACHE = 1 << 20;  // bytes
+
+    // No part is shorter than this, which is more than the grain of its ends: none is empty.
+    int64_t most_parts(int axis) const {
+        const int64_t least = axis == 2 ? std::max<int64_t>(size(2), 4 * LANES) : std::max<int64_t>(2 * size(axis), 2 * GROUP);
+        return std::max<int64_t>(dim(axis) / dilation(axis) / least, 1);
+    }
+    // Tokens of the rows of keys that a ring holds.
+    int64_t in_sight() const {
+        const auto keys = [&](int axis) { return dim(axis) / dilation(axis) / parts_[axis] + size(axis); };
+        return size(0) * (size(0) > 1 ? keys(1) : size(1) + GROUP) * keys(2);
+    }
 
     Axis axis(int axis, int64_t residue) const {
         int64_t stride = 1;
@@ -93,7 +111,7 @@ class Plan {
     }
 
     const FoveateNeighborhood& window_;
-    int64_t splits_[3];
+    int64_t parts_[3];
 };
 
 }  // namespace foveate::grid

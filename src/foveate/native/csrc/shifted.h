@@ -10,9 +10,9 @@
 namespace foveate::grid {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int MOST_SUMS = 8, MOST_OFFSETS = 4, MOST_VECTORS = 2;  // 16 registers
+constexpr int MOST_SUMS = 8, MOST_OFFSETS = 4;  // 16 registers
 #else
-constexpr int MOST_SUMS = 24, MOST_OFFSETS = 8, MOST_VECTORS = 4;  // 32
+constexpr int MOST_SUMS = 24, MOST_OFFSETS = 8;  // 32
 #endif
 
 // Lane i of the result is lane at[i] of x.
@@ -69,13 +69,14 @@ class Pairs {
     int64_t at(int64_t query, int64_t slot, int64_t offset = 0) const {
         return query * row_ + (slot * width_ + offset) * LANES;
     }
-    // Calls visit(where, offset) for all vectors of pairs of row r.
+    // Calls visit(where, offset + some rows of keys) for all vectors of pairs of row r.
     template <class Visit> FOVEATE_INLINE_MEMBER void each(const Sight& sight, int64_t r, Visit visit) const {
-        sight.each_plane(r, [&](int64_t slot, int64_t count) {
-            for (int64_t i = slot; i < slot + count; ++i)
-                for (int64_t offset = 0; offset < width_; ++offset) visit(at(r, i, offset), offset);
+        sight.each_plane(sight.lines(r), [&](int64_t slot, int64_t count) {
+            const int64_t begin = at(r, slot);
+            for (int64_t i = 0; i < count * width_; ++i) visit(begin + i * LANES, i);
         });
     }
+    int64_t width() const { return width_; }
 
   private:
     int64_t width_, row_;
@@ -104,12 +105,12 @@ static void scores_block(const float* queries, int64_t query_row, const float* k
 }
 
 // Scores of the rows of queries of a run with one row of keys. Queries are [row][d][lane], keys [d][x] from the first
-// key of lane 0 on, with `channel` numbers from one d to the next; `width` offsets.
-inline void scores(const Run& run, int64_t slot, const Strip& strip, int64_t width, int64_t dim, const float* queries,
-                   int64_t query_row, const float* keys, int64_t channel, const Pairs& pairs, float* to) {
+// key of lane 0 on, with `channel` numbers from one d to the next.
+inline void scores(const Run& run, int64_t slot, const Strip& strip, const Pairs& pairs, int64_t dim,
+                   const float* queries, int64_t query_row, const float* keys, int64_t channel, float* to) {
     with_constant<GROUP>(run.count, [&](auto rows) {
         constexpr int ROWS = decltype(rows)::value, MOST = std::min(MOST_SUMS / ROWS, MOST_OFFSETS);
-        in_parts<MOST>(width, [&](int64_t offset, auto offsets) {
+        in_parts<MOST>(pairs.width(), [&](int64_t offset, auto offsets) {
             constexpr int OFFSETS = decltype(offsets)::value;
             const auto block = strip.bent ? scores_block<ROWS, OFFSETS, true> : scores_block<ROWS, OFFSETS, false>;
             block(queries + run.first * query_row, query_row, keys + offset, channel, dim, strip.bend(),

@@ -20,9 +20,6 @@ class Head {
 
     void read(float* to, int64_t token) const { read_row(to, at(token), dtype_, x_.stride[3], dim_, padded_); }
     void write(int64_t token, const float* from) const { write_row(at(token), dtype_, x_.stride[3], from, dim_); }
-    void prefetch(int64_t token) const {
-        for (int64_t i = 0; i < dim_ * bytes_of(dtype_); i += 64) __builtin_prefetch(at(token) + i);
-    }
 
     // `count` tokens as rows one after the other, and zeros up to LANES of them.
     void read_rows(float* to, int64_t first, int64_t stride, int64_t count) const {
@@ -60,7 +57,7 @@ struct Slab {
     }
 };
 
-// Calls pack(row) for every row of keys just before it comes into sight, and visit(next row to pack) for every group.
+// Calls pack(row) for every row of keys just before it comes into sight, and visit() for every group of queries.
 template <class Pack, class Visit>
 static void each_group(const Box& queries, Sight& sight, Pack pack, Visit visit) {
     int64_t packed = 0;
@@ -68,7 +65,7 @@ static void each_group(const Box& queries, Sight& sight, Pack pack, Visit visit)
         for (int64_t y = queries.y.begin; y < queries.y.end; y += GROUP) {
             sight.look(z, {y, std::min(y + GROUP, queries.y.end)});
             for (; packed <= sight.last_row(); ++packed) pack(packed);
-            visit(packed);
+            visit();
         }
 }
 
@@ -119,69 +116,43 @@ class NaturalRows {
     float* ring_;
 };
 
+// Rows of queries where they lie, from a token on.
+inline Rows in_place(const Head& head, int64_t first, const Lattice& lattice) {
+    return {head.row(first), lattice.y.stride * head.step(), lattice.x.stride * head.step()};
+}
+
 // Rows of queries of a group, up to LANES tokens of each: transposed [channel][lane], and as rows of channels.
 class QueryRows {
   public:
-    QueryRows(const Head& head, float* transposed, float* rows) : head_(head), transposed_(transposed), rows_(rows) {}
+    QueryRows(const Head& head, float* transposed, float* rows) : head_(head), transposed_(transposed), space_(rows) {}
 
     static int64_t size(int64_t padded) { return GROUP * LANES * padded; }
 
-    void read(int64_t r, int64_t first, int64_t stride, int64_t lanes, float factor) {
-        first_[r] = head_.direct() ? head_.row(first) : rows_ + r * row();
-        step_ = head_.direct() ? stride * head_.step() : head_.padded();
+    void read(int64_t r, int64_t first, const Lattice& lattice, int64_t lanes, float factor) {
+        if (r == 0) rows_ = head_.direct() ? in_place(head_, first, lattice) : Rows{space_, row(), head_.padded()};
         float* to = transposed_ + r * row();
-        head_.read_transposed(to, LANES, first, stride, lanes, rows_ + r * row());
+        head_.read_transposed(to, LANES, first, lattice.x.stride, lanes, space_ + r * row());
         for (int64_t i = 0; i < row(); i += LANES) store(to + i, load(to + i) * factor);
     }
     int64_t row() const { return LANES * head_.padded(); }  // numbers from one row of queries to the next
     const float* transposed() const { return transposed_; }
-    const float* rows(int64_t r) const { return first_[r]; }  // without the factor
-    int64_t step() const { return step_; }                    // numbers from one token of rows() to the next
+    Rows rows(int64_t r) const { return {rows_.data + r * rows_.row, rows_.row, rows_.token}; }  // without the factor
 
   private:
     const Head& head_;
-    float *transposed_, *rows_;
-    const float* first_[GROUP];
-    int64_t step_ = 0;
+    float *transposed_, *space_;
+    Rows rows_{nullptr, 0, 0};
 };
 
-// A row of a strip's queries gathered, and written to its tokens, `stride` apart from `first` on.
-inline void gather_to(const Head& head, const Links& links, const Strip& strip, const float* factor, int64_t first,
-                      int64_t stride, float* rows) {
-    if (head.direct()) return gather(links, strip, head.padded(), factor, head.row(first), stride * head.step());
-    gather(links, strip, head.padded(), factor, rows, head.padded());
-    for (int64_t i = 0; i < strip.lanes; ++i) head.write(first + i * stride, rows + i * head.padded());
+// Rows of a strip's queries gathered and written, the first of them from token `first` on.
+inline void gather_to(const Head& head, const Links& links, int64_t rows, const Strip& strip, const float* factor,
+                      int64_t first, const Lattice& lattice, float* space) {
+    if (head.direct()) return gather(links, rows, strip, head.padded(), factor, in_place(head, first, lattice));
+    const Rows out{space, LANES * head.padded(), head.padded()};
+    gather(links, rows, strip, head.padded(), factor, out);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < strip.lanes; ++i)
+            head.write(first + r * lattice.y.stride + i * lattice.x.stride, out.data + r * out.row + i * out.token);
 }
-
-// Tokens that will be read soon, asked for a few at a time: a processor waits when it has asked for too many.
-class Prefetch {
-  public:
-    void clear() { num_pieces_ = piece_ = token_ = 0; }
-    void add(const Head& head, int64_t first, int64_t stride, int64_t count) {
-        if (count > 0 && num_pieces_ < MOST) pieces_[num_pieces_++] = {&head, first, stride, count};
-    }
-    // Asks for what was added in so many calls of part().
-    void spread(int64_t parts) {
-        int64_t all = 0;
-        for (int64_t i = 0; i < num_pieces_; ++i) all += pieces_[i].count;
-        in_part_ = (all + parts - 1) / parts;
-    }
-    void part() {
-        for (int64_t i = 0; i < in_part_ && piece_ < num_pieces_; ++i) {
-            const Piece& p = pieces_[piece_];
-            p.head->prefetch(p.first + token_ * p.stride);
-            if (++token_ == p.count) token_ = 0, ++piece_;
-        }
-    }
-
-  private:
-    static constexpr int MOST = 8 * GROUP;
-    struct Piece {
-        const Head* head;
-        int64_t first, stride, count;
-    };
-    Piece pieces_[MOST];
-    int64_t num_pieces_ = 0, piece_ = 0, token_ = 0, in_part_ = 0;
-};
 
 }  // namespace foveate::grid

@@ -4,8 +4,7 @@
 
 namespace foveate::grid {
 
-constexpr int GROUP = 4;    // rows of queries
-constexpr int COLUMNS = 4;  // queries along x that products with lanes of channels take together
+constexpr int COLUMNS = 4;  // queries along x that products whose lanes are channels take together
 
 // How the windows of the COLUMNS queries from a lane on lie to one another, where one rule holds for all of them.
 enum class Pace : uint8_t { ANY, EQUAL, CONSECUTIVE };
@@ -100,15 +99,15 @@ class Sight {
     int64_t slots() const { return planes_.size() * lines_.size(); }
     int64_t last_row() const { return keys_.row(planes_.end - 1, lines_.end - 1); }
 
-    // Calls visit(key row) for what row r of the queries sees.
-    template <class Visit> void each_row(int64_t r, Visit visit) const {
-        const Range lines = lattice_.y.keys(queries_.begin + r);
+    // The y of the keys that row r of the queries sees.
+    Range lines(int64_t r) const { return lattice_.y.keys(queries_.begin + r); }
+    // Calls visit(key row) for all rows of keys at these y.
+    template <class Visit> void each_row(Range lines, Visit visit) const {
         for (int64_t plane = planes_.begin; plane < planes_.end; ++plane)
             for (int64_t line = lines.begin; line < lines.end; ++line) visit(at(plane, line));
     }
-    // Calls visit(slot, count) for the slots that row r of the queries sees, as many as follow one another at a time.
-    template <class Visit> void each_plane(int64_t r, Visit visit) const {
-        const Range lines = lattice_.y.keys(queries_.begin + r);
+    // Calls visit(slot, count) for the same, as many slots at a time as follow one another.
+    template <class Visit> void each_plane(Range lines, Visit visit) const {
         for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) visit(at(plane, lines.begin).slot, lines.size());
     }
 
