@@ -15,6 +15,9 @@ from typer.testing import CliRunner, Result
 import foveate
 from foveate.cli import app
 from foveate.mixers.registry import rows
+from foveate.native import loader
+from foveate.native.search import Loaded, Status
+from foveate.native.variants import BY_NAME
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("compare", "list", "show", "train", "check", "doctor")
@@ -198,6 +201,22 @@ def test_doctor_finds_all_well() -> None:
     assert {trial["operator"] for trial in report["trials"]} == {"attend", "recur"}
     assert all(trial["detail"] for trial in report["trials"] if trial["verdict"] == "does not run")
     assert foveate_command("doctor").exit_code == 0
+
+
+def test_doctor_says_what_became_of_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = json.loads(foveate_command("doctor", "--json").stdout)["native"]
+    assert native.keys() == {"isa", "path", "origin", "reason", "skipped"}
+    assert (native["isa"] is None) == bool(native["reason"])
+    monkeypatch.setattr(loader, "_loaded", Loaded(None, Status(reason="there is no compiler")))
+    result = foveate_command("doctor")
+    assert result.exit_code == 0
+    assert result.stdout.count("there is no compiler") > len(BY_NAME)  # each variant, and the implementation
+
+
+def test_doctor_refuses_a_variant_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_loaded", None)
+    monkeypatch.setenv("FOVEATE_ISA", "sse")
+    assert "FOVEATE_ISA=sse" in refused("doctor")
 
 
 def test_doctor_finds_an_implementation_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
