@@ -178,8 +178,8 @@ class Chooser {
 // Numbers: planes, rows, columns, rows_per_word, num_blocks, plane_stride, budget, by_share, as in Choosing.
 FOVEATE_API int64_t foveate_choose(const float* scores, const int64_t* own, uint64_t* words, const int64_t* numbers,
                                    int64_t threads) {
-    foveate::selection::Choosing call{scores, numbers[0], numbers[1], numbers[2], own, numbers[3], numbers[4], numbers[5],
-                           numbers[6], numbers[7], words};
+    const foveate::selection::Choosing call{scores,     numbers[0], numbers[1], numbers[2], own,  numbers[3],
+                                            numbers[4], numbers[5], numbers[6], numbers[7], words};
     const int64_t per_plane = (call.rows + call.rows_per_word - 1) / call.rows_per_word;
     foveate::Queue queue(call.planes * per_plane, 4);
     const bool done = foveate::on_threads(threads, [&](int64_t) {

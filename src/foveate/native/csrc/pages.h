@@ -11,7 +11,8 @@ namespace foveate {
 static inline void prefer_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t PAGE = 1 << 21;
-    const uintptr_t first = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, end = ((uintptr_t)memory + bytes) / PAGE * PAGE;
+    const uintptr_t first = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = ((uintptr_t)memory + bytes) / PAGE * PAGE;
     if (first < end) madvise((void*)first, end - first, MADV_HUGEPAGE);
 #else
     (void)memory, (void)bytes;

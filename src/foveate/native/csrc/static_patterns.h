@@ -13,7 +13,8 @@ class Band : public Pattern {
   public:
     Band(int64_t low, int64_t high) : low_(low), high_(high) {}
     Bound bounds(const Box& box) const override {
-        return bound(box.farthest() >= low_ && box.nearest() <= high_, box.nearest() >= low_ && box.farthest() <= high_);
+        const bool some = box.farthest() >= low_ && box.nearest() <= high_;
+        return bound(some, box.nearest() >= low_ && box.farthest() <= high_);
     }
     void fill(const Box& tile, Square& square) const override {
         const int64_t corner = tile.q_low - tile.k_low + TILE - 1, first = corner - high_, last = corner - low_;
