@@ -12,6 +12,7 @@ from native_checks import (
     DTYPES,
     LAYOUTS,
     assert_errs_no_more,
+    assert_native_agrees,
     cast,
     every_dtype,
     needs_native,
@@ -22,7 +23,7 @@ from native_checks import (
 from torch import Tensor
 
 from foveate import Grid, neighborhood, strips, window
-from foveate.native.neighborhood import Windows, backward, forward, windows_of
+from foveate.native.neighborhood import Windows, backward, forward, pays, windows_of
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.layouts import Sequence
 
@@ -203,3 +204,13 @@ def test_windows_are_told_from_other_patterns() -> None:
     assert all(windows_of(pattern, grid, 80) is None for pattern in others)
     assert windows_of(neighborhood(3), grid, 70) is None
     assert windows_of(neighborhood(3), Sequence(80), 80) is None
+
+
+def test_attend_takes_windows_where_they_pay() -> None:
+    small, whole = neighborhood(3), neighborhood((14, 15))
+    layout = Grid(14, 15)
+    for pattern, expected in ((small, True), (whole, False)):
+        windows = windows_of(pattern, layout, layout.length)
+        assert windows is not None
+        assert pays(windows, torch.float32, 32) is expected
+        assert_native_agrees(inputs(layout) | {"pattern": pattern, "layout": layout}, torch.float32)

@@ -17,7 +17,7 @@ from foveate.attention.spec import TILE, WIDEST, Spec
 from foveate.native import call as c
 from foveate.native import neighborhood
 from foveate.native.loader import library, num_threads, status
-from foveate.native.neighborhood import Windows, windows_of
+from foveate.native.neighborhood import Windows, pays, windows_of
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band, band_of
 from foveate.patterns.layouts import Layout
@@ -49,12 +49,14 @@ def run(call: Call) -> Partial:
 
 
 def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> shared.Seen:
-    """A band or windows on a grid where the pattern is such, else its selection."""
+    """A band where the pattern is one, windows on a grid where it is such and they are faster, else its selection."""
     band = band_of(pattern, layout)
     if band is not None:
         return band
     windows = windows_of(pattern, layout, q.shape[2]) if plain and q.shape[2] == k.shape[2] else None
-    return windows or pattern.select(q, k, layout, tile=TILE, scale=scale)
+    if windows is not None and pays(windows, q.dtype, q.shape[3]):
+        return windows
+    return pattern.select(q, k, layout, tile=TILE, scale=scale)
 
 
 def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ namespace foveate::grid {
 namespace {
 
 struct Workspace {
-    float *keys, *values, *key_rows, *rows, *queries, *query_rows, *grads, *grad_rows, *weights, *slopes, *dq, *ones;
+    float *keys, *values, *key_rows, *dk, *dv, *rows, *queries, *query_rows, *grads, *grad_rows, *weights, *slopes, *dq, *ones;
     KeyRow* seen;
     Link* links;
     Strip* strips;
@@ -21,6 +21,8 @@ struct Workspace {
         keys = arena.take<float>(TransposedRows::size(slab, dim));
         values = arena.take<float>(TransposedRows::size(slab, value_dim));
         key_rows = arena.take<float>(NaturalRows::size(slab, dim));
+        dk = arena.take<float>(NaturalRows::size(slab, dim));
+        dv = arena.take<float>(NaturalRows::size(slab, value_dim));
         rows = arena.take<float>(LANES * std::max(dim, value_dim));
         queries = arena.take<float>(QueryRows::size(dim));
         query_rows = arena.take<float>(QueryRows::size(dim));
@@ -36,11 +38,11 @@ struct Workspace {
     }
 };
 
-// All queries of a box, for one head; adds to the sums dk and dv.
+// All queries of a box, for one head.
 class Backward {
   public:
     Backward(const FoveateAttend& call, const Box& box, const Slab& slab, const Workspace& space, int64_t b, int64_t h,
-             const KeySum& dk, const KeySum& dv)
+             const SummedRows& dk, const SummedRows& dv)
         : call_(call), l_(slab.lattice), box_(box), slab_(slab), space_(space), q_(call, call.q, b, h, call.dim),
           k_(call, call.k, b, h, call.dim), v_(call, call.v, b, h, call.value_dim),
           out_(call, call.out, b, h, call.value_dim), grad_out_(call, call.grad_out, b, h, call.value_dim),
@@ -53,10 +55,14 @@ class Backward {
     }
 
     void run() {
-        const auto pack = [&](int64_t row) { keys_.pack(row), values_.pack(row), key_rows_.pack(row); };
+        const auto pack = [&](int64_t row) {
+            if (row >= slab_.ring) dk_.end(row - slab_.ring), dv_.end(row - slab_.ring);
+            keys_.pack(row), values_.pack(row), key_rows_.pack(row), dk_.begin(row), dv_.begin(row);
+        };
         each_group(box_, sight_, pack, [&] {
             for (int64_t i = 0; i < Strip::count_in(box_.x); ++i) strip(space_.strips[i]);
         });
+        for (int64_t row = slab_.keys.rows() - slab_.ring; row < slab_.keys.rows(); ++row) dk_.end(row), dv_.end(row);
     }
 
   private:
@@ -115,16 +121,13 @@ class Backward {
 
     // dq of rows of queries, and what they add to dk and dv.
     void add(const Strip& strip, int64_t r, int64_t rows, const Pairs& pairs) {
-        const auto links = [&](const float* weights, int64_t step, auto tokens_of) {
-            return Links(space_.links, sight_, r, rows, strip, pairs, weights, step, tokens_of);
+        const auto links = [&](const float* weights, const auto& key_rows) {
+            return Links(space_.links, sight_, r, rows, strip, pairs, weights, key_rows.step(),
+                         [&](int64_t row) { return key_rows.at(row); });
         };
-        gather_to(dq_, links(space_.slopes, key_rows_.step(), [&](int64_t row) { return key_rows_.at(row); }), rows,
-                  strip, space_.ones, token(strip, r), l_, space_.dq);
-        const auto sum_of = [&](const KeySum& sum) {
-            return [&](int64_t row) { return sum.at(slab_.token(row, 0)); };
-        };
-        scatter(links(space_.slopes, dk_.step * l_.x.stride, sum_of(dk_)), rows, strip, k_.padded(), queries_.rows(r));
-        scatter(links(space_.weights, dv_.step * l_.x.stride, sum_of(dv_)), rows, strip, v_.padded(), grads_.rows(r));
+        gather_to(dq_, links(space_.slopes, key_rows_), rows, strip, space_.ones, token(strip, r), l_, space_.dq);
+        scatter(links(space_.slopes, dk_), rows, strip, k_.padded(), queries_.rows(r));
+        scatter(links(space_.weights, dv_), rows, strip, v_.padded(), grads_.rows(r));
     }
 
     const FoveateAttend& call_;
@@ -136,22 +139,25 @@ class Backward {
     QueryRows queries_, grads_;
     const TransposedRows keys_, values_;
     const NaturalRows key_rows_;
-    const KeySum dk_, dv_;
+    const SummedRows &dk_, &dv_;
     const int64_t first_;  // number of query 0 among the log row sums
     Sight sight_;
 };
 
-// The query heads first .. end, for some boxes of a lattice.
+// Some query heads, for some boxes of a lattice.
 void work(const FoveateAttend& call, const Plan& plan, const Lattice& lattice, Range boxes, int64_t part, Range heads,
           const KeySums& dk, const KeySums& dv) {
     for (int64_t h = heads.begin; h < heads.end; ++h) {
+        const bool shared = boxes.size() > 1;
         for (const KeySums* sums : {&dk, &dv})
-            if (sums->begins(h)) sums->clear(h, part, lattice, sums->keys_of(lattice, part));
+            if (shared && sums->begins(h)) sums->clear(h, part, lattice);
         for (int64_t i = boxes.begin; i < boxes.end; ++i) {
             const Box box = plan.box(lattice, i);
             const Slab slab(lattice, box);
-            Backward(call, box, slab, scratch<Workspace>(call, slab, box), h / call.q.heads, h % call.q.heads,
-                     dk.at(h, part), dv.at(h, part))
+            const auto space = scratch<Workspace>(call, slab, box);
+            Backward(call, box, slab, space, h / call.q.heads, h % call.q.heads,
+                     SummedRows(slab, dk.at(h, part), space.dk, shared || !dk.begins(h)),
+                     SummedRows(slab, dv.at(h, part), space.dv, shared || !dv.begins(h)))
                 .run();
         }
     }

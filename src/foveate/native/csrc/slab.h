@@ -93,27 +93,32 @@ class TransposedRows {
     float *ring_, *rows_;
 };
 
-// Rows of keys as [x][channel]: where they lie, if vectors can be read there.
+// Rows of keys as [x][channel]: where they lie, if vectors can be read there and tokens follow one another.
 class NaturalRows {
   public:
-    NaturalRows(const Slab& slab, const Head& head, float* ring) : slab_(slab), head_(head), ring_(ring) {}
+    NaturalRows(const Slab& slab, const Head& head, float* ring)
+        : slab_(slab), head_(head), ring_(ring),
+          in_place_(head.direct() && slab.lattice.x.stride * head.step() == head.padded()) {}
 
-    static int64_t size(const Slab& slab, int64_t padded) { return slab.ring * slab.columns() * padded; }
+    // A cache line more than the numbers of a row, so that rows do not compete.
+    static int64_t pitch(const Slab& slab, int64_t padded) { return slab.columns() * padded + LANES; }
+    static int64_t size(const Slab& slab, int64_t padded) { return slab.ring * pitch(slab, padded); }
 
-    int64_t step() const { return head_.direct() ? slab_.lattice.x.stride * head_.step() : head_.padded(); }
+    int64_t step() const { return head_.padded(); }
     float* at(int64_t row) const {
-        if (head_.direct()) return head_.row(slab_.token(row, 0));
-        return ring_ + slab_.place(row) * slab_.columns() * head_.padded();
+        if (in_place_) return head_.row(slab_.token(row, 0));
+        return ring_ + slab_.place(row) * pitch(slab_, head_.padded());
     }
     void pack(int64_t row) const {
-        if (head_.direct()) return;
-        for (int64_t x = 0; x < slab_.columns(); ++x) head_.read(at(row) + x * head_.padded(), slab_.token(row, x));
+        if (in_place_) return;
+        for (int64_t x = 0; x < slab_.columns(); ++x) head_.read(at(row) + x * step(), slab_.token(row, x));
     }
 
   private:
     const Slab& slab_;
     const Head& head_;
     float* ring_;
+    const bool in_place_;
 };
 
 // Rows of queries where they lie, from a token on.
