@@ -47,9 +47,9 @@ def select(pattern: Pattern, scene: Scene, device: torch.device | str) -> Select
 
 
 def pool(x: Tensor, block: int, lead: int) -> Tensor | None:
-    """See :func:`foveate.patterns.choose.pool`; None where the kernels cannot do it."""
+    """See :func:`foveate.patterns.choose.pool`; None where the kernels cannot do it, or there is nothing to do."""
     library = _library()
-    if library is None or x.device.type != "cpu" or x.dtype not in DTYPES:
+    if library is None or x.device.type != "cpu" or x.dtype not in DTYPES or x.shape[2] == 0:
         return None
     batch, heads, tokens, dim = x.shape
     blocks = -(-(lead + tokens) // block)
