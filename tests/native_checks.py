@@ -89,12 +89,15 @@ def assert_native_agrees(
         outcome(one, seeds, impl) for one, impl in ((exact, "reference"), (low, "reference"), (low, "native"))
     )
     names = ["out", "lse", "dq", "dk", "dv", *(f"gradient {i}" for i in range(len(truths) - 5))]
-    for name, truth, plain, actual, size in zip(names, truths, plains, actuals, sizes(exact, seeds), strict=True):
+    # Weights that are rounded to half precision need no exact exponentials, and their sums do not get them.
+    noises = [max(EPS, torch.finfo(dtype).eps / 64) if name == "lse" else EPS for name in names]
+    summed = [noise * size for noise, size in zip(noises, sizes(exact, seeds), strict=True)]
+    for name, truth, plain, actual, sums in zip(names, truths, plains, actuals, summed, strict=True):
         assert actual.dtype == (torch.float32 if name == "lse" else dtype), name
-        assert_errs_no_more(f"{name} in {dtype}", actual, plain, truth, size)
+        assert_errs_no_more(f"{name} in {dtype}", actual, plain, truth, sums)
 
 
-def assert_errs_no_more(what: str, actual: Tensor, plain: Tensor, truth: Tensor, size: Tensor) -> None:
+def assert_errs_no_more(what: str, actual: Tensor, plain: Tensor, truth: Tensor, sums: Tensor) -> None:
     assert actual.shape == truth.shape, f"{what}: {tuple(actual.shape)}, not {tuple(truth.shape)}"
     strange = ~truth.isfinite()
     assert torch.equal(actual.double()[strange], truth[strange]), f"{what}: infinite at other places"
@@ -103,11 +106,10 @@ def assert_errs_no_more(what: str, actual: Tensor, plain: Tensor, truth: Tensor,
     errors = [float((x.double() - truth)[fits].norm()) for x in (actual, plain)]
     luck = 8 if truth.numel() < 64 else 1  # over a few numbers, plain arithmetic may hit the exact ones
     rounding = luck * torch.finfo(actual.dtype).eps * float(truth[fits].norm())
-    summed = size.reshape(truth.shape) if size.numel() == truth.numel() else size.sum_to_size(truth.shape)
-    allowed = 2 * errors[1] + rounding + 2 * EPS * float(summed[fits].norm())
-    assert errors[0] <= allowed, (
-        f"{what}: error {errors[0]:.3g}, allowed {allowed:.3g}; the definition's {errors[1]:.3g}"
-    )
+    sums = sums.reshape(truth.shape) if sums.numel() == truth.numel() else sums.sum_to_size(truth.shape)
+    allowed = 2 * errors[1] + rounding + 2 * float(sums[fits].norm())
+    said = f"{what}: error {errors[0]:.3g}, allowed {allowed:.3g}"
+    assert errors[0] <= allowed, f"{said}; the definition's {errors[1]:.3g}, a rounding {rounding:.3g}"
 
 
 def decided(call: dict[str, Any]) -> dict[str, Any]:
