@@ -193,7 +193,7 @@ def test_sums_over_long_rows_keep_their_digits(num_queries: int) -> None:
     exact = attend_partial(q.double(), k.double(), v.double(), impl="reference")
     plain, ours = (attend_partial(q, k, v, impl=impl) for impl in ("reference", "native"))
     for right, one, other in zip(exact, plain, ours, strict=True):
-        allowed = 2 * (one.double() - right).norm() + EPS * right.norm()
+        allowed = 2 * (one.double() - right).norm() + 8 * EPS * right.norm()  # a drift would be a hundred times that
         assert (other.double() - right).norm() <= allowed
 
 
