@@ -8,25 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from native_checks import (
-    DTYPES,
-    LAYOUTS,
-    assert_errs_no_more,
-    assert_native_agrees,
-    cast,
-    every_dtype,
-    needs_native,
-    one_thread,
-    outcome,
-    sizes,
-)
+from native_checks import DTYPES, LAYOUTS, assert_native_agrees, cast, every_dtype, needs_native, one_thread, outcome
 from torch import Tensor
 
-from foveate import Grid, neighborhood, strips, window
+from foveate import Grid, attend, neighborhood, strips, window
+from foveate.attention import native
 from foveate.native.neighborhood import Windows, backward, forward, pays, windows_of
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.layouts import Sequence
+from foveate.patterns.selection import Selection
 
+Relaid = Callable[[Tensor], Tensor]
 pytestmark = [needs_native, pytest.mark.usefixtures(one_thread.__name__)]
 
 HEADS = ((2, 2, 2), (4, 2, 2), (4, 1, 4), (6, 2, 3), (1, 1, 1))  # of queries, keys and values
@@ -50,45 +42,32 @@ CASES = [  # grids that no vector divides, windows of even and odd sizes up to t
 ]
 
 
+@pytest.fixture(autouse=True)
+def _whether_or_not_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.attention.native.pays", lambda *_: True)
+
+
 def inputs(
     layout: Grid, heads: tuple[int, int, int] | None = None, dim: int = 0, value_dim: int = 0, batch: int = 2
 ) -> dict[str, Any]:
-    """Queries, keys and values of any heads and widths."""
+    """Queries, keys and values of any heads and widths, and a scale."""
     chosen = heads or random.choice(HEADS)
     dim, value_dim = dim or random.choice([1, 7, 16, 32, 40]), value_dim or random.choice([3, 16, 32, 33])
     widths = zip("qkv", chosen, (dim, dim, value_dim), strict=True)
-    return {name: torch.randn(batch, h, layout.length, d, dtype=torch.float64) for name, h, d in widths}
+    tensors = {name: torch.randn(batch, h, layout.length, d, dtype=torch.float64) for name, h, d in widths}
+    return tensors | {"scale": random.choice([0.3, 1.0, -0.5])}
 
 
 def assert_agrees(
-    pattern: Pattern,
-    layout: Grid,
-    tensors: dict[str, Any],
-    dtype: torch.dtype,
-    relaid: Callable[[Tensor], Tensor] | None = None,
+    pattern: Pattern, layout: Grid, call: dict[str, Any], dtype: torch.dtype, relaid: Relaid | None = None
 ) -> None:
-    """The kernels err at most twice as much as the definition in this dtype."""
-    call = cast(tensors, dtype) | {"pattern": pattern, "layout": layout, "scale": random.choice([0.3, 1.0, -0.5])}
-    shape = (*call["q"].shape[:3], call["v"].shape[3])
-    seeds = torch.randn(shape).to(dtype), torch.randn(shape[:3]).to(dtype)
-    if relaid is not None:
-        call |= {name: relaid(call[name].detach()).requires_grad_() for name in "qkv"}
-        seeds = relaid(seeds[0]), seeds[1]
-    exact = cast(call, torch.float64)
-    actuals = results(windows_of(pattern, layout, layout.length), call, seeds)
-    truths, plains = (outcome(one, seeds, "reference") for one in (exact, call))
-    for name, truth, plain, actual, size in zip(
-        ("out", "lse", "dq", "dk", "dv"), truths, plains, actuals, sizes(exact, seeds), strict=True
-    ):
-        assert actual.dtype == (torch.float32 if name == "lse" else dtype), name
-        assert_errs_no_more(f"{name} of {pattern} on {layout} in {dtype}", actual, plain, truth, size)
+    assert_native_agrees(call | {"pattern": pattern, "layout": layout}, dtype, relaid)
 
 
-def results(windows: Windows | None, call: dict[str, Any], seeds: tuple[Tensor, Tensor]) -> list[Tensor]:
-    assert windows is not None
-    q, k, v = (call[name].detach() for name in "qkv")
-    out, lse = forward(windows, q, k, v, call["scale"])
-    return [out, lse, *backward(windows, q, k, v, out, lse, seeds[0], seeds[1], call["scale"])]
+def windows(pattern: Pattern, layout: Grid) -> Windows:
+    found = windows_of(pattern, layout, layout.length)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("pattern, layout", CASES, ids=str)
@@ -133,32 +112,27 @@ def test_threads_share_the_boxes_of_a_grid_and_agree(
 @every_dtype
 def test_the_same_bits_however_threads_are_scheduled(dtype: torch.dtype) -> None:
     torch.set_num_threads(2)
-    pattern, layout = neighborhood((5, 7)), Grid(40, 30)
-    call = cast(inputs(layout, (2, 1, 1), batch=1), dtype) | {"scale": 0.2}
-    seeds = torch.randn(1, 2, layout.length, call["v"].shape[3]).to(dtype), torch.randn(1, 2, layout.length)
-    first, *others = (results(windows_of(pattern, layout, layout.length), call, seeds) for _ in range(8))
+    layout = Grid(40, 30)
+    call = cast(inputs(layout, (2, 1, 1), batch=1), dtype) | {"pattern": neighborhood((5, 7)), "layout": layout}
+    call |= {"bias": None, "weights": "softmax"}
+    seeds = torch.randn(1, 2, layout.length, call["v"].shape[3]), torch.randn(1, 2, layout.length)
+    first, *others = (outcome(call, seeds, "native") for _ in range(8))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_tokens_outside_a_window_do_not_reach_its_query() -> None:
     """Not even as NaN times zero: neither values, nor what borders and padding make up for."""
-    pattern, layout = neighborhood((3, 3)), Grid(9, 20)
-    call = cast(inputs(layout, (1, 1, 1), batch=1), torch.float32) | {"scale": 0.2}
-    spoiled = {name: call[name].detach().clone() for name in "kv"}
-    for x in spoiled.values():
-        x.view(1, 1, 9, 20, -1)[:, :, 4, 10] = torch.nan
-    windows = windows_of(pattern, layout, layout.length)
-    assert windows is not None
-    q = call["q"].detach()
-    clean, dirty = (
-        forward(windows, q, k, v, 0.2)[0].view(9, 20, -1)
-        for k, v in ((call["k"].detach(), call["v"].detach()), (spoiled["k"], spoiled["v"]))
-    )
+    layout = Grid(9, 20)
+    q, k, v = (torch.randn(1, 1, 180, dim) for dim in (8, 8, 5))
+    out = [attend(q, k, v, neighborhood((3, 3)), layout=layout, impl="native").view(9, 20, 5)]
+    for x in (k, v):
+        x.view(9, 20, -1)[4, 10] = torch.nan
+    out.append(attend(q, k, v, neighborhood((3, 3)), layout=layout, impl="native").view(9, 20, 5))
     sees = torch.zeros(9, 20, dtype=torch.bool)
     sees[3:6, 9:12] = True
-    assert dirty[sees].isnan().all()
-    assert torch.equal(dirty[~sees], clean[~sees])
+    assert out[1][sees].isnan().all()
+    assert torch.equal(out[1][~sees], out[0][~sees])
 
 
 @pytest.mark.parametrize("size", [1e-4, 3e3])
@@ -170,30 +144,27 @@ def test_logits_all_but_equal_and_far_apart(size: float) -> None:
 
 
 def test_the_gradient_of_log_row_sums_may_be_absent() -> None:
-    pattern, layout = neighborhood(3), Grid(6, 7)
-    windows = windows_of(pattern, layout, layout.length)
-    assert windows is not None
-    q, k, v = (x.detach().float() for x in inputs(layout, (2, 2, 2)).values())
-    out, lse = forward(windows, q, k, v, 0.3)
+    seen = windows(neighborhood(3), Grid(6, 7))
+    q, k, v = (torch.randn(2, 2, 42, 16) for _ in range(3))
+    out, lse = forward(seen, q, k, v, 0.3)
     grad_out = torch.randn_like(out)
     without, zero = (
-        backward(windows, q, k, v, out, lse, grad_out, grad_lse, 0.3) for grad_lse in (None, torch.zeros_like(lse))
+        backward(seen, q, k, v, out, lse, grad_out, grad_lse, 0.3) for grad_lse in (None, torch.zeros_like(lse))
     )
     assert all(torch.equal(a, b) for a, b in zip(without, zero, strict=True))
 
 
 def test_no_queries_no_work() -> None:
-    windows = windows_of(neighborhood(3), Grid(5, 5), 25)
-    assert windows is not None
-    q = torch.randn(0, 2, 25, 8)
-    assert forward(windows, q, q, q, 1.0)[0].shape == (0, 2, 25, 8)
+    q = torch.randn(0, 2, 25, 8, requires_grad=True)
+    out = attend(q, q, q, neighborhood(3), layout=Grid(5, 5), impl="native")
+    assert out.shape == (0, 2, 25, 8)
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
 
 
 def test_windows_are_told_from_other_patterns() -> None:
     grid = Grid(8, 10)
-    assert windows_of(neighborhood((3, 5), dilation=2, causal=(True, False)), grid, 80) == Windows(
-        (8, 10), (3, 5), (2, 2), (True, False)
-    )
+    seen = windows(neighborhood((3, 5), dilation=2, causal=(True, False)), grid)
+    assert seen == Windows((8, 10), (3, 5), (2, 2), (True, False))
     others: list[Pattern] = [
         strips(2),
         window(4),
@@ -206,11 +177,16 @@ def test_windows_are_told_from_other_patterns() -> None:
     assert windows_of(neighborhood(3), Sequence(80), 80) is None
 
 
-def test_attend_takes_windows_where_they_pay() -> None:
-    small, whole = neighborhood(3), neighborhood((14, 15))
+def test_attend_takes_windows() -> None:
     layout = Grid(14, 15)
-    for pattern, expected in ((small, True), (whole, False)):
-        windows = windows_of(pattern, layout, layout.length)
-        assert windows is not None
-        assert pays(windows, torch.float32, 32) is expected
-        assert_native_agrees(inputs(layout) | {"pattern": pattern, "layout": layout}, torch.float32)
+    q = torch.randn(1, 2, layout.length, 16)
+    assert isinstance(native.sees(q, q, neighborhood(3), layout, 1.0, plain=True), Windows)
+    assert isinstance(native.sees(q, q, neighborhood(3), layout, 1.0, plain=False), Selection)
+
+
+def test_windows_pay_where_tiles_would_form_many_more_pairs() -> None:
+    narrow, whole = (windows(neighborhood(size), Grid(14, 15)) for size in (3, (14, 15)))
+    for dtype in DTYPES:
+        assert pays(narrow, dtype, 32)
+        assert not pays(whole, dtype, 32)
+    assert pays(windows(neighborhood(21), Grid(64, 64)), torch.float32, 32)

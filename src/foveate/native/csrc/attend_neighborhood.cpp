@@ -55,10 +55,9 @@ class Forward {
         for (int64_t r = 0; r < num_rows; ++r)
             queries_.read(r, token(strip, r), l_, strip.lanes, (float)(call_.scale * LOG2E));
         for (const Run& run : sight_)
-            for (const KeyRow& key : run) {
+            for (const KeyRow& key : run)
                 scores(run, key.slot, strip, pairs, call_.dim, queries_.transposed(), queries_.row(),
                        keys_.at(key.row) + strip.column, keys_.channel(), space_.scores);
-            }
         for (int64_t r = 0; r < num_rows; ++r) softmax(strip, r, pairs);
         for (int64_t r = 0; r < num_rows; r += ROWS) write(strip, r, std::min<int64_t>(num_rows - r, ROWS), pairs);
     }
@@ -72,7 +71,10 @@ class Forward {
         const bool ragged = strip.ragged;
         pairs.each(sight_, r, [&](int64_t at, int64_t i) {
             Floats score = load(space_.scores + at);
-            if (ragged) store(space_.scores + at, score = choose(strip.seeing(i % pairs.width()), score, all(-INFINITY)));
+            if (ragged) {
+                score = choose(strip.seeing(i % pairs.width()), score, all(-INFINITY));
+                store(space_.scores + at, score);
+            }
             top = greater(top, score);
         });
         pairs.each(sight_, r, [&](int64_t at, int64_t) {

@@ -10,7 +10,8 @@ namespace foveate::grid {
 namespace {
 
 struct Workspace {
-    float *keys, *values, *key_rows, *dk, *dv, *rows, *queries, *query_rows, *grads, *grad_rows, *weights, *slopes, *dq, *ones;
+    float *keys, *values, *key_rows, *dk, *dv, *rows, *queries, *query_rows, *grads, *grad_rows;
+    float *weights, *slopes, *dq, *ones;
     KeyRow* seen;
     Link* links;
     Strip* strips;
@@ -144,20 +145,23 @@ class Backward {
     Sight sight_;
 };
 
-// Some query heads, for some boxes of a lattice.
-void work(const FoveateAttend& call, const Plan& plan, const Lattice& lattice, Range boxes, int64_t part, Range heads,
+// Some query heads, for one box of a lattice or all of them.
+void work(const FoveateAttend& call, const Plan& plan, int64_t lattice, int64_t part, int64_t parts, Range heads,
           const KeySums& dk, const KeySums& dv) {
+    const Lattice l = plan.lattice(lattice);
+    const Range boxes = parts == 1 ? Range{0, plan.boxes()} : Range{part, part + 1};
+    const bool shared = boxes.size() > 1;
     for (int64_t h = heads.begin; h < heads.end; ++h) {
-        const bool shared = boxes.size() > 1;
-        for (const KeySums* sums : {&dk, &dv})
-            if (shared && sums->begins(h)) sums->clear(h, part, lattice);
+        const KeySum of_keys = dk.at(h, l, lattice, part), of_values = dv.at(h, l, lattice, part);
+        if (shared && dk.begins(h)) of_keys.clear();
+        if (shared && dv.begins(h)) of_values.clear();
         for (int64_t i = boxes.begin; i < boxes.end; ++i) {
-            const Box box = plan.box(lattice, i);
-            const Slab slab(lattice, box);
+            const Box box = plan.box(l, i);
+            const Slab slab(l, box);
             const auto space = scratch<Workspace>(call, slab, box);
             Backward(call, box, slab, space, h / call.q.heads, h % call.q.heads,
-                     SummedRows(slab, dk.at(h, part), space.dk, shared || !dk.begins(h)),
-                     SummedRows(slab, dv.at(h, part), space.dv, shared || !dv.begins(h)))
+                     SummedRows(slab, of_keys, space.dk, shared || !dk.begins(h)),
+                     SummedRows(slab, of_values, space.dv, shared || !dv.begins(h)))
                 .run();
         }
     }
@@ -172,14 +176,14 @@ int64_t backward(const FoveateAttend& call, const FoveateNeighborhood& window) {
     const int64_t heads = std::lcm(call.q.heads / call.k.heads, call.q.heads / call.v.heads);  // of a unit
     const int64_t units = call.batch * call.q.heads / heads, pieces = pieces_of(call, units);
     const Plan plan(window, pieces, 4 * (call.dim + call.value_dim));
-    const int64_t boxes = plan.boxes(), parts = pieces == 1 ? 1 : boxes;
+    const int64_t parts = pieces == 1 ? 1 : plan.boxes(), items = units * plan.lattices() * parts;
     const KeySums dk(call, call.dk, call.dim, plan, parts), dv(call, call.dv, call.value_dim, plan, parts);
-    Queue queue(units * plan.lattices() * parts);
-    bool done = on_threads(std::min(call.threads, units * plan.lattices() * parts), [&](int64_t) {
+    Queue queue(items);
+    bool done = on_threads(std::min(call.threads, items), [&](int64_t) {
         queue.run([&](int64_t item) {
-            const int64_t part = item % parts, unit = item / parts / plan.lattices();
-            work(call, plan, plan.lattice(item / parts % plan.lattices()),
-                 parts == 1 ? Range{0, boxes} : Range{part, part + 1}, part, {unit * heads, (unit + 1) * heads}, dk, dv);
+            const int64_t part = item % parts, lattice = item / parts % plan.lattices();
+            const int64_t first = item / parts / plan.lattices() * heads;
+            work(call, plan, lattice, part, parts, {first, first + heads}, dk, dv);
         });
     });
     done = done && dk.finish() && dv.finish();

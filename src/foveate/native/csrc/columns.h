@@ -54,7 +54,8 @@ class Links {
             for (const Link* link = parts_[0]; link < parts_[1]; ++link) visit(*link, Constant<0>{}, Constant<1>{});
         for (const Link* link = parts_[1]; link < parts_[2]; ++link) visit(*link, Constant<0>{}, Constant<NUM>{});
         if constexpr (NUM > 1)
-            for (const Link* link = parts_[2]; link < parts_[3]; ++link) visit(*link, Constant<NUM - 1>{}, Constant<NUM>{});
+            for (const Link* link = parts_[2]; link < parts_[3]; ++link)
+                visit(*link, Constant<NUM - 1>{}, Constant<NUM>{});
     }
 
     const int64_t weight_row;  // numbers from a row of queries to the next

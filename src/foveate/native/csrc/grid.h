@@ -38,6 +38,7 @@ struct Axis {
 struct Box {
     Range z, y, x;
     int64_t rows() const { return z.size() * y.size(); }
+    int64_t tokens() const { return rows() * x.size(); }
     int64_t row(int64_t at_z, int64_t at_y) const { return (at_z - z.begin) * y.size() + at_y - y.begin; }
 };
 
@@ -90,7 +91,8 @@ class Plan {
 
     // No part is shorter than this, which is more than the grain of its ends: none is empty.
     int64_t most_parts(int axis) const {
-        const int64_t least = axis == 2 ? std::max<int64_t>(size(2), 4 * LANES) : std::max<int64_t>(2 * size(axis), 2 * GROUP);
+        const int64_t grain = axis == 2 ? 4 * LANES : GROUP, wide = std::max(size(axis), grain);
+        const int64_t least = axis == 2 ? wide : 2 * wide;
         return std::max<int64_t>(dim(axis) / dilation(axis) / least, 1);
     }
     // Tokens of the rows of keys that a ring holds.

@@ -60,7 +60,8 @@ template <int MOST, class Work> FOVEATE_INLINE void in_parts(int64_t count, Work
 // Where the numbers of a group's pairs lie: [row of queries][row of keys][offset][lane].
 class Pairs {
   public:
-    Pairs(const Lattice& lattice, const Sight& sight) : width_(lattice.x.size), row_((sight.slots() * width_ + 1) * LANES) {}
+    Pairs(const Lattice& lattice, const Sight& sight)
+        : width_(lattice.x.size), row_((sight.slots() * width_ + 1) * LANES) {}
 
     static int64_t size(const Lattice& lattice) {
         return GROUP * (Sight::most_rows(lattice) * lattice.x.size + 1) * LANES;

@@ -8,7 +8,8 @@ namespace foveate::grid {
 class Head {
   public:
     Head(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t dim)
-        : x_(x), dtype_(call.dtype), b_(b), h_(h / (call.q.heads / x.heads)), dim_(dim), padded_(round_up(dim, LANES)) {}
+        : x_(x), dtype_(call.dtype), b_(b), h_(h / (call.q.heads / x.heads)), dim_(dim),
+          padded_(round_up(dim, LANES)) {}
 
     int64_t dim() const { return dim_; }
     int64_t padded() const { return padded_; }  // channels in whole vectors
@@ -51,10 +52,9 @@ struct Slab {
     }
     int64_t columns() const { return keys.x.size(); }
     int64_t place(int64_t row) const { return row % ring; }
-    int64_t token(int64_t row, int64_t column) const {
-        return lattice.token(keys.z.begin + row / keys.y.size(), keys.y.begin + row % keys.y.size(),
-                             keys.x.begin + column);
-    }
+    int64_t z(int64_t row) const { return keys.z.begin + row / keys.y.size(); }
+    int64_t y(int64_t row) const { return keys.y.begin + row % keys.y.size(); }
+    int64_t token(int64_t row, int64_t column) const { return lattice.token(z(row), y(row), keys.x.begin + column); }
 };
 
 // Calls pack(row) for every row of keys just before it comes into sight, and visit() for every group of queries.

@@ -108,7 +108,8 @@ class Sight {
     }
     // Calls visit(slot, count) for the same, as many slots at a time as follow one another.
     template <class Visit> void each_plane(Range lines, Visit visit) const {
-        for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) visit(at(plane, lines.begin).slot, lines.size());
+        for (int64_t plane = planes_.begin; plane < planes_.end; ++plane)
+            visit(at(plane, lines.begin).slot, lines.size());
     }
 
   private:
