@@ -14,7 +14,7 @@ from torch.amp import is_autocast_available
 from foveate.options import FORCED
 from foveate.recurrence.checks import check_call, check_chunk, check_state
 from foveate.recurrence.chunks import recur_by_chunk
-from foveate.recurrence.layout import Tokens, join
+from foveate.recurrence.layout import LowRank, Tokens, join
 from foveate.recurrence.reference import recur_by_token
 
 SHORT = 2  # tokens up to which the loop over tokens is the faster form
@@ -36,6 +36,8 @@ def recur(
     *,
     decay: Tensor | None = None,
     beta: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    bonus: Tensor | None = None,
     scale: float | None = None,
     state: Tensor | None = None,
     lengths: Sequence[int] | None = None,
@@ -49,7 +51,9 @@ def recur(
 
         S_t = exp(decay_t) S_{t-1} + k_t v_t^T                            without beta
         S_t = S' + beta_t k_t (v_t - k_t^T S')^T, S' = exp(decay_t) S_{t-1}   with beta, the delta rule
+        S_t = exp(decay_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T      with low_rank = (a, b), as in RWKV-7
         o_t = scale q_t^T S_t
+        o_t = scale q_t^T (S_{t-1} + (bonus * k_t) v_t^T)                 with bonus, as in RWKV-6
 
     >>> import torch
     >>> q, k, v = (torch.randn(1, 4, 100, 16) for _ in range(3))
@@ -70,6 +74,10 @@ def recur(
                 (B, heads, N, D) per token and channel. Broadcasting beyond that is yours to `expand`.
         beta    writing strengths in [0, 2], (B, heads, N). Keys should have unit length: with
                 beta |k|^2 > 2 the rule itself diverges.
+        low_rank   a and b, (B, heads, N, D) each; it takes the place of beta. The delta rule is
+                a = exp(decay) k, b = -beta k.
+        bonus   (H, D), or (B, H, N, D) per token: what a query reads of its own token in place of 1, the
+                state being that before the token. Not beside beta.
         state   (B, S, D, Dv), what an earlier call returned. It is not written to.
         lengths of sequences packed one after another in N, with B = 1; they may be 0. Then there is
                 one state each, (len(lengths), S, D, Dv), and nothing leaks between them.
@@ -93,12 +101,12 @@ def recur(
     Papers: Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236. Yang et al., Gated Linear Attention
     Transformers with Hardware-Efficient Training, 2312.06635. Qin et al., Lightning Attention-2, 2401.04658.
     Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length, 2406.06484; Gated
-    Delta Networks, 2412.06464.
+    Delta Networks, 2412.06464. Peng et al., Eagle and Finch, 2404.05892 (bonus); RWKV-7 "Goose", 2503.14456.
     """
-    check_call(q, k, v, decay=decay, beta=beta, lengths=lengths, causal=causal)
+    check_call(q, k, v, decay=decay, beta=beta, low_rank=low_rank, bonus=bonus, lengths=lengths, causal=causal)
     check_chunk(chunk)
     run = _implementation(impl, q.size(2), causal=causal, chunk=chunk)
-    tokens = _tokens(q, k, v, decay, beta, scale)
+    tokens = _tokens(q, k, v, decay, beta, scale, low_rank, bonus)
     _, *shape = tokens.state_shape
     shape = [q.size(0) if lengths is None else len(lengths), *shape]
     if state is None:
@@ -115,8 +123,11 @@ def step(
     *,
     decay: Tensor | None = None,
     beta: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    bonus: Tensor | None = None,
     scale: float | None = None,
     state: Tensor | None = None,
+    impl: str = "auto",
 ) -> Recurrent:
     """Advance the recurrence by one token: `recur` for N = 1, as a decoder calls it.
 
@@ -129,7 +140,8 @@ def step(
     """
     if q.dim() == 4 and q.size(2) != 1:
         raise ValueError(f"step takes one token, (B, H, 1, D), got q {tuple(q.shape)}; use recur for several")
-    return recur(q, k, v, decay=decay, beta=beta, scale=scale, state=state, impl="reference")
+    options = {"decay": decay, "beta": beta, "low_rank": low_rank, "bonus": bonus}
+    return recur(q, k, v, **options, scale=scale, state=state, impl=impl)
 
 
 def _implementation(name: str, length: int, *, causal: bool, chunk: int) -> Run:
@@ -150,7 +162,16 @@ def _no_autocast(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
 
 
-def _tokens(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None, scale: float | None) -> Tokens:
+def _tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    bonus: Tensor | None,
+) -> Tokens:
     if decay is None:
         decay = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=q.device)
     elif decay.dim() == 1:
@@ -158,7 +179,10 @@ def _tokens(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor 
     elif decay.dim() == 3:
         decay = decay.unsqueeze(-1)
     beta = None if beta is None else beta.unsqueeze(-1)
-    return Tokens(q, k, v, decay, beta, q.size(-1) ** -0.5 if scale is None else scale)
+    if bonus is not None and bonus.dim() == 2:
+        bonus = bonus[None, :, None, :]
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    return Tokens(q, k, v, decay, beta, scale, None if low_rank is None else LowRank(*low_rank), bonus)
 
 
 def _run(run: Run, tokens: Tokens, state: Tensor) -> Recurrent:

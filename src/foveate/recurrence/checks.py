@@ -15,15 +15,23 @@ def check_call(
     *,
     decay: Tensor | None,
     beta: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    bonus: Tensor | None,
     lengths: Sequence[int] | None,
     causal: bool,
 ) -> None:
-    named = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}
+    a, b = (None, None) if low_rank is None else _pair(low_rank)
+    named = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta, "a": a, "b": b, "bonus": bonus}
     given = {name: x for name, x in named.items() if x is not None}
     _check_kinds(given)
     _check_qkv(q, k, v)
-    if not causal and (decay is not None or beta is not None):
-        raise ValueError("causal=False sums over all tokens alike: it takes neither decay nor beta")
+    if not causal and any(x is not None for x in (decay, beta, low_rank, bonus)):
+        raise ValueError("causal=False sums over all tokens alike: it takes neither decay nor beta, low_rank or bonus")
+    if beta is not None and (low_rank is not None or bonus is not None):
+        raise ValueError(
+            "beta stands for the delta rule: it takes neither low_rank (which has it as a = exp(decay) k, b = -beta k) "
+            "nor bonus"
+        )
     if k.size(2) != q.size(2) and (causal or lengths is not None):
         raise ValueError(
             f"q has {q.size(2)} tokens and k {k.size(2)}; they may differ only with causal=False and without lengths"
@@ -32,6 +40,15 @@ def check_call(
         _check_decay(q, decay)
     if beta is not None:
         _check_beta(q, beta)
+    for name, x in (("a", a), ("b", b)):
+        if x is not None:
+            _check_low_rank(name, q, x)
+    if a is not None and b is not None and a.shape[1] != b.shape[1]:
+        raise ValueError(f"a and b of low_rank must have as many heads, got {a.shape[1]} and {b.shape[1]}")
+    if bonus is not None and tuple(bonus.shape) not in ((q.shape[1], q.shape[3]), tuple(q.shape)):
+        raise ValueError(
+            f"bonus must be (H, D) = {(q.shape[1], q.shape[3])} or q's {tuple(q.shape)}, got {tuple(bonus.shape)}"
+        )
     if lengths is not None:
         _check_lengths(q, lengths)
 
@@ -103,6 +120,21 @@ def _check_beta(q: Tensor, beta: Tensor) -> None:
     if _readable(beta) and not bool(((beta >= 0) & (beta <= 2)).all()):
         low, high = (x.item() for x in beta.detach().aminmax())
         raise ValueError(f"beta must lie in [0, 2], but spans [{low:.4g}, {high:.4g}]; is a sigmoid missing?")
+
+
+def _pair(low_rank: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(low_rank, tuple | list) or len(low_rank) != 2:
+        raise TypeError(f"low_rank is a pair (a, b) of tensors, got {type(low_rank).__name__}")
+    return low_rank[0], low_rank[1]
+
+
+def _check_low_rank(name: str, q: Tensor, x: Tensor) -> None:
+    batch, _, length, dim = q.shape
+    if x.dim() != 4 or (x.size(0), x.size(2), x.size(3)) != (batch, length, dim):
+        raise ValueError(
+            f"{name} of low_rank must be (B, heads, N, D) with B, N, D = {batch}, {length}, {dim}, got {tuple(x.shape)}"
+        )
+    _check_heads(name, x.size(1), q)
 
 
 def _check_lengths(q: Tensor, lengths: Sequence[int]) -> None:

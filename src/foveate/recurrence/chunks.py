@@ -14,7 +14,8 @@ from torch import Tensor
 
 from foveate.recurrence.delta import Corrected, correct
 from foveate.recurrence.fold import fold
-from foveate.recurrence.layout import Grouped, Tokens, join
+from foveate.recurrence.layout import Grouped, LowRank, Tokens, join
+from foveate.recurrence.low_rank import recur_low_rank
 
 SPAN = 1024  # tokens whose chunks are computed together: bounds memory, and keeps it in a CPU's cache
 
@@ -62,7 +63,12 @@ def _chunked(inputs: Grouped, length: int, chunk: int) -> Grouped:
     if decay.size(2) == 1:
         decay = decay.expand(-1, -1, min(length, chunk), -1)
     q, k, v, decay = (_cut(x, chunk) for x in (inputs.q, inputs.k, inputs.v, decay))
-    return Grouped(q, k, v, decay, None if inputs.beta is None else _cut(inputs.beta, chunk))
+    beta = None if inputs.beta is None else _cut(inputs.beta, chunk)
+    low_rank = None if inputs.low_rank is None else LowRank(*(_cut(x, chunk) for x in inputs.low_rank))
+    bonus = inputs.bonus
+    if bonus is not None:
+        bonus = bonus.unsqueeze(-3) if bonus.size(-2) == 1 else _cut(bonus, chunk)
+    return Grouped(q, k, v, decay, beta, low_rank, bonus)
 
 
 def _cut(x: Tensor, chunk: int) -> Tensor:
@@ -73,9 +79,12 @@ def _cut(x: Tensor, chunk: int) -> Tensor:
 
 def _recur_chunks(inputs: Grouped, state: Tensor) -> tuple[Tensor, Tensor]:
     """inputs are cut into chunks: q (B, S, R, chunks, C, D), k (B, S, chunks, C, D), ..."""
-    q, k, v, decay, beta = inputs
+    q, k, v, decay, beta, low_rank, bonus = inputs
     if beta is None:
-        folded = fold(q, k, decay.exp())
+        own = None if bonus is None else (q * bonus * k.unsqueeze(2)).sum(-1, keepdim=True)
+        folded = fold(q, k, decay.exp(), own=own)
+        if low_rank is not None:
+            return recur_low_rank(inputs, folded, state)
         entering, state = _carry(folded.factor.mT, folded.columns.mT @ v, state)
     else:
         folded, corrected = correct(inputs)

@@ -27,7 +27,7 @@ class Corrected(NamedTuple):
 
 def correct(inputs: Grouped) -> tuple[Folded, Corrected]:
     """Solve for the values the delta rule really writes; the Folded is that of the queries."""
-    q, k, v, decay, beta = inputs
+    q, k, v, decay, beta, *_ = inputs
     assert beta is not None
     both = fold(torch.cat((q, k.unsqueeze(2)), 2), k, decay.exp())
     (q_products, k_products), (q_rows, k_rows) = ((x[:, :, :-1], x[:, :, -1]) for x in (both.products, both.rows))

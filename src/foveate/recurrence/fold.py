@@ -25,14 +25,20 @@ class Folded(NamedTuple):
     factor: Tensor  # (B, S, chunks, 1, D)
 
 
-def fold(x: Tensor, y: Tensor, factors: Tensor) -> Folded:
-    """Fold x (B, S, R, chunks, C, D) with y (B, S, chunks, C, D), factors (..., chunks or 1, C, D or 1)."""
+def fold(x: Tensor, y: Tensor, factors: Tensor, *, own: Tensor | None = None) -> Folded:
+    """Fold x (B, S, R, chunks, C, D) with y (B, S, chunks, C, D), factors (..., chunks or 1, C, D or 1).
+
+    With ``own`` (B, S, R, chunks, C, 1) x reads what was there *before* its token: the products of factors above
+    run over t < i, and the product of x_i with its own y_i is own_i.
+    """
     if factors.shape[2:] == y.shape[2:]:
-        return _fold_channels(x, y, factors)
+        return _fold_channels(x, y, factors, own)
     ones = torch.ones_like(factors)
-    weights = _fold_channels(ones.unsqueeze(2), ones, factors)
+    nothing = None if own is None else torch.zeros_like(ones).unsqueeze(2)
+    weights = _fold_channels(ones.unsqueeze(2), ones, factors, nothing)
+    products = multiply(x, y) * weights.products
     return Folded(
-        products=multiply(x, y) * weights.products,
+        products=products if own is None else products + torch.diag_embed(own.squeeze(-1)),
         rows=x * weights.rows,
         columns=y * weights.columns,
         factor=weights.factor,
@@ -44,10 +50,13 @@ def multiply(x: Tensor, y: Tensor) -> Tensor:
     return torch.einsum("bsrpid,bspjd->bsrpij", x, y)
 
 
-def _fold_channels(x: Tensor, y: Tensor, factors: Tensor) -> Folded:
+def _fold_channels(x: Tensor, y: Tensor, factors: Tensor, own: Tensor | None) -> Folded:
     chunk = y.size(-2)
     x, y, factor = (t.flatten(-3, -2).unsqueeze(-2) for t in (x, y, factors))  # blocks of one token
-    folded = Folded((x * y.unsqueeze(2)).sum(-1, keepdim=True), x * factor.unsqueeze(2), y, factor)
+    if own is None:
+        folded = Folded((x * y.unsqueeze(2)).sum(-1, keepdim=True), x * factor.unsqueeze(2), y, factor)
+    else:
+        folded = Folded(own.flatten(-3, -2).unsqueeze(-2), x, y, factor)
     while folded.rows.size(-2) < chunk:
         folded = _double(folded)
     return folded

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 
+class LowRank(NamedTuple):
+    """What a token's b (a^T S) is made of, beside the fading of S."""
+
+    a: Tensor  # (B, any divisor of H, M, D), or one per state
+    b: Tensor
+
+
 class Grouped(NamedTuple):
     """All inputs in the arithmetic's dtype, heads gathered by the state they share.
 
@@ -22,6 +29,8 @@ class Grouped(NamedTuple):
     v: Tensor  # (B, S, M, Dv)
     decay: Tensor  # (B or 1, S or 1, M or 1, D or 1)
     beta: Tensor | None  # (B, S, M, 1)
+    low_rank: LowRank | None  # (B, S, M, D) each
+    bonus: Tensor | None  # (B or 1, S, R, M or 1, D)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Tokens:
     decay: Tensor  # (B or 1, any divisor of H, M or 1, D or 1)
     beta: Tensor | None  # (B, any divisor of H, M, 1)
     scale: float
+    low_rank: LowRank | None = None
+    bonus: Tensor | None = None  # (B or 1, H, M or 1, D): queries read the state before the token, and this of it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,19 +53,29 @@ class Tokens:
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
-        heads = [x.size(1) for x in (self.k, self.v, self.decay, self.beta) if x is not None]
+        per_state = (self.k, self.v, self.decay, self.beta, *(self.low_rank or ()))
+        heads = [x.size(1) for x in per_state if x is not None]
         return self.q.size(0), math.lcm(*heads), self.q.size(3), self.v.size(3)
 
     def split(self, lengths: Sequence[int]) -> list[Tokens]:
         """Consecutive stretches. Uses torch.split, whose backward is one cat, where slices would each pad."""
-        columns = [_split(x, lengths) for x in (self.q, self.k, self.v, self.decay, self.beta)]
-        return [Tokens(q, k, v, decay, beta, self.scale) for q, k, v, decay, beta in zip(*columns, strict=True)]
+        low_rank = self.low_rank or (None, None)
+        columns = (self.q, self.k, self.v, self.decay, self.beta, *low_rank, self.bonus)
+        pieces = zip(*(_split(x, lengths) for x in columns), strict=True)
+        return [
+            Tokens(q, k, v, decay, beta, self.scale, None if a is None else LowRank(a, b), bonus)
+            for q, k, v, decay, beta, a, b, bonus in pieces
+        ]
 
     def grouped(self) -> Grouped:
         k, v = self.per_state(self.k), self.per_state(self.v)
         decay = self.decay.to(self.dtype) if self.decay.size(1) == 1 else self.per_state(self.decay)
         beta = None if self.beta is None else self.per_state(self.beta)
-        return Grouped(self.queries(), k, v, decay, beta)
+        low_rank = None if self.low_rank is None else LowRank(*map(self.per_state, self.low_rank))
+        return Grouped(self.queries(), k, v, decay, beta, low_rank, self._bonus())
+
+    def _bonus(self) -> Tensor | None:
+        return None if self.bonus is None else self.bonus.to(self.dtype).unflatten(1, (self.state_shape[1], -1))
 
     def queries(self) -> Tensor:
         return self.q.to(self.dtype).unflatten(1, (self.state_shape[1], -1)) * self.scale
