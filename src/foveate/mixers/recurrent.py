@@ -14,20 +14,23 @@ from torch.nn.functional import silu
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
 from foveate.mixers.short_conv import ShortConv
 from foveate.patterns import Layout, Packed
-from foveate.recurrence import recur, step
+from foveate.recurrence import Recurrent, recur, step
 
 Lengths = Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What ``recur`` takes: q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), decay and beta."""
+    """What ``recur`` takes: q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), and how the state fades and is turned."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     decay: Tensor | None = None
     beta: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+    bonus: Tensor | None = None
+    scale: float | None = None
 
     def only(self, real: Tensor) -> Inputs:
         """These inputs with tokens outside ``real`` (B, M) neither writing to the state nor fading it."""
@@ -38,7 +41,10 @@ class Inputs:
             if decay.dim() == 1:
                 decay = decay[None, :, None].expand(real.shape[0], -1, real.shape[1])
             decay = decay.masked_fill(hidden if decay.dim() == 3 else hidden.unsqueeze(-1), 0)
-        return replace(self, k=k, v=v, decay=decay)
+        low_rank = self.low_rank
+        if low_rank is not None:
+            low_rank = low_rank[0], low_rank[1].masked_fill(hidden.unsqueeze(-1), 0)
+        return replace(self, k=k, v=v, decay=decay, low_rank=low_rank)
 
 
 class Memory(NamedTuple):
@@ -126,7 +132,7 @@ class RecurrentMixer(Mixer):
         inputs = self.inputs(x, q, k, v)
         if padding is not None:
             inputs = inputs.only(padding)
-        return self.read_out(x, recur(**vars(inputs), lengths=lengths, causal=self.causal).out)
+        return self.read_out(x, self.run(inputs, lengths=lengths).out)
 
     def project(self, x: Tensor, context: Tensor, tails: tuple[Tensor, ...], lengths: Lengths = None) -> Projected:
         """Heads of queries, keys and values, and the tails of their convolutions."""
@@ -153,9 +159,14 @@ class RecurrentMixer(Mixer):
         """Mix the next tokens x (B, N, C): ``step`` for several tokens at once, as for a prompt."""
         q, k, v, tails = self.project(x, x, state.tails)
         inputs = self.inputs(x, q, k, v)
-        run = step if x.shape[1] == 1 else recur
-        out, memory = run(**vars(inputs), state=state.state)
+        out, memory = self.run(inputs, state=state.state)
         return Stepped(self.read_out(x, out), Memory(memory, tails))
+
+    def run(self, inputs: Inputs, *, lengths: Lengths = None, state: Tensor | None = None) -> Recurrent:
+        """The recurrence itself, of documents of these ``lengths`` or after an earlier ``state``."""
+        if state is not None and inputs.q.shape[2] == 1:
+            return step(**vars(inputs), state=state)
+        return recur(**vars(inputs), lengths=lengths, state=state, causal=self.causal)
 
     # ---- costs -----------------------------------------------------------------------------------------
 
