@@ -14,7 +14,10 @@ _HOMES = {
     "foveate.attention": (
         "Partial Weights alibi alibi_slopes attend attend_partial explain merge relative_table relu sigmoid softmax"
     ),
-    "foveate.recurrence": "Recurrent recur",
+    "foveate.recurrence": (
+        "Order Recurrent bidirectional column_major cross_scan raster recur reverse scan_orders spatio_temporal"
+        " windows zigzag"
+    ),
     "foveate.patterns": (
         "Grid Packed Pattern Points Selection Sequence blocks causal dilated documents full global_tokens"
         " key_padding mass_blocks neighborhood parse per_head power_of_two prefix random_blocks sinks strided"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -100,7 +101,7 @@ def drawn_of(row: Row) -> Drawn | None:
     """What to draw for a mechanism, at a size where it is sparse; None if it depends on the input."""
     from foveate.patterns import causal
 
-    mixer: Any = row.mixer(DIM, heads=HEADS, **_tiny(row))
+    mixer: Any = row.mixer(DIM, **_tiny(row))
     pattern = getattr(getattr(mixer, "core", None), "pattern", None)
     if pattern is None or pattern.is_dynamic:
         return None
@@ -114,8 +115,10 @@ def _tiny(row: Row) -> dict[str, Any]:
 
 
 def _form(row: Row) -> dict[str, Any]:
-    """Causal, unless the mechanism has no such form."""
-    return {} if "causal" in row.supports else {"causal": False}
+    """The usual number of heads, where it has heads; causal, unless it has no such form."""
+    accepted = inspect.signature(row.mixer).parameters
+    heads = "heads" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    return ({"heads": HEADS} if heads else {}) | ({} if "causal" in row.supports else {"causal": False})
 
 
 def _draw(console: Console, drawn: Drawn, path: Path | None) -> None:
@@ -167,7 +170,7 @@ def _use(row: Row) -> str:
 
 
 def _costs(row: Row) -> Table:
-    mixer = row.mixer(DIM, heads=HEADS, **_form(row))
+    mixer = row.mixer(DIM, **_form(row))
     decodes = "decode" in row.supports
     table = Table(box=None, pad_edge=False)
     for heading in ("tokens", "GFLOP forward", "decoding state"):
