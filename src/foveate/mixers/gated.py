@@ -77,6 +77,16 @@ class GLA(RecurrentMixer):
         return self.to_out(self.norm(x, heads))
 
 
+def fresh_rates(size: int) -> Tensor:
+    """Decay rates to start from: uniform in [1, 16], as in Mamba2."""
+    return torch.empty(size).uniform_(1, 16)
+
+
+def small_steps(size: int) -> Tensor:
+    """Biases to start from whose softplus, a time step, is log-uniform in [0.001, 0.1], as in Mamba2."""
+    return torch.empty(size).uniform_(math.log(1e-3), math.log(1e-1)).exp().expm1().log()
+
+
 @register(
     "gated_deltanet",
     paper=Paper("Yang, Kautz, Hatamizadeh", "Gated Delta Networks: Improving Mamba2 with Delta Rule", "2412.06464"),
@@ -111,11 +121,10 @@ class GatedDeltaNet(RecurrentMixer):
         super().__init__(dim, heads, head_dim=head_dim, value_dim=value_dim or 2 * head_dim, conv=conv, **options)
         self.to_strength = nn.Linear(dim, self.kv_heads, bias=False)
         self.to_decay = nn.Linear(dim, self.kv_heads)
-        self.log_rate = nn.Parameter(torch.empty(self.kv_heads).uniform_(1, 16).log())
+        self.log_rate = nn.Parameter(fresh_rates(self.kv_heads).log())
         self.norm = GatedNorm(dim, heads, self.value_dim)
-        with torch.no_grad():  # softplus(bias) is log-uniform in [0.001, 0.1], as in Mamba2
-            step = torch.empty(self.kv_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-            self.to_decay.bias.copy_(step.expm1().log())
+        with torch.no_grad():
+            self.to_decay.bias.copy_(small_steps(self.kv_heads))
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         strength = torch.sigmoid(widened(self.to_strength(x))).transpose(1, 2)  # (B, G, N)

@@ -128,11 +128,23 @@ class RecurrentMixer(Mixer):
     def read(self, x: Tensor, context: Tensor, lengths: Lengths, padding: Tensor | None) -> Tensor:
         if padding is not None and context is x:
             x = context = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
-        q, k, v, _ = self.project(x, context, (), lengths)
+        return self.flow(x, context, None, lengths, padding).out
+
+    def flow(
+        self,
+        x: Tensor,
+        context: Tensor,
+        memory: Memory | None = None,
+        lengths: Lengths = None,
+        padding: Tensor | None = None,
+    ) -> Stepped:
+        """All that happens to tokens whose padding is zeros, with the memory after the last of them."""
+        q, k, v, tails = self.project(x, context, () if memory is None else memory.tails, lengths)
         inputs = self.inputs(x, q, k, v)
         if padding is not None:
             inputs = inputs.only(padding)
-        return self.read_out(x, self.run(inputs, lengths=lengths).out)
+        out, state = self.run(inputs, lengths=lengths, state=None if memory is None else memory.state)
+        return Stepped(self.read_out(x, out), Memory(state, tails))
 
     def project(self, x: Tensor, context: Tensor, tails: tuple[Tensor, ...], lengths: Lengths = None) -> Projected:
         """Heads of queries, keys and values, and the tails of their convolutions."""
@@ -157,10 +169,7 @@ class RecurrentMixer(Mixer):
 
     def advance(self, x: Tensor, state: Memory) -> Stepped:
         """Mix the next tokens x (B, N, C): ``step`` for several tokens at once, as for a prompt."""
-        q, k, v, tails = self.project(x, x, state.tails)
-        inputs = self.inputs(x, q, k, v)
-        out, memory = self.run(inputs, state=state.state)
-        return Stepped(self.read_out(x, out), Memory(memory, tails))
+        return self.flow(x, x, state)
 
     def run(self, inputs: Inputs, *, lengths: Lengths = None, state: Tensor | None = None) -> Recurrent:
         """The recurrence itself, of documents of these ``lengths`` or after an earlier ``state``."""

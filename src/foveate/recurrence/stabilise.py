@@ -57,7 +57,8 @@ def stabilise(
         raise ValueError("packed sequences each start anew: pass either lengths or unit")
     pieces = zip(decay.split(list(lengths), dim), gate.split(list(lengths), dim), strict=True)
     *along, lasts = zip(*(_stabilise(*piece, dim, None) for piece in pieces), strict=True)
-    return Stabilised(*(torch.cat(each, dim) for each in along), torch.cat(lasts))
+    scaled, weight, before, after = (torch.cat(each, dim) for each in along)
+    return Stabilised(scaled, weight, before, after, torch.cat(lasts))
 
 
 def _stabilise(decay: Tensor, gate: Tensor, dim: int, unit: Tensor | None) -> Stabilised:
@@ -66,7 +67,8 @@ def _stabilise(decay: Tensor, gate: Tensor, dim: int, unit: Tensor | None) -> St
     scaled = decay.double() + torch.where(empty, 0, before - after)
     scaled = scaled - scaled.detach().clamp(min=0)  # a rounding above 0 is cut off, its gradient is not
     weight = (gate.double() - after).exp()
-    return Stabilised(scaled.to(decay.dtype), weight.to(gate.dtype), *(x.to(gate.dtype) for x in (before, after, last)))
+    before, after, last = (x.to(gate.dtype) for x in (before, after, last))
+    return Stabilised(scaled.to(decay.dtype), weight.to(gate.dtype), before, after, last)
 
 
 def _units(decay: Tensor, gate: Tensor, dim: int, unit: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
