@@ -107,8 +107,11 @@ class LightningAttention2(RecurrentMixer):
         self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        rates = self.pace * alibi_slopes(self.heads)
-        return Inputs(silu(q), silu(k), v, decay=-rates.to(x.device))
+        return Inputs(silu(q), silu(k), v, decay=self.decay(x.device))
+
+    def decay(self, device: torch.device) -> Tensor:
+        """Logarithm of what each head keeps of its state, (H,)."""
+        return -self.pace * alibi_slopes(self.heads).to(device)
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         flat = join_heads(heads)
