@@ -63,11 +63,9 @@ class GatedGridMixer(Mixer):
     def turn(self, x: Tensor, layout: Layout | None, first: int = 0) -> Tensor:
         return x if self.rotary is None else rotate_on(x, layout, self.rotary, first=first)
 
-    reads = 1  # sums over keys, D x D per head, that each token writes to and reads
-
     def flops(self, n: int) -> int:
         weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        return 2 * n * (weights + 2 * self.reads * self.dim * self.head_dim)
+        return 2 * n * (weights + 2 * self.dim * self.head_dim)
 
 
 class Sums(NamedTuple):
@@ -104,8 +102,6 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
 
     On sequences it may be causal, and decodes with a state of fixed size. A grid has no causal form.
     """
-
-    reads = 1
 
     def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
         super().check(x, context, layout, padding)
@@ -146,8 +142,8 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
         assert isinstance(self.local, ShortConv)
         weight, heads, width = self.weight, self.heads, self.head_dim
         shapes = ((width, width), (width, 1), (1, width + 1))
-        sums = (weight.new_zeros(batch, heads, *shape, dtype=wide(weight.dtype)) for shape in shapes)
-        return Sums(*sums, 0, weight.new_zeros(batch, *self.local.tail_shape))
+        products, keys, values = (weight.new_zeros(batch, heads, *each, dtype=wide(weight.dtype)) for each in shapes)
+        return Sums(products, keys, values, 0, weight.new_zeros(batch, *self.local.tail_shape))
 
     def step(self, x: Tensor, state: Sums) -> Stepped:
         return self.advance(x, state)
@@ -160,9 +156,9 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
         q, k, v = self.features(x)
         k, v = hide(k, padding), hide(v, padding)
         detail, tail = self.local(join_heads(v), None if state is None else state.tail)
-        out, *sums = self.sums(q, k, v, None, padding, state)
+        out, products, keys, values = self.sums(q, k, v, None, padding, state)
         seen = x.shape[1] + (0 if state is None else state.seen)
-        return Stepped(self.read_out(x, out, detail), Sums(*sums, seen, tail))
+        return Stepped(self.read_out(x, out, detail), Sums(products, keys, values, seen, tail))
 
     def state_bytes(self, n: int) -> int:
         state = self.start(1)
