@@ -25,12 +25,21 @@ class Placed(RecurrentMixer):
     def project(self, x: Tensor, context: Tensor, tails: tuple[Tensor, ...], lengths: Lengths = None) -> Projected:
         *tails_of_convs, first = tails or (torch.zeros((), dtype=torch.long, device=x.device),)
         q, k, v, after = super().project(x, context, tuple(tails_of_convs), lengths)
-        positions = first + torch.arange(x.shape[1], device=x.device)  # of a pack, too: only differences matter
-        return Projected(self.placed(q, positions), self.placed(k, positions), v, (*after, first + x.shape[1]))
+        q, k = (self.placed(y, first + places(y.shape[2], lengths).to(x.device)) for y in (q, k))
+        return Projected(q, k, v, (*after, first + x.shape[1]))
 
     def start(self, batch: int) -> Memory:
         memory = super().start(batch)
         return Memory(memory.state, (*memory.tails, torch.zeros((), dtype=torch.long, device=memory.state.device)))
+
+
+def places(length: int, lengths: Lengths = None) -> Tensor:
+    """Positions 0, 1, 2, ..., (N,), in each document of a pack anew.
+
+    >>> places(5, [3, 0, 2])
+    tensor([0, 1, 2, 0, 1])
+    """
+    return torch.cat([torch.arange(each) for each in ([length] if lengths is None else lengths)])
 
 
 @register(

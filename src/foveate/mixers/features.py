@@ -1,4 +1,4 @@
-"""Linear attention with the Taylor series of softmax's exponential: Based, and JRT-RNN, which knows its prompt whole."""
+"""Linear attention by the Taylor series of softmax's exponential: Based, and JRT-RNN, which reads its prefix whole."""
 
 from __future__ import annotations
 

@@ -58,8 +58,11 @@ class LinearTransformer(RecurrentMixer):
         self.num_features = feature_map(torch.zeros(1, self.head_dim)).shape[-1]
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        # a column of ones beside v sums the keys; it overflows float16 where the outputs would not
-        return Inputs(self.feature_map(q), self.feature_map(k), pad(widened(v), (0, 1), value=1.0))
+        return self.summed(self.feature_map(q), self.feature_map(k), v)
+
+    def summed(self, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+        """Features and values, with a column of ones beside v, by which ``recur`` sums the keys."""
+        return Inputs(q, k, pad(widened(v), (0, 1), value=1.0))  # the sum overflows float16 where outputs would not
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         total, weight = heads[..., :-1], heads[..., -1:]
