@@ -15,8 +15,8 @@ _HOMES = {
         "Partial Weights alibi alibi_slopes attend attend_partial explain merge relative_table relu sigmoid softmax"
     ),
     "foveate.recurrence": (
-        "Order Recurrent bidirectional column_major cross_scan raster recur reverse scan_orders spatio_temporal"
-        " windows zigzag"
+        "Convolved Order Recurrent Scanned bidirectional causal_conv column_major cross_scan linear_scan raster recur"
+        " reverse scan scan_orders scan_step spatio_temporal windows zigzag"
     ),
     "foveate.patterns": (
         "Grid Packed Pattern Points Selection Sequence blocks causal dilated documents full global_tokens"

@@ -13,17 +13,24 @@ from foveate.recurrence.orders import (
     windows,
     zigzag,
 )
+from foveate.recurrence.scan import Convolved, Scanned, causal_conv, linear_scan, scan, scan_step
 
 __all__ = [
+    "Convolved",
     "Order",
     "Recurrent",
+    "Scanned",
     "bidirectional",
+    "causal_conv",
     "column_major",
     "cross_scan",
+    "linear_scan",
     "raster",
     "recur",
     "reverse",
+    "scan",
     "scan_orders",
+    "scan_step",
     "spatio_temporal",
     "step",
     "windows",
