@@ -1,6 +1,21 @@
 """Adapters: a mechanism in the place of the attention of a model that somebody else wrote."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from foveate.adapt.named import as_core
 from foveate.adapt.swap import Swap, replace_attention, use
 
-__all__ = ["Swap", "as_core", "replace_attention", "use"]
+if TYPE_CHECKING:
+    from foveate.adapt.recurrent import accelerate as accelerate
+
+__all__ = ["Swap", "accelerate", "as_core", "replace_attention", "use"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "accelerate":
+        from foveate.adapt.recurrent import accelerate
+
+        return accelerate
+    raise AttributeError(f"module 'foveate.adapt' has no attribute {name!r}")

@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from foveate.mixers.core import Core
 
 
-class Swap:
-    """A mechanism at work inside a model: which core, how often it was called, and the way back."""
+class Change:
+    """Something done to a model, and the way back."""
 
-    def __init__(self, core: Core) -> None:
-        self.core = core
-        self.calls = 0
+    def __init__(self) -> None:
         self._way_back: list[Callable[[], None]] = []
 
     def on_undo(self, step: Callable[[], None]) -> None:
@@ -28,9 +26,18 @@ class Swap:
         self._way_back.append(step)
 
     def undo(self) -> None:
-        """Give the model back the attention it had; a second call does nothing."""
+        """Give the model back what it had; a second call does nothing."""
         while self._way_back:
             self._way_back.pop()()
+
+
+class Swap(Change):
+    """A mechanism at work inside a model: which core, how often it was called, and the way back."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__()
+        self.core = core
+        self.calls = 0
 
 
 def use(model: nn.Module, core: Core | Pattern | str, *, name: str = "foveate", **options: Any) -> Swap:

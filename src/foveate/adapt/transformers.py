@@ -8,12 +8,15 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from foveate.adapt.recurrent import accelerate
 from foveate.adapt.transformers_masks import PatternMask, pattern_mask
 from foveate.attention import Weights, softmax
 from foveate.patterns import Pattern, causal, full, window
 
 if TYPE_CHECKING:
     from foveate.adapt.swap import Swap
+
+__all__ = ["accelerate", "attention_function", "install"]
 
 _FORBIDDEN = ("flash", "sdpa", "flex_attention", "/", "|", "paged", "eager")
 _HARMLESS = {"position_ids", "cache_position", "position_embeddings"}
@@ -24,7 +27,7 @@ _active: WeakKeyDictionary[nn.Module, Swap] = WeakKeyDictionary()
 
 def install(model: nn.Module, swap: Swap, name: str) -> None:
     """Switch a model over to ``swap.core`` and teach ``swap`` the way back."""
-    inner = _pretrained(model)
+    inner = pretrained(model)
     _check_name(name)
     if not inner._can_set_attn_implementation():
         raise ValueError(
@@ -56,7 +59,7 @@ def _put_on(module: nn.Module, swap: Swap) -> None:
     swap.on_undo(back)
 
 
-def _pretrained(model: nn.Module) -> Any:
+def pretrained(model: nn.Module) -> Any:
     """The transformers model itself, out of whatever wraps it (PEFT, torch.compile)."""
     try:
         from transformers import PreTrainedModel

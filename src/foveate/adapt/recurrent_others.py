@@ -1,0 +1,117 @@
+"""Layers with a recurrence of their own kind: MiniMax, xLSTM, RWKV-4 and RecurrentGemma."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.adapt.recurrent_layers import in_place_of, without_padding
+from foveate.recurrence import linear_scan, recur
+from foveate.recurrence.stabilise import stabilise
+
+_SMALLEST = torch.finfo(torch.float32).tiny
+
+States = tuple[Tensor, Tensor, Tensor]
+
+
+@in_place_of("forward")
+def _lightning(
+    layer: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """MiniMax: linear attention with a constant decay for each head."""
+    qkv = without_padding(layer.act_fn(layer.qkv_proj(hidden_states)), attention_mask)
+    q, k, v = qkv.unflatten(2, (layer.num_attention_heads, 3, layer.head_dim)).transpose(1, 3).unbind(1)
+    state = None if past_key_values is None else past_key_values.get_linear_cache(layer.layer_idx)
+    state = None if state is None else state.float()
+    out, state = recur(q, k, v, decay=-layer.slope_rate.flatten(), scale=1.0, state=state)
+    if past_key_values is not None:
+        past_key_values.set_linear_cache(layer.layer_idx, state)
+    out = layer.norm(out.transpose(1, 2).flatten(2))
+    return layer.out_proj(F.sigmoid(layer.output_gate(hidden_states)) * out), state
+
+
+@in_place_of("forward")
+def _mlstm(
+    backend: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None,
+    m_initial: Tensor | None = None,
+    return_last_states: bool | None = None,
+    mode: str | None = None,
+) -> Tensor | tuple[Tensor, States]:
+    """xLSTM: a matrix memory with exponential gates, and a normaliser that is one more column of it."""
+    unit = igate.new_zeros(igate.shape[:2]) if m_initial is None else m_initial[..., 0]
+    stable = stabilise(F.logsigmoid(fgate.float()), igate.float(), unit=unit.float())
+    memory = None
+    if c_initial is not None and n_initial is not None:
+        memory = torch.cat([c_initial, n_initial.unsqueeze(3)], dim=3).float()
+    weighted = key * stable.weight.unsqueeze(3)
+    out, memory = recur(query, weighted, F.pad(value, (0, 1), value=1.0), decay=stable.decay, state=memory)
+    size = torch.maximum(out[..., -1:].abs(), (-stable.after).exp().unsqueeze(3)) + backend.config.eps
+    out = (out[..., :-1] / size).to(query.dtype)
+    states = memory[..., :-1], memory[..., -1], stable.last.unsqueeze(2)
+    return (out, states) if _wants_states(backend.config, mode, return_last_states) else out
+
+
+def _wants_states(config: Any, mode: str | None, asked: bool | None) -> bool:
+    if "inference" in (mode or config.mode):
+        return True
+    return config.return_last_states if asked is None else asked
+
+
+@in_place_of("forward")
+def _wkv(layer: Any, hidden: Tensor, state: Any = None, use_cache: bool = False) -> tuple[Tensor, Any]:
+    """RWKV-4: averages with exponential weights, numerators beside denominators in one scan."""
+    receptance, key, value, state = layer.extract_key_value(hidden, state=state)
+    place = (..., layer.layer_id)
+    key, value = key.float(), value.float()
+    unit = None if state is None else state[4][place]
+    stable = stabilise(-layer.time_decay.exp().expand_as(key), key, dim=1, unit=unit)
+    sums = torch.cat([stable.weight * value, stable.weight], dim=2)  # (B, N, 2 C)
+    before = None if state is None else torch.cat([state[2][place], state[3][place]], dim=1)
+    held, last = linear_scan(sums, stable.decay.repeat(1, 1, 2), state=before)
+    if state is not None:
+        state[2][place], state[3][place] = last.chunk(2, dim=1)
+        state[4][place] = stable.last
+    first = torch.zeros_like(held[:, :1]) if before is None else before.unsqueeze(1)
+    numerator, denominator = torch.cat([first, held[:, :-1]], dim=1).chunk(2, dim=2)
+    own = key + layer.time_first
+    unit = torch.maximum(stable.before, own)
+    past, now = (stable.before - unit).exp(), (own - unit).exp()
+    mean = (past * numerator + now * value) / (past * denominator + now)
+    return layer.output(receptance * mean.to(hidden.dtype)), state
+
+
+@in_place_of("_rnn_scan")
+def _rg_lru(
+    layer: Any,
+    hidden_states: Tensor,
+    recurrent_gate: Tensor,
+    reset: Tensor,
+    recurrent_states: Tensor | None,
+    acc_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """RecurrentGemma: a gated linear recurrence of every channel, which starts anew at position 0."""
+    decay = recurrent_gate.float().clamp(_SMALLEST, 1.0).log().masked_fill(reset, -torch.inf)
+    return linear_scan(hidden_states, decay, state=recurrent_states)
+
+
+LAYERS = {
+    "minimax": {"MiniMaxLightningAttention": _lightning},
+    "xlstm": {"xLSTMBackend": _mlstm},
+    "rwkv": {"RwkvSelfAttention": _wkv},
+    "recurrent_gemma": {"RecurrentGemmaRglru": _rg_lru},
+}
