@@ -1,0 +1,103 @@
+"""Causal mixers whose whole memory is a few tensors of fixed size, and the parts that state-space blocks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.mixers.base import Mixer, Stepped
+from foveate.patterns import Layout, Packed
+from foveate.recurrence.scan import Convolved, causal_conv
+
+Lengths = Sequence[int] | None
+
+
+class StatefulMixer(Mixer):
+    """A mixer that says how tokens change a memory: ``run``; forward, decoding and packing follow from it."""
+
+    def run(self, x: Tensor, memory: Any, lengths: Lengths, real: Tensor | None) -> Stepped:
+        """Mix tokens x (B, N, C) after what ``memory`` holds, a named tuple of tensors.
+
+        ``lengths`` are those of packed sequences, then x has batch size 1 and starts afresh at each; tokens that
+        are not ``real`` (B, N) must neither write nor fade.
+        """
+        raise NotImplementedError
+
+    def empty(self, batch: int) -> Any:
+        """The memory before the first token."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        if padding is not None:
+            x = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
+        flat, real, lengths = laid_end_to_end(x, padding, layout)
+        return self.run(flat, self.empty(flat.shape[0]), lengths, real).out.reshape(x.shape)
+
+    def start(self, batch: int) -> Any:
+        if "decode" not in self.row.supports:
+            raise NotImplementedError(f"{self.row.name} does not decode token by token")
+        return self.empty(batch)
+
+    def step(self, x: Tensor, state: Any) -> Stepped:
+        return self.run(x, state, None, None)
+
+    def advance(self, x: Tensor, state: Any) -> Stepped:
+        """Mix the next tokens x (B, N, C): ``step`` for several tokens at once, as for a prompt."""
+        return self.run(x, state, None, None)
+
+    def state_bytes(self, n: int) -> int:
+        return sum(tensor.nbytes for tensor in tensors_of(self.empty(1)) if tensor.dtype != torch.long)
+
+
+def tensors_of(memory: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples."""
+    if isinstance(memory, Tensor):
+        yield memory
+    else:
+        for part in memory:
+            yield from tensors_of(part)
+
+
+def laid_end_to_end(
+    x: Tensor, padding: Tensor | None, layout: Layout | None
+) -> tuple[Tensor, Tensor | None, list[int] | None]:
+    """Tokens and padding as one pack with its lengths, if the layout is packed; otherwise as they are."""
+    if not isinstance(layout, Packed) or x.shape[0] * x.shape[1] == 0:
+        return x, padding, None
+    real = None if padding is None else padding.reshape(1, -1)
+    return x.flatten(0, 1).unsqueeze(0), real, list(layout.lengths) * x.shape[0]
+
+
+class CausalConv(nn.Module):
+    """Each channel convolved with its last ``width`` tokens, then SiLU.
+
+    >>> CausalConv(6)(torch.randn(2, 9, 6)).out.shape
+    torch.Size([2, 9, 6])
+    """
+
+    def __init__(self, channels: int, width: int = 4) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"a convolution reads at least one token; got conv={width}")
+        reach = width**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-reach, reach))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-reach, reach))
+
+    def forward(self, x: Tensor, tail: Tensor | None = None, lengths: Lengths = None) -> Convolved:
+        """Convolve x (B, N, C) after ``tail`` (B, C, width - 1), or each of its documents of these ``lengths``."""
+        return causal_conv(x, self.weight, self.bias, tail=tail, activation="silu", lengths=lengths)
+
+    def empty(self, batch: int) -> Tensor:
+        """The tail before the first token."""
+        channels, width = self.weight.shape
+        return self.weight.new_zeros(batch, channels, width - 1)
+
+
+def step_bias(count: int) -> nn.Parameter:
+    """Biases whose softplus, the step size, is log-uniform in [0.001, 0.1], as in Mamba."""
+    step = torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+    return nn.Parameter(step.expm1().log())
