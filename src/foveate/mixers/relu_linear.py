@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
@@ -33,6 +35,10 @@ def relu_attention(q: Tensor, k: Tensor, v: Tensor, *, least: float) -> Tensor:
 
 class ReluMixer(Mixer):
     """Projections around :func:`relu_attention`."""
+
+    exempt: ClassVar[dict[str, str]] = {
+        "differences": "a small move takes some of thousands of ReLUs across their kink"
+    }
 
     def __init__(self, dim: int, heads: int, *, causal: bool) -> None:
         super().__init__(dim, causal=causal)
@@ -137,6 +143,8 @@ class LiTAttention(ReluMixer):
     >>> mixer(torch.randn(2, 35, 64), layout=Grid(5, 7)).shape
     torch.Size([2, 35, 64])
     """
+
+    tiny: ClassVar[dict[str, Any]] = {"heads": 2}
 
     def __init__(self, dim: int, heads: int = 2, *, kernel: int = 5, axes: int = 2, causal: bool = False) -> None:
         super().__init__(dim, heads, causal=causal)
