@@ -105,7 +105,7 @@ def linearised(attention: AttentionMixer) -> Hedgehog:
 
 
 def mimic(
-    maps: HedgehogMaps, samples: Iterable[tuple[Tensor, Tensor]], *, causal: bool = True, lr: float = 0.01
+    maps: HedgehogMaps, samples: Iterable[tuple[Tensor, Tensor]], *, causal: bool = True, lr: float = 0.02
 ) -> list[float]:
     """Train feature maps, and nothing else, so that linear attention has the weights of softmax attention.
 

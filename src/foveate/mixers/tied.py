@@ -14,6 +14,11 @@ from foveate.mixers.registry import Paper, register
 from foveate.mixers.short_conv import ShortConv
 from foveate.recurrence import Recurrent
 
+RODIMUS = Paper(
+    "He, Yu, Gong, Liu, Li, Lin",
+    "Rodimus*: Breaking the Accuracy-Efficiency Trade-Off with Efficient Attentions",
+    "2410.06577",
+)
 TINY = 1e-30  # a gate closed further would have an infinite root's slope
 
 
@@ -132,11 +137,7 @@ class MetaLA(RecurrentMixer):
 
 @register(
     "rodimus",
-    paper=Paper(
-        "He, Yu, Gong, Liu, Li, Lin",
-        "Rodimus*: Breaking the Accuracy-Efficiency Trade-Off with Efficient Attentions",
-        "2410.06577",
-    ),
+    paper=RODIMUS,
     family="linear",
     formula="S_t = Diag(exp(-g_t τ_t)) S_{t-1} + (g_t^τ_t * k_t) u_t^T, g_t = softplus(W x_t), τ_t = sigmoid(W' x_t)",
     supports={"causal", "padding", "packed", "decode"},
