@@ -65,14 +65,18 @@ class LinearTransformer(RecurrentMixer):
         return Inputs(q, k, pad(widened(v), (0, 1), value=1.0))  # the sum overflows float16 where outputs would not
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
-        total, weight = heads[..., :-1], heads[..., -1:]
-        blind = weight == 0  # no key, or all its features underflowed
-        mean = torch.where(blind, 0, total / torch.where(blind, 1, weight))
-        return super().read_out(x, mean.to(x.dtype))
+        return super().read_out(x, averaged(heads).to(x.dtype))
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.kv_heads, self.num_features, self.value_dim + 1
+
+
+def averaged(heads: Tensor) -> Tensor:
+    """Sums over keys (..., Dv), divided by the sum of the weights that their last channel holds; 0 where it is 0."""
+    total, weight = heads[..., :-1], heads[..., -1:]
+    blind = weight == 0  # no key, or all its features underflowed
+    return torch.where(blind, 0, total / torch.where(blind, 1, weight))
 
 
 @register(
