@@ -18,7 +18,7 @@ class Decimated(NamedTuple):
     """What a layer says of the tokens it kept, (B, P, C), their positions (B, P), and the memory after them."""
 
     out: Tensor
-    index: Tensor
+    kept: Tensor
     memory: Memory
 
 
@@ -73,8 +73,8 @@ class DeciMamba(Mamba):
     def run(self, x: Tensor, memory: Memory, lengths: Lengths, real: Tensor | None) -> Stepped:
         if x.shape[1] <= self.keep:
             return super().run(x, memory, lengths, real)
-        out, index, memory = self.decimate(x, memory, real)
-        spread = torch.zeros_like(x).scatter(1, index.unsqueeze(-1).expand_as(out), out)
+        out, kept, memory = self.decimate(x, memory, real)
+        spread = torch.zeros_like(x).scatter(1, kept.unsqueeze(-1).expand_as(out), out)
         return Stepped(spread, memory)
 
     def prefill(self, x: Tensor) -> Stepped:
@@ -89,10 +89,10 @@ class DeciMamba(Mamba):
         ssm = self.branch.ssm
         chosen = ssm.chosen(u, real)
         importance = ssm.sizes(chosen).mean(-1)  # (B, N)
-        index = importance.topk(min(self.keep, x.shape[1]), dim=1).indices.sort(dim=1).values
-        u, gate, *kept = (gathered(each, index) for each in (u, gate, *chosen))
-        out, state = ssm.scan(u, Chosen(*kept), gate=gate, state=state)
-        return Decimated(self.to_out(out), index, Memory(state, tail))
+        kept = importance.topk(min(self.keep, x.shape[1]), dim=1).indices.sort(dim=1).values
+        u, gate, *choices = (gathered(each, kept) for each in (u, gate, *chosen))
+        out, state = ssm.scan(u, Chosen(*choices), gate=gate, state=state)
+        return Decimated(self.to_out(out), kept, Memory(state, tail))
 
     def flops(self, n: int) -> int:
         ssm, scanned = self.branch.ssm, min(n, self.keep)
@@ -255,7 +255,9 @@ class MemMamba(StatefulMixer):
         )
 
     def run(self, x: Tensor, memory: tuple[LayerMemory, ...], lengths: Lengths, real: Tensor | None) -> Stepped:
-        h, after, pages = x, [], []
+        h = x
+        after: list[LayerMemory] = []
+        pages: list[Pages] = []
         for layer, before in zip(self.layers, memory, strict=True):
             added, left, page = layer(h, before, real, pages)
             h = h + added
