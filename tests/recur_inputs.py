@@ -10,9 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from foveate import recurrence as operators
+from foveate.recurrence import Recurrent
+
 DECAYS = ("none", "head", "token", "channel")
+UPDATES = ("additive", "delta", "low rank", "bonus", "low rank, bonus")
 
 Inputs = dict[str, Any]
+
+
+def recur(**arguments: Any) -> Recurrent:
+    """The operator, whose low_rank = (a, b) lies in `Inputs` as two tensors."""
+    return operators.recur(**_paired(**arguments))
+
+
+def step(**arguments: Any) -> Recurrent:
+    return operators.step(**_paired(**arguments))
+
+
+def _paired(a: Tensor | None = None, b: Tensor | None = None, **arguments: Any) -> Inputs:
+    return arguments if a is None else {**arguments, "low_rank": (a, b)}
 
 
 def fresh_generator() -> torch.Generator:
@@ -24,7 +41,7 @@ def fresh_generator() -> torch.Generator:
 
 def make_inputs(
     decay: str = "none",
-    delta: bool = False,
+    update: str = "additive",
     *,
     batch: int = 2,
     heads: tuple[int, int, int, int] = (2, 2, 2, 2),
@@ -35,7 +52,7 @@ def make_inputs(
 ) -> Inputs:
     """Keyword arguments of one `recur` call: keys of unit length, decays in [-strength, 0], a full state.
 
-    heads are those of q, of k, of v, and of decay and beta.
+    heads are those of q, of k, of v, and of the gates: decay, beta, low_rank.
     """
     generator = fresh_generator()
     num_q, num_k, num_v, num_gates = heads
@@ -56,16 +73,22 @@ def make_inputs(
     decay_shapes = {"head": (num_gates,), "token": gate_shape, "channel": (*gate_shape, dim)}
     if decay != "none":
         inputs["decay"] = -strength * uniform(*decay_shapes[decay])
-    if delta:
+    if update == "delta":
         inputs["beta"] = 2 * uniform(*gate_shape)
-    num_states = math.lcm(num_k, num_v, num_gates if decay != "none" or delta else 1)
+    if "low rank" in update:
+        inputs["a"] = -normalize(normal(*gate_shape, dim), dim=-1)
+        inputs["b"] = -inputs["a"] * uniform(*gate_shape, dim)  # as in RWKV-7: the state is turned, and does not grow
+    if "bonus" in update:
+        inputs["bonus"] = normal(num_q, dim) if "low rank" in update else normal(batch, num_q, length, dim)
+    gated = decay != "none" or update not in ("additive", "bonus")
+    num_states = math.lcm(num_k, num_v, num_gates if gated else 1)
     inputs = {name: x.to(dtype) for name, x in inputs.items()}
     state_dtype = dtype if dtype == torch.float64 else torch.float32
     return {**inputs, "state": normal(batch, num_states, dim, dim_v).to(state_dtype)}
 
 
 def has_time(name: str, x: Tensor) -> bool:
-    return name != "state" and x.dim() > 1
+    return name != "state" and x.dim() > (2 if name == "bonus" else 1)
 
 
 def cut(inputs: Inputs, start: int, stop: int) -> Inputs:
@@ -80,6 +103,9 @@ def plain_recur(
     *,
     decay: Tensor | None = None,
     beta: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    bonus: Tensor | None = None,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One state per query head and one matrix per token, all in the dtype of q."""
@@ -92,14 +118,21 @@ def plain_recur(
     identity = torch.eye(dim, dtype=q.dtype)
     outs = []
     for t in range(q.shape[2]):
-        key, value = k[:, :, t, :, None], v[:, :, t, None, :]
+        key, value, before = k[:, :, t, :, None], v[:, :, t, None, :], state
         state = torch.diag_embed(factors[:, :, t]) @ state
         if beta is not None:
             strength = _one_per_query_head(beta, num_heads)[:, :, t, None, None]
             state = (identity - strength * key @ key.mT) @ state
             value = strength * value
+        if a is not None and b is not None:
+            a_t, b_t = (_one_per_query_head(x, num_heads)[:, :, t, :, None] for x in (a, b))
+            state = state + b_t @ a_t.mT @ before
         state = state + key @ value
-        outs.append(dim**-0.5 * q[:, :, t, None, :] @ state)
+        read = state
+        if bonus is not None:
+            own = bonus[None, :, None] if bonus.dim() == 2 else bonus[:, :, t, None]
+            read = before + (own.mT * key) @ value
+        outs.append(dim**-0.5 * q[:, :, t, None, :] @ read)
     return torch.cat(outs, 2), state
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recur_inputs import DECAYS, Inputs, cut, fresh_generator, has_time, make_inputs, plain_recur
+from recur_inputs import DECAYS, UPDATES, Inputs, cut, fresh_generator, has_time, make_inputs, plain_recur, recur, step
 from torch.testing import assert_close
 
-from foveate.recurrence import Recurrent, recur, step
+from foveate.recurrence import Recurrent
 
 HEADS = {
     "equal": (4, 4, 4, 4),
@@ -21,7 +21,7 @@ HEADS = {
 }
 
 every_decay = pytest.mark.parametrize("decay", DECAYS)
-every_update = pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
+every_update = pytest.mark.parametrize("update", UPDATES)
 every_impl = pytest.mark.parametrize("impl", ["reference", "chunks", "auto"])
 
 
@@ -34,8 +34,8 @@ def assert_same(actual: Recurrent, expected: Recurrent | tuple) -> None:
 @every_update
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @every_impl
-def test_is_the_product_of_the_tokens_matrices(decay: str, delta: bool, heads: tuple, impl: str) -> None:
-    inputs = make_inputs(decay, delta, heads=heads, length=37)
+def test_is_the_product_of_the_tokens_matrices(decay: str, update: str, heads: tuple, impl: str) -> None:
+    inputs = make_inputs(decay, update, heads=heads, length=37)
     out, state = plain_recur(**inputs)
     actual = recur(**inputs, impl=impl, chunk=16)
     assert_close(actual.out, out)
@@ -45,31 +45,31 @@ def test_is_the_product_of_the_tokens_matrices(decay: str, delta: bool, heads: t
 @every_decay
 @every_update
 @pytest.mark.parametrize("chunk", [1, 16, 64])
-def test_chunks_equal_the_reference(decay: str, delta: bool, chunk: int) -> None:
+def test_chunks_equal_the_reference(decay: str, update: str, chunk: int) -> None:
     for length in (1, 2, 3, 5, 63, 64, 65, 130):
-        inputs = make_inputs(decay, delta, length=length)
+        inputs = make_inputs(decay, update, length=length)
         assert_same(recur(**inputs, impl="chunks", chunk=chunk), recur(**inputs, impl="reference"))
 
 
 @every_decay
 @every_update
-def test_chunks_equal_the_reference_over_more_than_one_span(decay: str, delta: bool) -> None:
-    inputs = make_inputs(decay, delta, batch=1, heads=(2, 1, 1, 2), length=1024 + 70, dims=(3, 2), strength=0.1)
+def test_chunks_equal_the_reference_over_more_than_one_span(decay: str, update: str) -> None:
+    inputs = make_inputs(decay, update, batch=1, heads=(2, 1, 1, 2), length=1024 + 70, dims=(3, 2), strength=0.1)
     assert_same(recur(**inputs, impl="chunks"), recur(**inputs, impl="reference"))
 
 
 @every_update
 @pytest.mark.parametrize("dims", [(1, 33), (33, 1), (1, 1), (7, 33)])
-def test_any_two_head_dims(delta: bool, dims: tuple[int, int]) -> None:
+def test_any_two_head_dims(update: str, dims: tuple[int, int]) -> None:
     for decay in DECAYS:
-        inputs = make_inputs(decay, delta, length=37, dims=dims)
+        inputs = make_inputs(decay, update, length=37, dims=dims)
         assert_same(recur(**inputs, impl="chunks", chunk=16), recur(**inputs, impl="reference"))
 
 
 @every_decay
 @every_update
-def test_step_by_step_equals_at_once(decay: str, delta: bool) -> None:
-    inputs = make_inputs(decay, delta, heads=(4, 2, 2, 4), length=9)
+def test_step_by_step_equals_at_once(decay: str, update: str) -> None:
+    inputs = make_inputs(decay, update, heads=(4, 2, 2, 4), length=9)
     outs, state = [], inputs["state"]
     for t in range(9):
         out, state = step(**{**cut(inputs, t, t + 1), "state": state})
@@ -81,8 +81,8 @@ def test_step_by_step_equals_at_once(decay: str, delta: bool) -> None:
 @every_update
 @every_impl
 @pytest.mark.parametrize("at", [0, 1, 40, 65])
-def test_handing_the_state_over_equals_one_call(decay: str, delta: bool, impl: str, at: int) -> None:
-    inputs = make_inputs(decay, delta, length=65)
+def test_handing_the_state_over_equals_one_call(decay: str, update: str, impl: str, at: int) -> None:
+    inputs = make_inputs(decay, update, length=65)
     first = recur(**cut(inputs, 0, at), impl=impl, chunk=16)
     second = recur(**{**cut(inputs, at, 65), "state": first.state}, impl=impl, chunk=16)
     together = Recurrent(torch.cat((first.out, second.out), 2), second.state)
@@ -92,9 +92,9 @@ def test_handing_the_state_over_equals_one_call(decay: str, delta: bool, impl: s
 @every_decay
 @every_update
 @every_impl
-def test_packed_equals_separate(decay: str, delta: bool, impl: str) -> None:
+def test_packed_equals_separate(decay: str, update: str, impl: str) -> None:
     lengths = (5, 0, 17, 1, 42, 0)
-    inputs = make_inputs(decay, delta, batch=1, heads=(4, 2, 2, 4), length=65)
+    inputs = make_inputs(decay, update, batch=1, heads=(4, 2, 2, 4), length=65)
     states = torch.randn(6, *inputs["state"].shape[1:], dtype=torch.float64, generator=fresh_generator())
     packed = recur(**{**inputs, "state": states}, lengths=lengths, impl=impl, chunk=16)
     start = 0
@@ -110,7 +110,7 @@ def test_packed_equals_separate(decay: str, delta: bool, impl: str) -> None:
 def test_without_causality_every_query_reads_the_sum(impl: str) -> None:
     inputs = make_inputs(heads=(4, 2, 1, 1), length=37)
     k, v = (inputs[name][:, :, :21] for name in "kv")
-    actual = recur(inputs["q"], k, v, state=inputs["state"], causal=False, impl=impl)
+    actual = recur(q=inputs["q"], k=k, v=v, state=inputs["state"], causal=False, impl=impl)
     k, v = (x.repeat_interleave(4 // x.size(1), 1) for x in (k, v))
     total = inputs["state"].repeat_interleave(2, 1) + k.mT @ v
     assert_close(actual.out, 7**-0.5 * inputs["q"] @ total)
@@ -129,8 +129,8 @@ def test_without_causality_packed_equals_separate(impl: str) -> None:
 
 @every_update
 @every_impl
-def test_no_tokens_leave_the_state_alone(delta: bool, impl: str) -> None:
-    inputs = make_inputs("token", delta, length=0)
+def test_no_tokens_leave_the_state_alone(update: str, impl: str) -> None:
+    inputs = make_inputs("token", update, length=0)
     out, state = recur(**inputs, impl=impl)
     assert out.shape == (2, 2, 0, 5)
     assert_close(state, inputs["state"], rtol=0, atol=0)
@@ -138,9 +138,9 @@ def test_no_tokens_leave_the_state_alone(delta: bool, impl: str) -> None:
 
 @every_decay
 @every_update
-def test_no_future_token_reaches_an_output(decay: str, delta: bool) -> None:
-    inputs = make_inputs(decay, delta, length=65)
-    past, future = cut(inputs, 0, 30), cut(make_inputs(decay, delta, length=65), 30, 65)
+def test_no_future_token_reaches_an_output(decay: str, update: str) -> None:
+    inputs = make_inputs(decay, update, length=65)
+    past, future = cut(inputs, 0, 30), cut(make_inputs(decay, update, length=65), 30, 65)
     spliced = {name: torch.cat((x, future[name]), 2) if has_time(name, x) else x for name, x in past.items()}
     before, after = (recur(**x, impl="chunks", chunk=16).out for x in (inputs, spliced))
     assert_close(before[:, :, :30], after[:, :, :30], rtol=0, atol=0)
@@ -148,7 +148,7 @@ def test_no_future_token_reaches_an_output(decay: str, delta: bool) -> None:
 
 
 def test_a_reset_forgets_everything_before_it() -> None:
-    inputs = make_inputs("channel", True, length=65)
+    inputs = make_inputs("channel", "delta", length=65)
     inputs["decay"][:, :, 30] = -torch.inf
     fresh = {**cut(inputs, 30, 65), "state": None}
     whole, tail = (recur(**x, impl="chunks", chunk=16) for x in (inputs, fresh))
@@ -156,14 +156,14 @@ def test_a_reset_forgets_everything_before_it() -> None:
 
 
 def test_the_scale_multiplies_the_output() -> None:
-    inputs = make_inputs("token", True)
+    inputs = make_inputs("token", "delta")
     assert_close(recur(**inputs, scale=3.0).out, 3 * 7**0.5 * recur(**inputs).out)
     one = cut(inputs, 0, 1)
     assert_close(step(**one, scale=3.0).out, 3 * 7**0.5 * step(**one).out)
 
 
 def test_no_state_is_a_state_of_zeros() -> None:
-    inputs = make_inputs("token", True)
+    inputs = make_inputs("token", "delta")
     zeros = torch.zeros_like(inputs["state"])
     assert_same(recur(**{**inputs, "state": None}), recur(**{**inputs, "state": zeros}))
 
@@ -171,8 +171,8 @@ def test_no_state_is_a_state_of_zeros() -> None:
 @every_decay
 @every_update
 @every_impl
-def test_strides_do_not_matter_and_inputs_are_not_written_to(decay: str, delta: bool, impl: str) -> None:
-    inputs = make_inputs(decay, delta, length=37)
+def test_strides_do_not_matter_and_inputs_are_not_written_to(decay: str, update: str, impl: str) -> None:
+    inputs = make_inputs(decay, update, length=37)
     scattered = {name: _scattered(x) for name, x in inputs.items()}
     assert not scattered["q"].is_contiguous()
     assert_same(recur(**scattered, impl=impl, chunk=16), recur(**inputs, impl=impl, chunk=16))
@@ -181,8 +181,8 @@ def test_strides_do_not_matter_and_inputs_are_not_written_to(decay: str, delta: 
 
 def _scattered(x: torch.Tensor) -> torch.Tensor:
     """The same values with the time axis before the heads, every second element of a larger tensor."""
-    if x.dim() == 1:
-        return torch.stack((x, torch.full_like(x, torch.nan)), 1)[:, 0]
+    if x.dim() < 3:
+        return torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]
     buffer = torch.full((*x.transpose(1, 2).shape, 2), torch.nan, dtype=x.dtype)
     view = buffer[..., 0].transpose(1, 2)
     view.copy_(x)
@@ -190,15 +190,17 @@ def _scattered(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_shapes_follow_on_the_meta_device() -> None:
-    inputs = {name: x.to("meta") for name, x in make_inputs("token", True).items()}
+    inputs = {name: x.to("meta") for name, x in make_inputs("token", "delta").items()}
     out, state = recur(**inputs)
     assert out.is_meta
     assert (out.shape, state.shape) == ((2, 2, 65, 5), (2, 2, 7, 5))
 
 
-@pytest.mark.parametrize(("decay", "delta", "backend"), [("channel", False, "eager"), ("head", True, "aot_eager")])
-def test_compiles_into_one_graph_with_its_backward(decay: str, delta: bool, backend: str) -> None:
-    inputs = make_inputs(decay, delta, length=20, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("decay", "update", "backend"), [("channel", "additive", "eager"), ("head", "delta", "aot_eager")]
+)
+def test_compiles_into_one_graph_with_its_backward(decay: str, update: str, backend: str) -> None:
+    inputs = make_inputs(decay, update, length=20, dtype=torch.float32)
     compiled = torch.compile(recur, fullgraph=True, dynamic=False, backend=backend)
     actual, expected = (with_gradient(f, inputs) for f in (compiled, recur))
     assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recur_inputs import DECAYS, Inputs, fresh_generator, make_inputs
+from recur_inputs import DECAYS, UPDATES, Inputs, fresh_generator, make_inputs, recur
 from torch import Tensor
 from torch.testing import assert_close
 
-from foveate.recurrence import recur
-
 every_decay = pytest.mark.parametrize("decay", DECAYS)
-every_update = pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
+every_update = pytest.mark.parametrize("update", UPDATES)
 
 
 @every_decay
 @every_update
 @pytest.mark.parametrize("impl", ["reference", "chunks"])
-def test_agree_with_finite_differences(decay: str, delta: bool, impl: str) -> None:
-    inputs = make_inputs(decay, delta, batch=1, heads=(4, 2, 1, 2), length=7, dims=(2, 3))
-    if delta:
+def test_agree_with_finite_differences(decay: str, update: str, impl: str) -> None:
+    inputs = make_inputs(decay, update, batch=1, heads=(4, 2, 1, 2), length=7, dims=(2, 3))
+    if update == "delta":
         inputs["beta"] = 0.1 + 0.8 * inputs["beta"]  # finite differences may not leave [0, 2]
     if decay != "none":
         inputs["decay"] = inputs["decay"] - 0.1
@@ -34,9 +32,9 @@ def test_agree_with_finite_differences(decay: str, delta: bool, impl: str) -> No
 @every_decay
 @every_update
 @pytest.mark.parametrize("chunk", [16, 64])
-def test_of_chunks_equal_the_references(decay: str, delta: bool, chunk: int) -> None:
+def test_of_chunks_equal_the_references(decay: str, update: str, chunk: int) -> None:
     for length in (1, 5, 63, 64, 65, 130):
-        inputs = make_inputs(decay, delta, heads=(4, 2, 2, 2), length=length)
+        inputs = make_inputs(decay, update, heads=(4, 2, 2, 2), length=length)
         generator = fresh_generator()
         actual = gradients(inputs, generator.clone_state(), impl="chunks", chunk=chunk)
         expected = gradients(inputs, generator.clone_state(), impl="reference")
@@ -44,8 +42,8 @@ def test_of_chunks_equal_the_references(decay: str, delta: bool, chunk: int) -> 
 
 
 @every_update
-def test_of_packed_sequences_equal_the_references(delta: bool) -> None:
-    inputs = make_inputs("channel", delta, batch=1, length=40)
+def test_of_packed_sequences_equal_the_references(update: str) -> None:
+    inputs = make_inputs("channel", update, batch=1, length=40)
     inputs["state"] = inputs["state"].expand(3, -1, -1, -1)
     generator = fresh_generator()
     actual, expected = (
@@ -65,8 +63,8 @@ def test_without_causality_equal_the_references() -> None:
 
 @pytest.mark.parametrize("decay", ["head", "token", "channel"])
 @every_update
-def test_stay_finite_under_resets_and_strong_decay(decay: str, delta: bool) -> None:
-    inputs = make_inputs(decay, delta, length=65, strength=100.0, dtype=torch.float32)
+def test_stay_finite_under_resets_and_strong_decay(decay: str, update: str) -> None:
+    inputs = make_inputs(decay, update, length=65, strength=100.0, dtype=torch.float32)
     inputs["decay"].view(-1)[::2] = -torch.inf
     for gradient in gradients(inputs, fresh_generator(), impl="chunks").values():
         assert gradient.isfinite().all()

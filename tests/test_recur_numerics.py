@@ -7,15 +7,15 @@ from functools import partial
 
 import pytest
 import torch
-from recur_inputs import DECAYS, Inputs, fresh_generator, make_inputs, plain_recur
+from native_checks import needs_native
+from recur_inputs import DECAYS, UPDATES, Inputs, fresh_generator, make_inputs, plain_recur, recur
 from torch import Tensor
 from torch.testing import assert_close
 
-from foveate.recurrence import recur
-
 every_decay = pytest.mark.parametrize("decay", DECAYS)
-every_update = pytest.mark.parametrize("delta", [False, True], ids=["additive", "delta"])
-every_impl = pytest.mark.parametrize("impl", ["reference", "chunks"])
+every_update = pytest.mark.parametrize("update", UPDATES)
+native = pytest.param("native", marks=needs_native)
+every_impl = pytest.mark.parametrize("impl", ["reference", "chunks", native])
 
 
 def to(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -30,8 +30,8 @@ def rms(x: Tensor) -> float:
 @every_update
 @every_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_errs_at_most_twice_as_much_as_a_plain_loop(decay: str, delta: bool, impl: str, dtype: torch.dtype) -> None:
-    inputs = make_inputs(decay, delta, heads=(4, 2, 2, 4), length=130, dims=(33, 16), dtype=dtype)
+def test_errs_at_most_twice_as_much_as_a_plain_loop(decay: str, update: str, impl: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(decay, update, heads=(4, 2, 2, 4), length=130, dims=(33, 16), dtype=dtype)
     exact, exact_state = plain_recur(**to(inputs, torch.float64))
     plain, plain_state = plain_recur(**inputs)
     actual, state = recur(**inputs, impl=impl)
@@ -42,12 +42,15 @@ def test_errs_at_most_twice_as_much_as_a_plain_loop(decay: str, delta: bool, imp
 
 @every_decay
 @every_update
+@pytest.mark.parametrize("impl", ["chunks", native])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_err_at_most_twice_as_much_as_a_plain_loops(decay: str, delta: bool, dtype: torch.dtype) -> None:
-    inputs = make_inputs(decay, delta, length=70, dims=(33, 16), dtype=dtype)
+def test_gradients_err_at_most_twice_as_much_as_a_plain_loops(
+    decay: str, update: str, impl: str, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(decay, update, length=70, dims=(33, 16), dtype=dtype)
     exact = gradients(plain_recur, to(inputs, torch.float64))
     plain = gradients(plain_recur, inputs)
-    actual = gradients(partial(recur, impl="chunks"), inputs)
+    actual = gradients(partial(recur, impl=impl), inputs)
     for name in inputs:
         assert actual[name].dtype == inputs[name].dtype
         luck = 8 if actual[name].dim() == 1 else 1  # over a few numbers, a plain loop may hit the exact ones
@@ -69,16 +72,16 @@ def assert_errs_no_more(actual: Tensor, plain: Tensor, exact: Tensor, roundings:
 @pytest.mark.parametrize("decay", ["head", "token", "channel"])
 @every_update
 @pytest.mark.parametrize("strength", [1e-6, 30.0, 1000.0])
-def test_weak_and_strong_decay_keep_their_digits(decay: str, delta: bool, strength: float) -> None:
-    inputs = make_inputs(decay, delta, length=130, strength=strength, dtype=torch.float32)
+def test_weak_and_strong_decay_keep_their_digits(decay: str, update: str, strength: float) -> None:
+    inputs = make_inputs(decay, update, length=130, strength=strength, dtype=torch.float32)
     assert_keeps_its_digits(inputs)
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
 @every_update
-def test_decay_of_mixed_strength_keeps_its_digits(decay: str, delta: bool) -> None:
+def test_decay_of_mixed_strength_keeps_its_digits(decay: str, update: str) -> None:
     """Factors near 1 between factors of exp(-1000): differences of cumulated logarithms would lose them."""
-    inputs = make_inputs(decay, delta, length=130, strength=0.01, dtype=torch.float32)
+    inputs = make_inputs(decay, update, length=130, strength=0.01, dtype=torch.float32)
     strong = torch.rand(inputs["decay"].shape, generator=fresh_generator()) < 0.05
     inputs["decay"] = inputs["decay"].masked_fill(strong, -1000.0)
     assert_keeps_its_digits(inputs)
@@ -93,8 +96,8 @@ def assert_keeps_its_digits(inputs: Inputs) -> None:
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
 @every_update
-def test_stays_finite_over_20000_tokens(decay: str, delta: bool) -> None:
-    inputs = make_inputs(decay, delta, batch=1, length=20_000, strength=30.0, dtype=torch.float32)
+def test_stays_finite_over_20000_tokens(decay: str, update: str) -> None:
+    inputs = make_inputs(decay, update, batch=1, length=20_000, strength=30.0, dtype=torch.float32)
     inputs["decay"] *= torch.rand(inputs["decay"].shape, generator=fresh_generator()) ** 8
     out, state = recur(**inputs)
     assert out.isfinite().all()
@@ -111,8 +114,8 @@ def test_remembers_a_token_over_20000_others() -> None:
 
 
 @every_update
-def test_autocast_leaves_the_arithmetic_in_float32(delta: bool) -> None:
-    inputs = make_inputs("token", delta, dtype=torch.float32)
+def test_autocast_leaves_the_arithmetic_in_float32(update: str) -> None:
+    inputs = make_inputs("token", update, dtype=torch.float32)
     expected = recur(**inputs)
     with torch.autocast("cpu", torch.bfloat16):
         actual = recur(**inputs)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recur_inputs import make_inputs
-
-from foveate.recurrence import recur, step
+from recur_inputs import make_inputs, recur, step
 
 X = torch.zeros
 
@@ -14,7 +12,14 @@ X = torch.zeros
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"impl": "fast"}, ValueError, '"auto", "reference" or "chunks", got \'fast\''),
+        ({"impl": "fast"}, ValueError, '"auto", "native", "chunks" or "reference", got \'fast\''),
+        ({"a": X(2, 4, 9, 7), "b": X(2, 4, 9, 6)}, ValueError, r"b of low_rank must be .* got \(2, 4, 9, 6\)"),
+        ({"a": X(2, 4, 9, 7), "b": X(2, 2, 9, 7)}, ValueError, "as many heads, got 4 and 2"),
+        ({"a": X(2, 4, 9, 7), "b": None}, TypeError, "b must be a tensor, got NoneType"),
+        ({"a": X(2, 4, 9, 7), "b": X(2, 4, 9, 7), "beta": X(2, 1, 9)}, ValueError, "takes neither low_rank"),
+        ({"bonus": X(4, 7), "beta": X(2, 1, 9)}, ValueError, "nor bonus"),
+        ({"bonus": X(4, 6)}, ValueError, r"\(4, 7\) or q's \(2, 4, 9, 7\), got \(4, 6\)"),
+        ({"causal": False, "bonus": X(4, 7)}, ValueError, "low_rank or bonus"),
         ({"chunk": 48}, ValueError, "power of two, got 48"),
         ({"chunk": 0}, ValueError, "power of two, got 0"),
         ({"q": X(4, 9, 7)}, ValueError, r"\(batch, heads, length, dim\), got q \(4, 9, 7\)"),

@@ -12,14 +12,17 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 
 from foveate.options import FORCED
+from foveate.recurrence import native
 from foveate.recurrence.checks import check_call, check_chunk, check_state
 from foveate.recurrence.chunks import recur_by_chunk
 from foveate.recurrence.layout import LowRank, Tokens, join
 from foveate.recurrence.reference import recur_by_token
 
-SHORT = 2  # tokens up to which the loop over tokens is the faster form
+SHORT = 2  # tokens up to which the loop over tokens is the faster form in torch
+IMPLEMENTATIONS = ("native", "chunks", "reference")
 
-Run = Callable[[Tokens, Tensor], tuple[Tensor, Tensor]]
+Lengths = Sequence[int] | None
+Run = Callable[[Tokens, Tensor, Lengths], tuple[Tensor, Tensor]]
 
 
 class Recurrent(NamedTuple):
@@ -89,7 +92,9 @@ def recur(
 
     scale defaults to D ** -0.5.
     chunk, a power of two, is the number of tokens that "chunks" computes at once.
-    impl is "reference" (the formula, token by token), "chunks" (parallel inside chunks) or "auto".
+    impl is "reference" (the formula, token by token), "chunks" (parallel inside chunks), "native" (C++ kernels on
+    CPU: token by token with the state in the first cache) or "auto", the fastest that can. One asked for by name
+    runs, or raises NotImplementedError with the reason.
 
     dtypes: q, k, v, decay and beta of any floating dtype; arithmetic and state are float64 if one of q, k, v
     is and float32 otherwise, also under autocast; out has v's dtype. Differentiable in every tensor, state
@@ -105,15 +110,17 @@ def recur(
     """
     check_call(q, k, v, decay=decay, beta=beta, low_rank=low_rank, bonus=bonus, lengths=lengths, causal=causal)
     check_chunk(chunk)
-    run = _implementation(impl, q.size(2), causal=causal, chunk=chunk)
     tokens = _tokens(q, k, v, decay, beta, scale, low_rank, bonus)
     _, *shape = tokens.state_shape
     shape = [q.size(0) if lengths is None else len(lengths), *shape]
     if state is None:
         state = torch.zeros(shape, dtype=tokens.dtype, device=q.device)
     check_state(state, shape, tokens.dtype, q.device)
+    run = _implementation(impl, tokens, causal=causal, chunk=chunk)
+    if q.size(2) == k.size(2) == 0:
+        return Recurrent(v.new_zeros(*q.shape[:3], v.size(3)), state)
     with _no_autocast(q.device.type):
-        return _run(run, tokens, state) if lengths is None else _run_packed(run, tokens, state, lengths)
+        return Recurrent(*run(tokens, state, lengths))
 
 
 def step(
@@ -144,18 +151,25 @@ def step(
     return recur(q, k, v, **options, scale=scale, state=state, impl=impl)
 
 
-def _implementation(name: str, length: int, *, causal: bool, chunk: int) -> Run:
-    known: dict[str, Run] = {
-        "reference": partial(recur_by_token, causal=causal),
-        "chunks": partial(recur_by_chunk, causal=causal, chunk=chunk),
-    }
+def _implementation(name: str, tokens: Tokens, *, causal: bool, chunk: int) -> Run:
     if name == "auto":
-        name = FORCED.get() or "auto"
-    if name == "auto":
-        name = "reference" if causal and length <= SHORT else "chunks"
-    if name not in known:
-        raise ValueError(f'impl must be "auto", "reference" or "chunks", got {name!r}')
-    return known[name]
+        name = FORCED.get() or _fastest(tokens, causal)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f'impl must be "auto", "native", "chunks" or "reference", got {name!r}')
+    if name == "native":
+        reason = native.refuse(tokens, causal=causal)
+        if reason is not None:
+            raise NotImplementedError(f"impl='native' cannot run this call: {reason}")
+        return native.run
+    if name == "chunks":
+        return partial(_one_by_one, partial(recur_by_chunk, causal=causal, chunk=chunk))
+    return partial(_one_by_one, partial(recur_by_token, causal=causal))
+
+
+def _fastest(tokens: Tokens, causal: bool) -> str:
+    if native.refuse(tokens, causal=causal) is None:
+        return "native"
+    return "reference" if causal and tokens.q.size(2) <= SHORT else "chunks"
 
 
 def _no_autocast(device: str) -> AbstractContextManager:
@@ -172,6 +186,7 @@ def _tokens(
     low_rank: tuple[Tensor, Tensor] | None,
     bonus: Tensor | None,
 ) -> Tokens:
+    fades = decay is not None
     if decay is None:
         decay = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=q.device)
     elif decay.dim() == 1:
@@ -182,16 +197,23 @@ def _tokens(
     if bonus is not None and bonus.dim() == 2:
         bonus = bonus[None, :, None, :]
     scale = q.size(-1) ** -0.5 if scale is None else scale
-    return Tokens(q, k, v, decay, beta, scale, None if low_rank is None else LowRank(*low_rank), bonus)
+    return Tokens(q, k, v, decay, beta, scale, None if low_rank is None else LowRank(*low_rank), bonus, fades)
 
 
-def _run(run: Run, tokens: Tokens, state: Tensor) -> Recurrent:
-    if tokens.q.size(2) == tokens.k.size(2) == 0:
-        return Recurrent(tokens.v.new_zeros(*tokens.q.shape[:3], tokens.v.size(3)), state)
-    return Recurrent(*run(tokens, state))
-
-
-def _run_packed(run: Run, tokens: Tokens, state: Tensor, lengths: Sequence[int]) -> Recurrent:
+def _one_by_one(
+    run: Callable[[Tokens, Tensor], tuple[Tensor, Tensor]], tokens: Tokens, state: Tensor, lengths: Lengths
+) -> tuple[Tensor, Tensor]:
+    """Run a form that knows nothing of packed sequences on each of them."""
+    if lengths is None:
+        return run(tokens, state)
     pairs = zip(tokens.split(lengths), state.split(1), strict=True)
-    outs, states = zip(*(_run(run, piece, piece_state) for piece, piece_state in pairs), strict=True)
-    return Recurrent(join(outs, 2), join(states, 0))
+    outs, states = zip(*(_or_nothing(run, piece, before) for piece, before in pairs), strict=True)
+    return join(outs, 2), join(states, 0)
+
+
+def _or_nothing(
+    run: Callable[[Tokens, Tensor], tuple[Tensor, Tensor]], tokens: Tokens, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    if tokens.q.size(2) == 0:
+        return tokens.v.new_zeros(*tokens.q.shape[:3], tokens.v.size(3)), state
+    return run(tokens, state)

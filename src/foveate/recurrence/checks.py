@@ -69,6 +69,8 @@ def check_state(state: Tensor, shape: Sequence[int], dtype: torch.dtype, device:
 
 def _check_kinds(given: dict[str, Tensor]) -> None:
     for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
         if x.device != given["q"].device:
@@ -125,6 +127,9 @@ def _check_beta(q: Tensor, beta: Tensor) -> None:
 def _pair(low_rank: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(low_rank, tuple | list) or len(low_rank) != 2:
         raise TypeError(f"low_rank is a pair (a, b) of tensors, got {type(low_rank).__name__}")
+    for name, x in zip("ab", low_rank, strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     return low_rank[0], low_rank[1]
 
 

@@ -45,6 +45,7 @@ class Tokens:
     scale: float
     low_rank: LowRank | None = None
     bonus: Tensor | None = None  # (B or 1, H, M or 1, D): queries read the state before the token, and this of it
+    fades: bool = True  # whether decay is more than zeros
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,7 +64,7 @@ class Tokens:
         columns = (self.q, self.k, self.v, self.decay, self.beta, *low_rank, self.bonus)
         pieces = zip(*(_split(x, lengths) for x in columns), strict=True)
         return [
-            Tokens(q, k, v, decay, beta, self.scale, None if a is None else LowRank(a, b), bonus)
+            Tokens(q, k, v, decay, beta, self.scale, None if a is None else LowRank(a, b), bonus, self.fades)
             for q, k, v, decay, beta, a, b, bonus in pieces
         ]
 

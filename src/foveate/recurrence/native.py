@@ -1,0 +1,146 @@
+"""recur by native CPU kernels, token by token with the state in the first cache: forward, backward, one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.native.call import DTYPES
+from foveate.native.loader import library, status
+from foveate.recurrence import native_call
+from foveate.recurrence.layout import Tokens
+from foveate.recurrence.native_call import Inputs
+
+WIDEST = 512  # key channels of a head
+
+Lengths = Sequence[int] | None
+
+
+def refuse(tokens: Tokens, *, causal: bool) -> str | None:
+    """Why this implementation cannot run the call; None if it can."""
+    if tokens.q.device.type != "cpu":
+        return f"it runs on CPU, not on {tokens.q.device.type}"
+    for name, x in (("q", tokens.q), ("k", tokens.k), ("v", tokens.v)):
+        if x.dtype not in DTYPES:
+            return f"it has float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+        if not torch.compiler.is_compiling() and x.data_ptr() % x.element_size():
+            return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
+    if tokens.q.size(3) > WIDEST:
+        return f"it takes up to {WIDEST} channels a key, not {tokens.q.size(3)}"
+    if not causal:
+        return "it has the causal form only; one product sums over all tokens"
+    return _absence()
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not look into how libraries are loaded
+def _absence() -> str | None:
+    return status().reason if library() is None else None
+
+
+def run(tokens: Tokens, state: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
+    """Return out (B, H, N, Dv) and the state (B, S, D, Dv) after the last token."""
+    a, b = tokens.low_rank or (None, None)
+    decay = tokens.decay if tokens.fades else None
+    gates = (x if x is None or x.dtype in DTYPES else x.float() for x in (decay, tokens.beta, a, b))
+    settings = (None if lengths is None else list(lengths), tokens.scale, tokens.bonus is not None)
+    tensors = (tokens.q, tokens.k, tokens.v, *gates, state)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.compiler.is_compiling():
+        out, state, _ = torch.ops.foveate.recur_forward(*tensors, *settings, differentiable)
+    elif differentiable:
+        out, state = _Recur.apply(*settings, *tensors)
+    else:
+        out, state, _ = _forward(*tensors, *settings, False)
+    return (out if tokens.bonus is None else out + own_part(tokens)), state
+
+
+def own_part(tokens: Tokens) -> Tensor:
+    """What the bonus lets each query read of its own token, (B, H, N, Dv)."""
+    heads = tokens.q.size(1)
+    k, v = (x.to(tokens.dtype).repeat_interleave(heads // x.size(1), 1) for x in (tokens.k, tokens.v))
+    assert tokens.bonus is not None
+    weight = (tokens.q.to(tokens.dtype) * tokens.bonus * k).sum(-1, keepdim=True)
+    return (tokens.scale * weight * v).to(tokens.v.dtype)
+
+
+class _Recur(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, lengths: Lengths, scale: float, reads_before: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, state, checkpoints = _forward(*tensors, lengths, scale, reads_before, True)
+        ctx.settings = lengths, scale, reads_before
+        ctx.save_for_backward(*tensors, checkpoints)
+        return out, state
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *_gradients(ctx, _backward, *grads))
+
+
+def _gradients(ctx: Any, backward: Callable[..., Sequence[Tensor]], *grads: Tensor) -> list[Tensor | None]:
+    *tensors, checkpoints = ctx.saved_tensors
+    found = backward(*grads, *tensors, checkpoints, *ctx.settings)
+    return [None if x is None else _fit(grad, x) for x, grad in zip(tensors, found, strict=True)]
+
+
+def _fit(grad: Tensor, x: Tensor) -> Tensor:
+    """A gradient per state as one of x, whose heads, tokens or entries of the batch several states may share."""
+    if grad.shape[1] != x.shape[1]:
+        grad = grad.unflatten(1, (x.shape[1], -1)).sum(2)
+    return grad.sum_to_size(x.shape).to(x.dtype)
+
+
+# ---- operators of torch's dispatcher, so that torch.compile takes them whole ---------------------------------------
+
+_HEADS = "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? beta, Tensor? a, Tensor? b, Tensor state"
+_SETTINGS = "int[]? lengths, float scale, bool reads_before"
+_OPERATORS = torch.library.Library("foveate", "FRAGMENT")
+_OPERATORS.define(f"recur_forward({_HEADS}, {_SETTINGS}, bool keeps) -> (Tensor, Tensor, Tensor)")
+_OPERATORS.define(
+    f"recur_backward(Tensor grad_out, Tensor grad_state, {_HEADS}, Tensor checkpoints, {_SETTINGS}) -> "
+    f"({', '.join(['Tensor'] * 8)})"
+)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *heads, state, lengths, scale, reads_before, keeps = arguments
+    return native_call.forward(Inputs(*heads), state, lengths, scale, reads_before, keeps)
+
+
+def _backward(grad_out: Tensor, grad_state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *heads, state, checkpoints, lengths, scale, reads_before = arguments
+    return native_call.backward(grad_out, grad_state, Inputs(*heads), state, checkpoints, lengths, scale, reads_before)
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, _, v, *_, state, lengths, _, _, keeps = arguments
+    count = native_call.num_checkpoints(q, lengths) if keeps else 0
+    return v.new_empty(*q.shape[:3], v.shape[3]), state.new_empty(state.shape), state.new_empty(count, *state.shape[1:])
+
+
+def _fake_backward(grad_out: Tensor, grad_state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *heads, state, _, _, _, _ = arguments
+    return native_call.gradients(Inputs(*heads), state)
+
+
+_OPERATORS.impl("recur_forward", _forward, "CPU")
+_OPERATORS.impl("recur_backward", _backward, "CPU")
+torch.library.register_fake("foveate::recur_forward", _fake_forward, lib=_OPERATORS)
+torch.library.register_fake("foveate::recur_backward", _fake_backward, lib=_OPERATORS)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, lengths, scale, reads_before, _ = inputs
+    ctx.settings = lengths, scale, reads_before
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _backward_of_forward(ctx: Any, grad_out: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return *_gradients(ctx, torch.ops.foveate.recur_backward, grad_out, grad_state), None, None, None, None
+
+
+torch.library.register_autograd("foveate::recur_forward", _backward_of_forward, setup_context=_setup, lib=_OPERATORS)

@@ -1,0 +1,157 @@
+"""The recurrence's C structures (native/csrc/recur_abi.h), and how a call is described to its kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.native.call import DTYPES, Four, check, pointer
+from foveate.native.loader import library, num_threads
+
+
+class RowsArgument(Structure):
+    """(sequences, heads, tokens, channels) of any strides and dtype; no data: not given."""
+
+    _fields_ = (("data", c_void_p), ("dtype", c_int64), ("heads", c_int64), ("stride", Four))
+
+
+_ROWS, _GATES = ("q", "k", "v", "out"), ("decay", "beta", "a", "b")
+_SIZES = ("sequences", "states", "tokens", "dim", "value_dim", "decay_channels", "reads_before", "threads")
+_GRADS = ("grad_out", "dq", "dk", "dv", "ddecay", "dbeta", "da", "db")
+
+
+class RecurArgument(Structure):
+    """A call of the recurrence's kernels."""
+
+    _fields_ = (
+        *((name, RowsArgument) for name in _ROWS + _GATES),
+        ("starts", c_void_p),
+        *((name, c_int64) for name in _SIZES),
+        ("scale", c_double),
+        *((name, c_void_p) for name in ("initial", "final", "checkpoints")),
+        *((name, RowsArgument) for name in _GRADS),
+        ("grad_final", c_void_p),
+        ("dinitial", c_void_p),
+    )
+
+
+SEGMENT = 64  # tokens from one checkpoint to the next, as in csrc/recur.h
+
+
+class Inputs(NamedTuple):
+    """Heads and gates of a call, each (B, heads, N, channels); sizes of 1 are spread over the others'."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None  # (B or 1, heads, N or 1, D or 1)
+    beta: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+
+def forward(
+    inputs: Inputs, state: Tensor, lengths: Sequence[int] | None, scale: float, reads_before: bool, keeps: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, the last state, and the states that a backward pass starts from (none of them unless it ``keeps``)."""
+    q, v = inputs.q, inputs.v
+    out, final = v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(state, memory_format=torch.contiguous_format)
+    checkpoints = state.new_empty(num_checkpoints(q, lengths) if keeps else 0, *state.shape[1:])
+    call = _call(inputs, state, lengths, scale, reads_before)
+    state = state.contiguous()
+    call.out, call.initial, call.final = rows(out), state.data_ptr(), final.data_ptr()
+    call.checkpoints = checkpoints.data_ptr() if keeps else None
+    check(_library().foveate_recur_forward(ctypes.byref(call)))
+    return out, final, checkpoints
+
+
+def backward(
+    grad_out: Tensor,
+    grad_state: Tensor,
+    inputs: Inputs,
+    state: Tensor,
+    checkpoints: Tensor,
+    lengths: Sequence[int] | None,
+    scale: float,
+    reads_before: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, decay, beta, a, b (empty where not given) and of the first state, in float32."""
+    grads = gradients(inputs, state)
+    call = _call(inputs, state, lengths, scale, reads_before)
+    call.checkpoints, call.grad_out = checkpoints.data_ptr(), rows(grad_out)
+    for name, grad in zip(_GRADS[1:], grads[:-1], strict=True):
+        if grad.dim() == 4:
+            setattr(call, name, rows(grad))
+    grad_state = grad_state.contiguous()
+    call.grad_final, call.dinitial = pointer(grad_state), pointer(grads[-1])
+    check(_library().foveate_recur_backward(ctypes.byref(call)))
+    return grads
+
+
+def gradients(inputs: Inputs, state: Tensor) -> tuple[Tensor, ...]:
+    """Room for what ``backward`` returns: one gradient per query head, or per state."""
+    (batch, _, length, dim), states = inputs.q.shape, state.shape[1]
+    widths = (dim, inputs.v.shape[3], inputs.decay.shape[3] if inputs.decay is not None else 0, 1, dim, dim)
+    per_state = (
+        state.new_empty(0) if x is None else state.new_empty(batch, states, length, width)
+        for x, width in zip(inputs[1:], widths, strict=True)
+    )
+    return state.new_empty(inputs.q.shape), *per_state, state.new_empty(state.shape)
+
+
+def rows(x: Tensor) -> RowsArgument:
+    """Describe a tensor (batch, heads, tokens, channels), sizes of 1 as spread; the caller keeps it alive."""
+    stride = (step if size > 1 else 0 for size, step in zip(x.shape, x.stride(), strict=True))
+    return RowsArgument(x.data_ptr(), DTYPES[x.dtype], x.shape[1], Four(*stride))
+
+
+def _call(
+    inputs: Inputs, state: Tensor, lengths: Sequence[int] | None, scale: float, reads_before: bool
+) -> RecurArgument:
+    q, k, v = inputs[:3]
+    call = RecurArgument(q=rows(q), k=rows(k), v=rows(v), scale=scale, reads_before=reads_before)
+    for name, gate in zip(_GATES, inputs[3:], strict=True):
+        if gate is not None:
+            setattr(call, name, rows(gate))
+    if lengths is not None:
+        call.held = _starts(tuple(lengths))
+        call.starts = call.held.data_ptr()
+    call.sequences, call.states, call.tokens = state.shape[0], state.shape[1], q.shape[2]
+    call.dim, call.value_dim, call.threads = q.shape[3], v.shape[3], num_threads()
+    call.decay_channels = 1 if inputs.decay is None else inputs.decay.shape[3]
+    return call
+
+
+@lru_cache(maxsize=64)
+def _starts(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)])
+
+
+def num_checkpoints(q: Tensor, lengths: Sequence[int] | None) -> int:
+    """How many states a backward pass starts from."""
+    segment = SEGMENT
+    if lengths is None:
+        return q.shape[0] * -(-q.shape[2] // segment)
+    return q.shape[2] // segment + len(lengths) + 1
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "refuse() lets no call through without a library"
+    return _declared(found)
+
+
+@lru_cache(maxsize=1)
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    for function in (found.foveate_recur_forward, found.foveate_recur_backward):
+        function.argtypes, function.restype = (POINTER(RecurArgument),), c_int64
+    assert found.foveate_recur_segment() == SEGMENT, "recur.h and native_call.py differ"
+    assert found.foveate_recur_size() == ctypes.sizeof(RecurArgument), "recur_abi.h and native_call.py differ"
+    return found
