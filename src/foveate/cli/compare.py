@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from foveate.cli.screen import STOPPED, complain, keeping, out
+from foveate.cli.task_options import (
+    PANEL,
+    Batch,
+    Dim,
+    Group,
+    Heads,
+    Layers,
+    Pairs,
+    Rate,
+    Seed,
+    Steps,
+    TaskName,
+    Vocab,
+    refuse,
+    task_and_recipe,
+)
 
 HELP = """Measure quality, speed and memory of attention mechanisms on a model and a text.
 
 Each mechanism takes the place of the model's own attention, by turns with
 it. Results are written after each, so Ctrl-C loses nothing: --resume goes
 on. The report is one HTML file that needs no network.
+
+With --task, mechanisms learn a synthetic task instead, each in the same
+small model (`foveate train --help`): the table and the picture show how
+much is right against the bytes of state kept for it.
 
 [bold]Examples[/bold]
 
@@ -22,49 +42,100 @@ on. The report is one HTML file that needs no network.
   foveate compare -m moba -m "streaming_llm(window=256)"
   foveate compare -m "window(512) & causal | sinks(4)" --max-loss 0.05
   foveate compare --out report --resume
+
+  foveate compare --task recall
+  foveate compare --task recall -m deltanet -m gla --length 64 --pairs 8
+  foveate compare --task state --group parity --minutes 2
 """
+
+TEXT_ONLY = ("model", "text", "max_loss", "repeats", "windows")
+TASK_ONLY = ("pairs", "vocab", "group", "dim", "heads", "layers", "batch", "steps", "minutes", "lr", "seed")
 
 
 def compare(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option(help="'builtin', or a folder with a causal language model in Hugging Face format.")
     ] = "builtin",
     text: Annotated[
         str | None, typer.Option(help="A file, a folder, or - for standard input; text of our own unless given.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens in a window of text.")] = 8192,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a window of text, 8192 unless given, or in a task's sequence.")
+    ] = None,
     mechanism: Annotated[
         list[str] | None,
         typer.Option(
-            "--mechanisms", "--mechanism", "-m", help="A name, with options or without, or a pattern; all unless given."
+            "--mechanisms",
+            "--mechanism",
+            "-m",
+            help="A name, with options or without, or a pattern; all (of a task: a few) unless given.",
         ),
     ] = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder for results.json and report.html.")] = Path("report"),
+    folder: Annotated[
+        Path, typer.Option("--out", help="Folder for results.json and report.html, or TASK.json and TASK.svg.")
+    ] = Path("report"),
     max_loss: Annotated[
         float, typer.Option(help="Relative loss in bits per byte that a recommendation may have.")
     ] = 0.01,
     repeats: Annotated[int, typer.Option(help="Timed runs of each mechanism.")] = 5,
     windows: Annotated[int, typer.Option(help="Windows of text to judge quality on.")] = 4,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the folder already holds.")] = False,
+    task: TaskName = None,
+    pairs: Pairs = None,
+    vocab: Vocab = None,
+    group: Group = None,
+    dim: Dim = 64,
+    heads: Heads = 2,
+    layers: Layers = 2,
+    batch: Batch = 32,
+    steps: Steps = 3000,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop the schedule of each mechanism after this long.", rich_help_panel=PANEL)
+    ] = None,
+    lr: Rate = 3e-3,
+    seed: Seed = 0,
 ) -> None:
+    if task is not None:
+        refuse(context, TEXT_ONLY, "with a model and a text, not with --task")
+        return _compare_on_task(context.params, folder, resume)
+    refuse(context, TASK_ONLY, "with --task (recall, copy or state)")
+    _compare_on_text(
+        folder,
+        model=model,
+        text=text,
+        length=8192 if length is None else length,
+        mechanisms=mechanism or None,
+        max_loss=max_loss,
+        resume=resume,
+        repeats=repeats,
+        windows=windows,
+    )
+
+
+def _compare_on_text(folder: Path, **options: Any) -> None:
     from foveate.lab.compare import compare as measure
     from foveate.lab.compare import table
 
     with keeping(f"{folder} holds what was there before."):
-        results = measure(
-            model,
-            text,
-            length=length,
-            mechanisms=mechanism or None,
-            out=folder,
-            max_loss=max_loss,
-            resume=resume,
-            repeats=repeats,
-            windows=windows,
-        )
+        results = measure(out=folder, **options)
     console = out()
     console.print(table(results))
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     if results.interrupted:
         complain(f"Stopped. {len(results.entries)} mechanisms are kept in {folder}; --resume measures the rest.")
         raise typer.Exit(STOPPED)
+
+
+def _compare_on_task(options: dict[str, Any], folder: Path, resume: bool) -> None:
+    from foveate.lab.tasks_compare import compare_task, table
+
+    task, recipe = task_and_recipe(options)
+    found = compare_task(task, options["mechanism"] or None, out=folder, recipe=recipe, resume=resume)
+    console = out()
+    console.print(table(task, found))
+    if found["interrupted"]:
+        complain(f"Stopped. {len(found['results'])} mechanisms are kept in {folder}; --resume teaches the rest.")
+        raise typer.Exit(STOPPED)
+    written = f"{folder / task.name}.json", f"{folder / task.name}.svg"
+    console.print(f"Figures: {written[0]}; the picture: {written[1]}", soft_wrap=True, highlight=False)

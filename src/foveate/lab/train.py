@@ -5,10 +5,6 @@ foveate train --preset builtin
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from foveate.lab.stopping import asked_to_stop
 from foveate.lab.train_export import export
 from foveate.lab.train_recipe import Phase, Recipe
 from foveate.lab.train_run import Run
@@ -78,7 +75,7 @@ def _go_on(run: Run) -> bool:
     """Step until the run is done or a signal asks to stop; whether it is done."""
     if run.checkpoint.exists():
         run.load()
-    with _asked_to_stop() as stop, _progress() as bar:
+    with asked_to_stop() as stop, _progress() as bar:
         task = bar.add_task("training", total=1.0, note="")
         while run.progress() < 1 and not stop:
             loss = run.step_once()
@@ -87,19 +84,6 @@ def _go_on(run: Run) -> bool:
     run.save()
     run.pool.shutdown()
     return not stop
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that becomes non-empty at SIGINT or SIGTERM (which only a main thread can be told of)."""
-    asked: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in signals}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _progress() -> Progress:

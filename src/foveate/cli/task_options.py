@@ -1,0 +1,53 @@
+"""Options of synthetic tasks, which `train` and `compare` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from foveate.lab.tasks import Task
+    from foveate.lab.tasks_run import TaskRecipe
+
+PANEL = "Synthetic tasks"
+TaskName = Annotated[
+    Literal["recall", "copy", "state"] | None,
+    typer.Option("--task", help="Learn a synthetic task in place of text.", rich_help_panel=PANEL),
+]
+Pairs = Annotated[int | None, typer.Option(help="recall: pairs of a key and a value.", rich_help_panel=PANEL)]
+Vocab = Annotated[int | None, typer.Option(help="recall, copy: different words.", rich_help_panel=PANEL)]
+Group = Annotated[
+    Literal["parity", "s5"] | None, typer.Option(help="state: the group to multiply in.", rich_help_panel=PANEL)
+]
+Dim = Annotated[int, typer.Option(help="Width of the model.", rich_help_panel=PANEL)]
+Heads = Annotated[int, typer.Option(help="Heads of each mixer.", rich_help_panel=PANEL)]
+Layers = Annotated[int, typer.Option(help="Layers of the model.", rich_help_panel=PANEL)]
+Batch = Annotated[int, typer.Option(help="Sequences in a step.", rich_help_panel=PANEL)]
+Steps = Annotated[int, typer.Option(help="Steps at most.", rich_help_panel=PANEL)]
+Rate = Annotated[float, typer.Option("--lr", help="Highest learning rate.", rich_help_panel=PANEL)]
+Seed = Annotated[int, typer.Option(help="Seed of weights and examples.", rich_help_panel=PANEL)]
+
+
+def task_and_recipe(options: dict[str, Any]) -> tuple[Task, TaskRecipe]:
+    """A task and how to learn it, from a command's options by name."""
+    from foveate.lab.tasks import make_task
+    from foveate.lab.tasks_run import TaskRecipe
+
+    task = make_task(options["task"], **{name: options[name] for name in ("length", "pairs", "vocab", "group")})
+    shape = ("dim", "heads", "layers", "batch", "steps", "minutes", "lr", "seed")
+    return task, TaskRecipe(**{name: options[name] for name in shape})
+
+
+def refuse(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """A ValueError where an option was given that would be ignored."""
+    given = [name for name in names if _is_given(context, name)]
+    flags = [flag for param in context.command.params if param.name in given for flag in param.opts[:1]]
+    if flags:
+        raise ValueError(f"{' and '.join(flags)} {'goes' if len(flags) == 1 else 'go'} {why}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

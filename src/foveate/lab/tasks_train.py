@@ -1,0 +1,100 @@
+"""Teach one mixer one task: killable, resumable, done when the task is solved or its time is spent.
+
+foveate train --task recall --mixer gated_deltanet
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from foveate.lab.results import write_whole
+from foveate.lab.stopping import asked_to_stop
+from foveate.lab.tasks import Task
+from foveate.lab.tasks_plot import draw
+from foveate.lab.tasks_run import Point, TaskRecipe, TaskRun, origin
+
+RESULT, CURVE, CHECKPOINT = "result.json", "curve.svg", "checkpoint.pt"
+
+
+def train_task(
+    task: Task, mixer: str, out: Path, recipe: TaskRecipe | None = None, *, resume: bool = True, progress: bool = True
+) -> dict[str, Any] | None:
+    """Teach a small model with this mixer the task; the result, also in ``out``, or None where a signal stopped it.
+
+    SIGINT and SIGTERM save and leave; the next call goes on from there, to the same weights where the recipe
+    sets no minutes. A finished run leaves ``result.json`` and ``curve.svg``, and is not trained again.
+
+    >>> from tempfile import mkdtemp
+    >>> from foveate.lab.tasks import Recall
+    >>> task = Recall(length=8, pairs=1, vocab=8)
+    >>> result = train_task(task, "linear_transformer", Path(mkdtemp()), TaskRecipe(dim=16, steps=20), progress=False)
+    >>> result["steps"]
+    20
+
+    Raises ValueError where ``out`` holds a run of another task, mixer or recipe, and for what is no causal mixer.
+    """
+    recipe = recipe or TaskRecipe()
+    run = TaskRun(task, mixer, recipe, out / CHECKPOINT)
+    identity = {"mixer": mixer, **run.about()}
+    out.mkdir(parents=True, exist_ok=True)
+    done = _settle(out, identity, resume)
+    if done is not None:
+        return done
+    run.load()
+    if not learn(run, progress=progress):
+        return None
+    result = {**run.about(), **origin(), **run.result()}
+    write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
+    write_whole(out / CURVE, draw(task, [result]))
+    (out / CHECKPOINT).unlink(missing_ok=True)
+    return result
+
+
+def learn(run: TaskRun, *, progress: bool = True, label: str = "learning") -> bool:
+    """Step until the run is over or a signal asks to stop, which saves it; whether it is over."""
+    with asked_to_stop() as stop, _bar(progress) as bar:
+        row = bar.add_task(label, total=1.0, note="")
+        for point in run.points():
+            bar.update(row, completed=run.progress(), note=in_words(point))
+            if stop:
+                run.save()
+                return False
+    return True
+
+
+def in_words(point: Point) -> str:
+    """One line of a progress bar.
+
+    >>> in_words(Point(120, 3.2, 64, 0.51234, 0.8))
+    'step 120  64 tokens  loss 0.512  80.0 % right'
+    """
+    return f"step {point.step:,}  {point.length} tokens  loss {point.loss:.3f}  {100 * point.accuracy:.1f} % right"
+
+
+def _settle(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    """Make ``out`` a folder of this run; the result where it is finished."""
+    if not resume:
+        for name in (RESULT, CURVE, CHECKPOINT):
+            (out / name).unlink(missing_ok=True)
+    settings = out / "settings.json"
+    if resume and settings.exists():
+        before = json.loads(settings.read_text(encoding="utf-8"))
+        other = [name for name, value in identity.items() if before.get(name) != value]
+        if other:
+            raise ValueError(f"{out} holds a run of another {' and '.join(other)}: take another folder or resume=False")
+        if (out / RESULT).exists():
+            result: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
+            return result
+    write_whole(settings, json.dumps(identity, indent=1) + "\n")
+    return None
+
+
+def _bar(show: bool) -> Progress:
+    note = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), note, TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not show)
