@@ -56,9 +56,9 @@ def random_feature_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, re
 
     Choromanski et al., Rethinking Attention with Performers, arXiv 2009.14794.
 
-    >>> q, k, v = 0.3 * torch.randn(3, 1, 2, 9, 4).unbind(0)
-    >>> near = random_feature_attention(q, k, v, torch.randn(4096, 4))
-    >>> bool((near - (q @ k.transpose(2, 3)).softmax(-1) @ v).abs().max() < 0.05)
+    >>> q, k, v = (0.3 * torch.randn(3, 1, 2, 9, 4)).unbind(0)
+    >>> near = random_feature_attention(q, k, v, torch.randn(8192, 4))
+    >>> bool((near - (q @ k.transpose(2, 3)).softmax(-1) @ v).abs().mean() < 0.02)
     True
     """
     planes = widened(planes)
