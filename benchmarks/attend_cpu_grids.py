@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.attend_cpu_problem import Attention, Problem
-from benchmarks.attend_cpu_rivals import MaskMod, Rival, Unfit, dense_mask, needs
+from benchmarks.attend_cpu_rivals import MaskMod, dense_mask
+from benchmarks.rivals import Rival, Unfit, needs
 
 CHUNK = 64  # queries whose neighbours fit the cache
 

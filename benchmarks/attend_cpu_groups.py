@@ -27,12 +27,12 @@ from benchmarks.attend_cpu_rivals import (
     SDPA_GQA,
     SDPA_MASK,
     SDPA_PACKED,
-    Rival,
     causal_mod,
     flex,
     window_mod,
 )
-from benchmarks.attend_cpu_targets import Faster, InProportion, OfLimit, Target
+from benchmarks.rivals import Rival
+from benchmarks.targets import Faster, InProportion, OfLimit, Target
 from foveate import causal, neighborhood, window
 from foveate.mixers.grid_windows import SameLabel, windows_of
 from foveate.patterns import Grid, Pattern, full, random_blocks

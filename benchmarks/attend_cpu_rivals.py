@@ -1,12 +1,8 @@
-"""What a PyTorch user would otherwise call on a CPU: SDPA in each of its spellings, FlexAttention, eager attention.
-
-A rival looks at a problem once, untimed (masks, compilation), and gives what is timed.
-"""
+"""What a PyTorch user would otherwise call on a CPU: SDPA in each of its spellings, FlexAttention, eager attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,33 +10,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from benchmarks.attend_cpu_problem import Attention, Problem
+from benchmarks.rivals import Rival, Unfit, needs
 from foveate.patterns import causal, full, to_block_mask
 
-ROOM = 4e9  # bytes that a rival may take for itself
-
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class Unfit(Exception):
-    """Why a rival is not run on a problem."""
-
-
-@dataclass(frozen=True)
-class Rival:
-    """A contender by name; spellings of one are told apart after a comma."""
-
-    label: str
-    prepare: Callable[[Problem], Attention]
-
-    @property
-    def family(self) -> str:
-        return self.label.partition(",")[0]
-
-
-def needs(num_bytes: float) -> None:
-    """Refuse what takes too much memory."""
-    if num_bytes > ROOM:
-        raise Unfit(f"it would take {num_bytes / 1e9:.0f} GB")
 
 
 def dense_mask(problem: Problem) -> Tensor | None:

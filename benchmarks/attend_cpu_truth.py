@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attend_cpu_problem import Problem
+from benchmarks.field import worst_row
 from foveate.patterns import Scene, resolve
 
 SAMPLE = 16  # queries, and keys whose gradients are looked at
@@ -52,8 +53,7 @@ class Truth:
         for result, parts in zip(results, self.parts, strict=True):
             rows = torch.cat([part.expected.flatten(0, -2) for part in parts])
             got = torch.cat([result[part.index].detach().double().flatten(0, -2) for part in parts])
-            lengths = rows.norm(dim=-1)
-            worst.append(((got - rows).norm(dim=-1) / lengths.clamp(min=lengths.median())).max())
+            worst.append(worst_row(got, rows))
         return float(torch.stack(worst).max())  # of tensors, since it keeps NaN
 
     def _outputs(self) -> list[list[Part]]:

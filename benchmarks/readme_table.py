@@ -3,6 +3,7 @@
     foveate compare --out out/compare && cp out/compare/results.json benchmarks/results/compare.json
     python -m benchmarks.attend_tiles
     python -m benchmarks.attend_cpu
+    python -m benchmarks.recur_cpu
     python -m benchmarks.readme_table
 
 A block between `<!-- table:NAME -->` and `<!-- /table -->` is filled from NAME.json.
@@ -15,8 +16,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.attend_cpu_report import TITLES, best, lead, milliseconds
-from benchmarks.attend_cpu_targets import OURS
+from benchmarks.report import best, lead, milliseconds
+from benchmarks.targets import OURS
+from benchmarks.titles import ATTEND, RECUR
 from foveate.lab import machine
 from foveate.lab.report_table import row
 from foveate.lab.results import Entry, Results
@@ -34,6 +36,16 @@ HEADLINES = (
     ("swin", "512 windows 7x7, 3 heads"),
     ("swin-training", "512 windows 7x7, 3 heads"),
     ("decode", "32768 keys"),
+    ("delta", "N 4096"),
+    ("delta-training", "N 4096"),
+    ("gated", "a decay a channel, N 4096"),
+    ("gated-training", "a decay a channel, N 4096"),
+    ("scan", "1536 channels, 16 states, N 4096"),
+    ("scan-training", "1536 channels, 16 states, N 4096"),
+    ("layers", "Mamba, N 4096"),
+    ("layers", "Mamba-2, N 4096"),
+    ("layers", "Qwen3-Next, N 4096"),
+    ("crossover", "gated delta rule, N 16384"),
 )
 HEADINGS = ["mechanism", "speed-up", "prefill", "peak memory", "bits per byte", "change", "pairs seen"]
 
@@ -95,12 +107,12 @@ def _of_contest(record: dict[str, Any]) -> str:
 
 
 def _of_groups(groups: dict[str, Any]) -> str:
-    """A case or two of each group of attend_cpu: ours, the fastest other contender, and the share of the limit."""
+    """A case or two of each group of such a benchmark: ours, the fastest other contender, the share of the limit."""
     rows = []
     for name, wanted in HEADLINES:
         for case in groups[name]["cases"] if name in groups else ():
             if case["name"] == wanted:
-                rows.append(_headline(TITLES[name], case))
+                rows.append(_headline((ATTEND | RECUR)[name], case))
     about = next(iter(groups.values()))
     said = f"{about['threads']} threads, batch 1, 8 heads unless said; the limit is what the machine was measured to do"
     return _page(["", "Foveate", "fastest other", "faster by", "of the limit"], rows, said, about["machine"])

@@ -12,12 +12,14 @@ import torch
 from benchmarks import readme_table
 from benchmarks.attend_cpu import main
 from benchmarks.attend_cpu_groups import Case, shifted
-from benchmarks.attend_cpu_measure import Settings, measure
+from benchmarks.attend_cpu_measure import measure
 from benchmarks.attend_cpu_problem import Problem, drawn
-from benchmarks.attend_cpu_report import lead
-from benchmarks.attend_cpu_rivals import SDPA_MASK, Rival
-from benchmarks.attend_cpu_targets import OURS, YARDSTICK, Faster, InProportion, Measured, OfLimit
+from benchmarks.attend_cpu_rivals import SDPA_MASK
 from benchmarks.attend_cpu_truth import Truth
+from benchmarks.field import Settings
+from benchmarks.report import lead
+from benchmarks.rivals import Rival
+from benchmarks.targets import OURS, YARDSTICK, Faster, Flat, InProportion, Measured, OfLimit
 from torch import Tensor
 
 from foveate import causal, neighborhood, window
@@ -151,4 +153,6 @@ def test_targets_are_judged_against_the_best_of_their_rivals() -> None:
     assert not Faster(2.0, "SDPA", "eager").judge(measured).reached
     assert Faster(2.0, "flex").judge(measured).reached is None
     assert OfLimit(0.4).judge(measured).reached and not OfLimit(0.6).judge(measured).reached
+    assert not Flat(0.3, {OURS: 1, "SDPA": 2}).judge(measured).reached  # 1 and 1.5 seconds a token
+    assert Flat(0.6, {OURS: 1, "SDPA": 2}).judge(measured).got == pytest.approx(1 / 1.5)
     assert InProportion(1.1, 0.1).judge(measured).got == pytest.approx(1.2)

@@ -9,21 +9,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.attend_cpu_targets import OURS, YARDSTICK
 from benchmarks.contest import write_json
-
-TITLES = {
-    "dense": "Dense, forward",
-    "causal": "Causal, forward",
-    "training": "Causal, forward + backward",
-    "window": "Window of 256, forward",
-    "window-training": "Window of 256, forward + backward",
-    "neighborhood": "Neighborhoods on grids, forward",
-    "blocks": "Random 64 x 64 blocks, forward",
-    "swin": "Shifted Swin windows, forward",
-    "swin-training": "Shifted Swin windows, forward + backward",
-    "decode": "Decoding, 32 / 8 heads, D 128",
-}
+from benchmarks.targets import OURS, family
 
 
 class Record:
@@ -33,15 +20,15 @@ class Record:
         self.path = path
         self.groups: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["groups"] if path.exists() else {}
 
-    def add(self, group: str, about: dict[str, Any], cases: list[dict[str, Any]]) -> None:
-        """Put these cases in the place of the group's, and write the file."""
-        self.groups[group] = {**about, "cases": cases}
+    def add(self, group: str, about: dict[str, Any], cases: list[dict[str, Any]], said: list[str]) -> None:
+        """Put these cases, and what they say together, in the place of the group's, and write the file."""
+        self.groups[group] = {**about, "cases": cases, **({"said": said} if said else {})}
         write_json(self.path, {"groups": self.groups})
 
 
 def best(case: dict[str, Any]) -> str:
     """The fastest contender that is not ours; empty if there was none."""
-    others = [label for label in case["speedups"] if label not in (OURS, YARDSTICK)]
+    others = [label for label in case["speedups"] if family(label) != OURS]
     return min(others, key=case["speedups"].__getitem__, default="")
 
 
@@ -50,10 +37,10 @@ def lead(case: dict[str, Any]) -> float | None:
     return case["speedups"].get(best(case))
 
 
-def table(name: str, group: dict[str, Any]) -> Table:
+def table(title: str, group: dict[str, Any]) -> Table:
     """Every contender of every case, then what was wanted of ours."""
     headings = ("case", "contender", "min", "median", "quartiles", "slower", "of limit")
-    shown = Table(*headings, title=TITLES[name])
+    shown = Table(*headings, title=title, caption="\n".join(map(escape, group.get("said", []))))
     for column in shown.columns[1:]:
         column.no_wrap, column.justify = True, "left" if column.header == "contender" else "right"
     for case in group["cases"]:

@@ -10,6 +10,11 @@ OURS = "Foveate"
 YARDSTICK = "Foveate, dense"
 
 
+def family(label: str) -> str:
+    """A contender's name without what tells its spellings apart: "SDPA" of "SDPA, packed"."""
+    return label.partition(",")[0]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What was wanted, as a number to reach, and what was got; None where it could not be told."""
@@ -33,7 +38,7 @@ class Measured:
 
     def best(self, families: tuple[str, ...]) -> float | None:
         """Least seconds of any contender of these families or spellings."""
-        found = (t for label, t in self.seconds.items() if label in families or label.partition(",")[0] in families)
+        found = (t for label, t in self.seconds.items() if label in families or family(label) in families)
         return min(found, default=None)
 
 
@@ -75,3 +80,16 @@ class InProportion:
         more = f" + {1e6 * self.extra:.0f} us" if self.extra else ""
         words = f"{self.factor:g}x its share of dense time{more}, allowed / taken"
         return Verdict(words, 1.0, allowed / measured.seconds[OURS])
+
+
+class Flat:
+    """The same time per token whatever the length, within a share of the least."""
+
+    def __init__(self, share: float, lengths: Mapping[str, int]) -> None:
+        self.share, self.lengths = share, lengths
+
+    def judge(self, measured: Measured) -> Verdict:
+        per_token = [measured.seconds[label] / length for label, length in self.lengths.items()]
+        shortest, longest = min(self.lengths.values()), max(self.lengths.values())
+        words = f"time per token flat within {self.share:.0%} from N {shortest} to {longest}, least / most"
+        return Verdict(words, 1 / (1 + self.share), min(per_token) / max(per_token))

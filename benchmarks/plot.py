@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from benchmarks.attend_cpu_report import TITLES, best, lead, milliseconds
-from benchmarks.attend_cpu_targets import OURS
+from benchmarks.report import best, lead, milliseconds
+from benchmarks.targets import OURS
 from foveate.lab import machine
 
 COLOURS = {"float32": "#2f6f9f", "bfloat16": "#c8642a"}
@@ -25,9 +26,9 @@ TITLE = 0.82  # a panel's title, headings and axis
 HEADING = 1.0
 
 
-def draw(groups: dict[str, Any], path: Path) -> Path:
-    """Write the picture of a benchmark's groups."""
-    names = [name for name in TITLES if name in groups]
+def draw(titles: Mapping[str, str], groups: dict[str, Any], path: Path) -> Path:
+    """Write the picture of a benchmark's groups, in the order of their titles."""
+    names = [name for name in titles if name in groups]
     columns = _columns(names, groups)
     height = HEADING + max(sum(_height(groups[name]) for name in column) for column in columns)
     figure = Figure(figsize=(WIDTH, height))
@@ -36,7 +37,7 @@ def draw(groups: dict[str, Any], path: Path) -> Path:
         for name in column:
             below, tall = top - TITLE / 2 - LINE * len(groups[name]["cases"]), LINE * len(groups[name]["cases"])
             box = ((place + 0.26) / 2, below / height, 0.40 / 2, tall / height)
-            _panel(figure.add_axes(box), TITLES[name], groups[name]["cases"])
+            _panel(figure.add_axes(box), titles[name], groups[name]["cases"])
             top -= _height(groups[name])
     _head(figure, groups[names[0]], height)
     with matplotlib.rc_context({"svg.hashsalt": "foveate"}):
