@@ -21,7 +21,8 @@ _DELTA = dict(
     linear_num_value_heads=4,
     layer_types=_HYBRID,
 )
-_EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+# Every token takes every expert: which ones it takes would hang on roundings.
+_EXPERTS = dict(num_experts=2, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
 _MAMBA = _IDS | dict(hidden_size=24, num_hidden_layers=2, state_size=5, time_step_rank=3)
 _HEADS = dict(mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=5, mamba_chunk_size=16)
 
@@ -33,13 +34,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "kimi_linear": (
         "KimiLinearConfig",
         _SMALL
-        | dict(num_key_value_heads=4, moe_intermediate_size=16, num_local_experts=2, num_experts_per_tok=1)
+        | dict(num_key_value_heads=4, moe_intermediate_size=16, num_local_experts=2, num_experts_per_tok=2)
         | dict(kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8)
         | dict(linear_head_dim=8, linear_num_heads=3, layer_types=_HYBRID, mlp_layer_types=["dense", "sparse"]),
     ),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        _SMALL
+        | dict(num_key_value_heads=4, moe_intermediate_size=16, num_local_experts=2, num_experts_per_tok=2)
+        | dict(kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, head_dim=8, n_group=1)
+        | dict(topk_group=1, layer_types=_HYBRID, mlp_layer_types=["dense", "sparse"]),
+    ),
+    "qwen4_exp": (
+        "Qwen4ExpTextConfig",
+        _SMALL | _DELTA | _EXPERTS
+        | dict(hc_lowrank=8, indexer_n_heads=4, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=16)
+        | dict(indexer_compress_ratio=4),
+    ),
     "minimax": (
         "MiniMaxConfig",
-        _SMALL | dict(head_dim=8, block_size=16, num_local_experts=2, num_experts_per_tok=1, layer_types=_HYBRID),
+        _SMALL | dict(head_dim=8, block_size=16, num_local_experts=2, num_experts_per_tok=2, layer_types=_HYBRID),
     ),
     "mamba": ("MambaConfig", _MAMBA),
     "falcon_mamba": ("FalconMambaConfig", _MAMBA),
@@ -47,7 +61,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "JambaConfig",
         _SMALL
         | dict(mamba_d_state=5, mamba_dt_rank=3, attn_layer_period=2, attn_layer_offset=1)
-        | dict(num_experts=2, num_experts_per_tok=1, expert_layer_period=2, expert_layer_offset=1),
+        | dict(num_experts=2, num_experts_per_tok=2, expert_layer_period=2, expert_layer_offset=1),
     ),
     "zamba": (
         "ZambaConfig",
@@ -64,7 +78,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
         _SMALL | _HEADS
-        | dict(layer_types=["mamba", "attention"], num_local_experts=2, num_experts_per_tok=1)
+        | dict(layer_types=["mamba", "attention"], num_local_experts=2, num_experts_per_tok=2)
         | dict(shared_intermediate_size=32),
     ),
     "falcon_h1": (

@@ -205,6 +205,22 @@ def test_packed_sequences_stay_apart(name: str) -> None:
             model(tokens(), use_cache=False, seq_idx=torch.zeros(2, 37, dtype=torch.int32))
 
 
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "minimax", "mamba", "zamba", "mamba2", "xlstm", "rwkv", "recurrent_gemma"]
+)
+@torch.no_grad()
+def test_half_precision_errs_no_more_than_the_slow_path(name: str) -> None:
+    model = make(name).bfloat16()
+    exact = copy.deepcopy(model).float()
+    ids = tokens(2, 24)
+    expected = torch.cat(run_in_pieces(name, exact, ids, [False] * 4), dim=1)
+    slow = torch.cat(run_in_pieces(name, model, ids, [False] * 4), dim=1)
+    for accelerated in ([True] * 4, [True, False, True, True]):
+        found = torch.cat(run_in_pieces(name, model, ids, accelerated), dim=1)
+        assert found.dtype == slow.dtype
+        assert (found - expected).norm() < 2 * (slow - expected).norm()
+
+
 @torch.no_grad()
 def test_any_activation_after_the_convolution() -> None:
     config = copy.deepcopy(make("mamba").config)

@@ -1,4 +1,4 @@
-"""Layers of the gated delta rule: Qwen3-Next and Qwen3.5, OLMo-hybrid, and Kimi-Linear with a decay per channel."""
+"""Layers of the gated delta rule: the Qwen line and OLMo-hybrid; Kimi and Bailing with a decay per channel."""
 
 from __future__ import annotations
 
@@ -46,12 +46,11 @@ def _forward(read: Read, out: str, norm: str) -> Callable[..., Tensor]:
         state = last_state(layer, cache_params)
         qkv = convolve(layer, inputs.qkv, cache_params, lengths)
         q, k, v = _heads(qkv, dim=_key_dim(layer), value_dim=_value_dim(layer), value_heads=inputs.beta.shape[2])
-        decay = inputs.decay.transpose(1, 2)
-        attended, state = recur(
-            q, k, v, decay=decay, beta=inputs.beta.transpose(1, 2), state=state, lengths=lengths
-        )  # (B, Hv, N, Dv)
+        decay, beta = inputs.decay.transpose(1, 2), inputs.beta.transpose(1, 2)
+        attended, state = recur(q, k, v, decay=decay, beta=beta, state=state, lengths=lengths)
         keep_state(layer, cache_params, state)
-        mixed = getattr(layer, norm)(attended.transpose(1, 2), inputs.gate.unflatten(2, (-1, v.shape[3])))
+        attended = attended.transpose(1, 2)  # (B, N, Hv, Dv)
+        mixed = getattr(layer, norm)(attended, inputs.gate.view(attended.shape))
         return getattr(layer, out)(mixed.flatten(2))
 
     return forward
@@ -68,12 +67,12 @@ def _value_dim(layer: Any) -> int:
 def _heads(qkv: Tensor, *, dim: int, value_dim: int, value_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Unit queries and keys, and values: (B, Hv, N, Dk), (B, Hk, N, Dk), (B, Hv, N, Dv) of (B, N, C)."""
     values = value_heads * value_dim
-    qk, v = qkv.split([qkv.shape[2] - values, values], dim=2)
-    qk = _unit(qk.unflatten(2, (2, -1, dim)).float())
+    qk, v = qkv.split_with_sizes([qkv.shape[2] - values, values], dim=2)
+    qk = _unit(qk.view(*qk.shape[:2], 2, -1, dim).float())
     q, k = qk.transpose(1, 3).unbind(2)  # (B, Hk, N, Dk) each
     share = value_heads // q.shape[1]
     q = q if share == 1 else q.repeat_interleave(share, dim=1)
-    return q, k, v.unflatten(2, (value_heads, value_dim)).transpose(1, 2)
+    return q, k, v.view(*v.shape[:2], value_heads, value_dim).transpose(1, 2)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -105,7 +104,7 @@ def _olmo_hybrid(layer: Any, hidden: Tensor) -> Inputs:
 
 
 def _kimi(layer: Any, hidden: Tensor) -> Inputs:
-    gate = layer.g_b_proj(layer.g_a_proj(hidden))
+    gate = layer.g_proj(hidden) if hasattr(layer, "g_proj") else layer.g_b_proj(layer.g_a_proj(hidden))
     return Inputs(_separate(layer, hidden), gate, layer.forget_gate(hidden), layer.b_proj(hidden).sigmoid())
 
 
@@ -114,11 +113,14 @@ def _separate(layer: Any, hidden: Tensor) -> Tensor:
 
 
 _qwen3_5_forward = _forward(_qwen3_5, "out_proj", "norm")
+_kimi_forward = _forward(_kimi, "o_proj", "o_norm")
 
 LAYERS = {
     "qwen3_next": {"Qwen3NextGatedDeltaNet": _forward(_qwen3_next, "out_proj", "norm")},
     "qwen3_5": {"Qwen3_5GatedDeltaNet": _qwen3_5_forward},
     "qwen3_5_moe": {"Qwen3_5MoeGatedDeltaNet": _qwen3_5_forward},
+    "qwen4_exp": {"Qwen4ExpTextGatedDeltaNet": _qwen3_5_forward},
     "olmo_hybrid": {"OlmoHybridGatedDeltaNet": _forward(_olmo_hybrid, "o_proj", "o_norm")},
-    "kimi_linear": {"KimiLinearDeltaAttention": _forward(_kimi, "o_proj", "o_norm")},
+    "kimi_linear": {"KimiLinearDeltaAttention": _kimi_forward},
+    "bailing_hybrid": {"BailingHybridDeltaAttention": _kimi_forward},
 }

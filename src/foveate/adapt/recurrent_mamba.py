@@ -28,7 +28,7 @@ def _mamba(
     state = last_state(layer, cache_params)
     x = without_padding(convolve(layer, x, cache_params, lengths), attention_mask)
     size = layer.ssm_state_size
-    dt, B, C = layer.x_proj(x).split([layer.time_step_rank, size, size], dim=2)
+    dt, B, C = layer.x_proj(x).split_with_sizes([layer.time_step_rank, size, size], dim=2)
     if hasattr(layer, "dt_layernorm"):
         dt, B, C = layer.dt_layernorm(dt), layer.b_layernorm(B), layer.c_layernorm(C)
     A = -layer.A_log.float().exp()
@@ -71,7 +71,7 @@ def _of_heads(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     size = layer.ssm_state_size
     apart = x.unflatten(2, (layer.n_mamba_heads, -1))
     read = torch.einsum("bnhc,hrc->bnhr", apart, layer.x_proj_weight)
-    dt, B, C = read.split([layer.time_step_rank, size, size], dim=3)
+    dt, B, C = read.split_with_sizes([layer.time_step_rank, size, size], dim=3)
     dt = torch.einsum("bnhr,hcr->bnhc", dt, layer.dt_proj_weight)
     return dt.flatten(2), B, C
 

@@ -33,7 +33,7 @@ def _lightning(
     state = None if state is None else state.float()
     out, state = recur(q, k, v, decay=-layer.slope_rate.flatten(), scale=1.0, state=state)
     if past_key_values is not None:
-        past_key_values.set_linear_cache(layer.layer_idx, state)
+        past_key_values.set_linear_cache(layer.layer_idx, state.to(v.dtype))
     out = layer.norm(out.transpose(1, 2).flatten(2))
     return layer.out_proj(F.sigmoid(layer.output_gate(hidden_states)) * out), state
 

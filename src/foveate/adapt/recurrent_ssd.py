@@ -44,12 +44,12 @@ def _mix(
     """What comes between the two projections: (B, N, H P), and the gate that is still to be applied."""
     lengths = packed_lengths(kwargs, cache)
     inner, groups, size = layer.intermediate_size, layer.n_groups, layer.ssm_state_size
-    gate, xBC, dt = projected.split([inner, layer.conv_dim, layer.num_heads], dim=2)
+    gate, xBC, dt = projected.split_with_sizes([inner, layer.conv_dim, layer.num_heads], dim=2)
     state = last_state(layer, cache)  # (B, H, P, S)
     xBC = without_padding(convolve(layer, xBC, cache, lengths), mask)
-    x, B, C = xBC.split([inner, groups * size, groups * size], dim=2)
-    x = x.unflatten(2, (layer.num_heads, layer.head_dim))
-    B, C = (each.unflatten(2, (groups, size)).transpose(1, 2) for each in (B, C))
+    x, B, C = xBC.split_with_sizes([inner, groups * size, groups * size], dim=2)
+    x = x.view(*x.shape[:2], layer.num_heads, layer.head_dim)
+    B, C = (each.view(*x.shape[:2], groups, size).transpose(1, 2) for each in (B, C))
     dt = F.softplus(dt + layer.dt_bias)
     if state is None or x.shape[1] > 1:  # the models themselves bound no dt of a single decoded token
         dt = dt.clamp(*layer.time_step_limit)
