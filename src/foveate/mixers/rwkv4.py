@@ -11,7 +11,7 @@ from foveate.mixers.base import Stepped
 from foveate.mixers.recurrent import wide, widened
 from foveate.mixers.registry import Paper, register
 from foveate.mixers.stateful import Lengths, StatefulMixer
-from foveate.mixers.token_shift import mixed, previous, ramp
+from foveate.mixers.token_shift import last_of, mixed, previous, ramp
 from foveate.recurrence.scan import linear_scan
 from foveate.recurrence.stabilise import NOTHING, stabilise
 
@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     ),
     supports={"causal", "padding", "packed", "decode"},
     notes=(
-        "The time mixing of RWKV-4. r, k and v see a mixture of the token and the one before it, so padding lies at the "
+        "The time mixing of RWKV-4. r, k and v see a mixture of the token and the one before it: padding lies at the "
         "ends of a sequence."
     ),
 )
@@ -69,7 +69,7 @@ class RWKV4(StatefulMixer):
         averages = None if lengths is not None else memory.averages
         wkv, averages = weighed_average(widened(k), widened(v), decay, self.bonus, averages, lengths, real)
         out = self.to_out(torch.sigmoid(r) * wkv.to(r.dtype))
-        return Stepped(out, Memory(torch.cat([memory.last.unsqueeze(1), x], dim=1)[:, -1], averages))
+        return Stepped(out, Memory(last_of(memory.last, x), averages))
 
     def empty(self, batch: int) -> Memory:
         zeros = self.weight.new_zeros(batch, 2 * self.dim, dtype=wide(self.weight.dtype))

@@ -25,9 +25,14 @@ def previous(x: Tensor, last: Tensor, lengths: Lengths = None) -> Tensor:
     return before.masked_fill(first[:, None], 0)
 
 
-def mixed(before: Tensor, x: Tensor, share: Tensor) -> Tensor:
-    """``share`` of the token and the rest of the one before it."""
-    return before + (x - before) * share
+def last_of(last: Tensor, x: Tensor) -> Tensor:
+    """The last of the rows ``last`` (B, C) and x (B, N, C)."""
+    return x[:, -1] if x.shape[1] else last
+
+
+def mixed(x: Tensor, other: Tensor, share: Tensor) -> Tensor:
+    """A ``share`` of the other and the rest of x."""
+    return x + (other - x) * share
 
 
 def ramp(channels: int) -> Tensor:
