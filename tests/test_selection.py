@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pattern_examples import CASES, Case
 from test_patterns import trees
 
+from foveate.mixers.grid_windows import SameLabel
 from foveate.patterns import Grid, Pattern, Scene, Selection, Sequence, causal, documents, full, sinks, window
 from foveate.patterns.build import build
 from foveate.patterns.dense import dense_mask
@@ -100,3 +101,21 @@ def test_sparse_tiles_become_columns() -> None:
 def test_refuses_a_tile_that_is_no_multiple_of_eight(tile: int) -> None:
     with pytest.raises(ValueError, match="multiple of 8"):
         build(full, Scene(8, 8), tile=tile)
+
+
+def test_selections_of_held_tensors_are_built_once_and_again_when_these_change() -> None:
+    q = torch.randn(2, 2, 70, 8)
+    labels = torch.randint(2, (2, 70))
+    pattern = SameLabel(labels)
+    first = pattern.select(q, q)
+    assert pattern.select(q, q) is first
+    assert SameLabel(labels).select(q, q) is first
+    assert SameLabel(labels.clone()).select(q, q) is not first
+    labels[0, 3] += 1
+    assert torch.equal(pattern.select(q, q).to_dense(), labels[:, None, :, None] == labels[:, None, None, :])
+    with torch.inference_mode():
+        labels = torch.randint(2, (2, 70))
+        pattern = SameLabel(labels)
+        pattern.select(q, q)
+        labels[0, 3] ^= 1
+        assert torch.equal(pattern.select(q, q).to_dense(), labels[:, None, :, None] == labels[:, None, None, :])

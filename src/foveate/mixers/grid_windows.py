@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from foveate.attention import Bias, attend, relative_table
 from foveate.mixers.core import PatternCore
@@ -64,8 +65,20 @@ def window_attention(
         raise ValueError(
             f"labels are (windows, {q.shape[2]}), windows dividing {q.shape[0]}; got {tuple(labels.shape)}"
         )
-    same = SameLabel(labels.repeat(q.shape[0] // labels.shape[0], 1))
-    return attend(q, k, v, same, bias=bias, scale=scale)
+    return attend(q, k, v, _same_label(labels, q.shape[0] // labels.shape[0]), bias=bias, scale=scale)
+
+
+_same: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by labels, so that a pattern's selection is built once
+
+
+def _same_label(labels: Tensor, times: int) -> SameLabel:
+    if labels.is_inference():  # it does not count its changes
+        return SameLabel(labels.repeat(times, 1))
+    found = _same.setdefault(labels, {})
+    if (times, labels._version) not in found:
+        found.clear()
+        found[times, labels._version] = SameLabel(labels.repeat(times, 1))
+    return found[times, labels._version]
 
 
 class Windows(NamedTuple):

@@ -205,7 +205,7 @@ class Pattern:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Tensors the pattern holds; such a pattern equals only itself and is never cached."""
+        """Tensors the pattern holds; such a pattern equals only those that hold the very same."""
         return ()
 
     def __and__(self, other: Pattern) -> Pattern:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache, reduce
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from foveate.patterns.selection import FULL, Selection, pack_bits, unpack_bits
 
 FAN = 8  # tiles in a group, groups in the next
 SPARSE = 4  # a partial tile that uses fewer than 1/SPARSE of its keys becomes single columns
+MOST_KEPT = 16  # selections of one pattern that holds tensors
 BATCH = 4096  # masks evaluated at a time: 16 MB of booleans at 64 x 64
 
 
@@ -58,17 +60,34 @@ def select(
 ) -> Selection:
     """The selection of a pattern for these queries and keys; a static pattern's is cached."""
     layout = layout or Sequence()
-    if not (pattern.is_dynamic or pattern.tensors or isinstance(layout, Points)):
-        return _select_static(pattern, layout, q.shape[2], k.shape[2], tile, str(q.device))
-    scene = Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale)
-    with torch.no_grad():
-        return build(resolve(pattern, scene), scene, tile=tile, device=q.device)
+    if pattern.is_dynamic or isinstance(layout, Points):
+        scene = Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale)
+        with torch.no_grad():
+            return build(resolve(pattern, scene), scene, tile=tile, device=q.device)
+    sizes = layout, q.shape[2], k.shape[2], tile, str(q.device)
+    return _select_held(pattern, *sizes) if pattern.tensors else _select_static(pattern, *sizes)
 
 
 @lru_cache(maxsize=64)
 def _select_static(pattern: Pattern, layout: Layout, n: int, m: int, tile: int, device: str) -> Selection:
     scene = Scene(n, m, layout)
     return build(resolve(pattern, scene), scene, tile=tile, device=torch.device(device))
+
+
+_held: WeakKeyDictionary[Pattern, dict[tuple, Selection]] = WeakKeyDictionary()
+
+
+def _select_held(pattern: Pattern, layout: Layout, n: int, m: int, tile: int, device: str) -> Selection:
+    """Of a pattern that holds tensors: kept while the pattern lives and its tensors stay as they are."""
+    if any(tensor.is_inference() for tensor in pattern.tensors):  # these do not count their changes
+        return _select_static.__wrapped__(pattern, layout, n, m, tile, device)
+    kept = _held.setdefault(pattern, {})
+    key = (layout, n, m, tile, device, *(tensor._version for tensor in pattern.tensors))
+    if key not in kept:
+        if len(kept) >= MOST_KEPT:
+            kept.clear()
+        kept[key] = _select_static.__wrapped__(pattern, layout, n, m, tile, device)
+    return kept[key]
 
 
 def build(
