@@ -25,7 +25,7 @@ CACHE_NAMES = {"mamba": "cache_params", "falcon_mamba": "cache_params", "mamba2"
     "rwkv": "state",
 }
 SLOW = ("conv1d", "_scan", "state_update", "delta_rule", "delta_attention")
-TRAINED = ["qwen3_next", "kimi_linear", "mamba", "mamba2", "minimax", "rwkv", "recurrent_gemma", "zamba"]
+TRAINED = ["qwen3_next", "kimi_linear", "mamba", "mamba2", "minimax", "rwkv", "recurrent_gemma", "zamba", "xlstm"]
 
 
 def tokens(batch: int = 2, length: int = 37) -> Tensor:
@@ -219,6 +219,21 @@ def test_half_precision_errs_no_more_than_the_slow_path(name: str) -> None:
         found = torch.cat(run_in_pieces(name, model, ids, accelerated), dim=1)
         assert found.dtype == slow.dtype
         assert (found - expected).norm() < 2 * (slow - expected).norm()
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+@torch.no_grad()
+def test_mlstm_returns_states_where_it_is_asked_for_them(mode: str) -> None:
+    model = make("xlstm")
+    backend = model.backbone.blocks[0].mlstm_layer.mlstm_backend
+    query, key, value = torch.randn(3, 2, 4, 32, 16)
+    igate, fgate = 3 * torch.randn(2, 2, 4, 32)
+    options = dict(query=query, key=key, value=value, igate=igate, fgate=fgate, mode=mode)
+    for asked in (None, True, False):
+        expected = backend(**options, return_last_states=asked)
+        with accelerate(model):
+            found = backend(**options, return_last_states=asked)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

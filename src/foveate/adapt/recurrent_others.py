@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.adapt.recurrent_layers import in_place_of, without_padding
+from foveate.mixers.rwkv4 import Averages, weighed_average
 from foveate.recurrence import linear_scan, recur
 from foveate.recurrence.stabilise import stabilise
 
@@ -59,7 +60,7 @@ def _mlstm(
     if c_initial is not None and n_initial is not None:
         memory = torch.cat([c_initial, n_initial.unsqueeze(3)], dim=3).float()
     weighted = key * stable.weight.unsqueeze(3)
-    out, memory = recur(query, weighted, F.pad(value, (0, 1), value=1.0), decay=stable.decay, state=memory)
+    out, memory = recur(query, weighted, F.pad(value.float(), (0, 1), value=1.0), decay=stable.decay, state=memory)
     size = torch.maximum(out[..., -1:].abs(), (-stable.after).exp().unsqueeze(3)) + backend.config.eps
     out = (out[..., :-1] / size).to(query.dtype)
     states = memory[..., :-1], memory[..., -1], stable.last.unsqueeze(2)
@@ -74,24 +75,17 @@ def _wants_states(config: Any, mode: str | None, asked: bool | None) -> bool:
 
 @in_place_of("forward")
 def _wkv(layer: Any, hidden: Tensor, state: Any = None, use_cache: bool = False) -> tuple[Tensor, Any]:
-    """RWKV-4: averages with exponential weights, numerators beside denominators in one scan."""
+    """RWKV-4: averages with exponential weights; states (B, C, layers) of numerators, denominators and log-units."""
     receptance, key, value, state = layer.extract_key_value(hidden, state=state)
-    place = (..., layer.layer_id)
-    key, value = key.float(), value.float()
-    unit = None if state is None else state[4][place]
-    stable = stabilise(-layer.time_decay.exp().expand_as(key), key, dim=1, unit=unit)
-    sums = torch.cat([stable.weight * value, stable.weight], dim=2)  # (B, N, 2 C)
-    before = None if state is None else torch.cat([state[2][place], state[3][place]], dim=1)
-    held, last = linear_scan(sums, stable.decay.repeat(1, 1, 2), state=before)
+    averages = None
     if state is not None:
-        state[2][place], state[3][place] = last.chunk(2, dim=1)
-        state[4][place] = stable.last
-    first = torch.zeros_like(held[:, :1]) if before is None else before.unsqueeze(1)
-    numerator, denominator = torch.cat([first, held[:, :-1]], dim=1).chunk(2, dim=2)
-    own = key + layer.time_first
-    unit = torch.maximum(stable.before, own)
-    past, now = (stable.before - unit).exp(), (own - unit).exp()
-    mean = (past * numerator + now * value) / (past * denominator + now)
+        *sums, unit = (held[..., layer.layer_id] for held in state[2:])
+        averages = Averages(torch.cat(sums, dim=1), unit)
+    decay = -layer.time_decay.float().exp()
+    mean, averages = weighed_average(key.float(), value.float(), decay, layer.time_first, averages)
+    if state is not None:
+        for held, new in zip(state[2:], (*averages.sums.chunk(2, dim=1), averages.unit), strict=True):
+            held[..., layer.layer_id] = new
     return layer.output(receptance * mean.to(hidden.dtype)), state
 
 
