@@ -74,6 +74,8 @@ class LinearizedLLM(LinearTransformer):
         ``parents`` names each token's predecessor among the drafts, which comes before it, or is -1 for those that
         continue what ``state`` has seen. The state is left alone: ``advance`` it by the branch that is accepted.
         """
+        if len(parents) != x.shape[1]:
+            raise ValueError(f"each drafted token has one parent; got {x.shape[1]} tokens and {len(parents)} parents")
         above = ancestry(parents).to(x.device)
         q, k, v, _ = self.project(x, x, ())
         inputs, share = self.inputs(x, q, k, v), self.heads // self.kv_heads
