@@ -70,7 +70,7 @@ class DeciMamba(Mamba):
             raise ValueError(f"keep is the number of tokens that reach the scan, at least 1; got {keep}")
         self.keep = keep
 
-    def run(self, x: Tensor, memory: Memory, lengths: Lengths, real: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
         if x.shape[1] <= self.keep:
             return super().run(x, memory, lengths, real)
         out, kept, memory = self.decimate(x, memory, real)
@@ -83,7 +83,7 @@ class DeciMamba(Mamba):
 
     def decimate(self, x: Tensor, memory: Memory | None = None, real: Tensor | None = None) -> Decimated:
         """The layer over x (B, N, C), at the tokens it keeps only."""
-        state, tail = self.empty(x.shape[0]) if memory is None else memory
+        state, tail = (None, None) if memory is None else memory
         u, gate = self.to_in(x).chunk(2, dim=-1)
         u, tail = self.branch.conv(u, tail)
         ssm = self.branch.ssm
@@ -254,8 +254,8 @@ class MemMamba(StatefulMixer):
             for layer in range(depth)
         )
 
-    def run(self, x: Tensor, memory: tuple[LayerMemory, ...], lengths: Lengths, real: Tensor | None) -> Stepped:
-        h = x
+    def run(self, x: Tensor, memory: tuple[LayerMemory, ...] | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+        h, memory = x, memory or self.empty(x.shape[0])
         after: list[LayerMemory] = []
         pages: list[Pages] = []
         for layer, before in zip(self.layers, memory, strict=True):

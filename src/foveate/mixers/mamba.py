@@ -150,7 +150,7 @@ class Branch(nn.Module):
         real: Tensor | None = None,
     ) -> Stepped:
         """Pass over u (B, N, C), whose tokens that are not ``real`` are zeros."""
-        state, tail = (None, None) if lengths or memory is None else memory
+        state, tail = (None, None) if memory is None else memory
         convolved, tail = self.conv(u, tail, lengths)
         out, state = self.ssm(convolved, gate=gate, state=state, lengths=lengths, real=real)
         return Stepped(out, Memory(state, tail))
@@ -201,7 +201,7 @@ class Mamba(StatefulMixer):
         self.branch = Branch(inner, state=state, conv=conv, rank=rank or -(-dim // 16))
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def run(self, x: Tensor, memory: Memory, lengths: Lengths, real: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
         u, gate = self.to_in(x).chunk(2, dim=-1)
         out, memory = self.branch(u, gate=gate, memory=memory, lengths=lengths, real=real)
         return Stepped(self.to_out(out), memory)

@@ -81,11 +81,11 @@ class Mamba2(StatefulMixer):
         self.norm = nn.RMSNorm(inner, eps=1e-5)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def run(self, x: Tensor, memory: Memory, lengths: Lengths, real: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+        state, tail = (None, None) if memory is None else memory
         gate, mixed, steps = self.projected(x)
-        mixed, tail = self.conv(mixed, None if lengths else memory.tail, lengths)
+        mixed, tail = self.conv(mixed, tail, lengths)
         duals = self.duals(mixed, steps, real)
-        state = None if lengths else memory.state
         written = duals.v * duals.pace.unsqueeze(-1)
         out, state = recur(duals.q, duals.k, written, decay=duals.decay, scale=1.0, state=state, lengths=lengths)
         y = join_heads(out + widened(self.skip).view(-1, 1, 1) * duals.v).to(x.dtype)

@@ -355,7 +355,7 @@ class SMamba(Mixer):
         for mamba, order in zip((self.forwards, self.backwards), bidirectional(Line(flat.shape[1])), strict=True):
             ahead = lengths if lengths is None or order.is_identity else lengths[::-1]
             seen = None if real is None else order.apply(real)
-            out = out + order.undo(mamba.run(order.apply(flat), mamba.empty(flat.shape[0]), ahead, seen).out)
+            out = out + order.undo(mamba.run(order.apply(flat), None, ahead, seen).out)
         return out.reshape(x.shape)
 
     def flops(self, n: int) -> int:

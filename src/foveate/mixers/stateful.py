@@ -22,8 +22,9 @@ class StatefulMixer(Mixer):
     def run(self, x: Tensor, memory: Any, lengths: Lengths, real: Tensor | None) -> Stepped:
         """Mix tokens x (B, N, C) after what ``memory`` holds, a named tuple of tensors.
 
-        ``lengths`` are those of packed sequences, then x has batch size 1 and starts afresh at each; tokens that
-        are not ``real`` (B, N) must neither write nor fade.
+        Where it is None they are the first, and no memory need be returned. ``lengths`` are those of packed
+        sequences, then x has batch size 1 and starts afresh at each; tokens that are not ``real`` (B, N) must
+        neither write nor fade.
         """
         raise NotImplementedError
 
@@ -35,7 +36,7 @@ class StatefulMixer(Mixer):
         if padding is not None:
             x = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
         flat, real, lengths = laid_end_to_end(x, padding, layout)
-        return self.run(flat, self.empty(flat.shape[0]), lengths, real).out.reshape(x.shape)
+        return self.run(flat, None, lengths, real).out.reshape(x.shape)
 
     def start(self, batch: int) -> Any:
         if "decode" not in self.row.supports:
