@@ -18,7 +18,7 @@ from benchmarks.rivals import Rival
 
 Function = Callable[[Tensor], Tensor]
 
-TOLERANCE = 1e-3  # of a row, after the layer's norms
+TOLERANCE = 2e-4  # of a row
 WIDTH = 512  # channels of the layers in full size
 PROMPT = 64  # tokens before a cached step
 

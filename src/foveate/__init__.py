@@ -25,7 +25,7 @@ _HOMES = {
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = {"attention", "recurrence", "patterns", "mixers", "models", "adapt", "lab", "testing"}
+_MODULES = {"attention", "recurrence", "patterns", "mixers", "models", "adapt", "compat", "lab", "testing"}
 
 __all__ = ["__version__", *sorted(_HOME_OF)]
 
