@@ -23,6 +23,7 @@ from foveate.lab.tasks_model import TaskModel, make_mixer
 from foveate.lab.tasks_plot import draw
 from foveate.lab.tasks_run import Point, TaskRecipe, TaskRun
 from foveate.lab.tasks_train import train_task
+from foveate.mixers.registry import row
 
 SMALL = Recall(length=13, pairs=2, vocab=11)
 BRIEF = TaskRecipe(dim=16, heads=2, batch=4, steps=45)
@@ -40,13 +41,13 @@ def test_recall_asks_for_the_value_that_followed_the_key(task: Recall, seed: int
     tokens, answers = task.batch(50, generator(seed))
     assert tokens.shape == answers.shape == (50, task.length)
     assert int(tokens.min()) >= 0 and int(tokens.max()) < task.vocab
-    for row, wanted in zip(tokens.tolist(), answers.tolist(), strict=True):
-        told = dict(zip(row[0 : 2 * task.pairs : 2], row[1 : 2 * task.pairs : 2], strict=True))
+    for line, wanted in zip(tokens.tolist(), answers.tolist(), strict=True):
+        told = dict(zip(line[0 : 2 * task.pairs : 2], line[1 : 2 * task.pairs : 2], strict=True))
         assert len(told) == len(set(told.values())) == task.pairs
         assert max(told) < task.vocab // 2 <= min(told.values())
-        asked = {row[at]: answer for at, answer in enumerate(wanted) if answer != NOTHING}
+        asked = {line[at]: answer for at, answer in enumerate(wanted) if answer != NOTHING}
         assert asked == told
-        assert not set(told) & {row[at] for at in range(2 * task.pairs, task.length) if wanted[at] == NOTHING}
+        assert not set(told) & {line[at] for at in range(2 * task.pairs, task.length) if wanted[at] == NOTHING}
 
 
 def test_recall_asks_early_by_a_power_law(seed: int) -> None:
@@ -78,9 +79,9 @@ def test_parity_counts_ones(seed: int) -> None:
 def test_s5_multiplies_permutations(seed: int) -> None:
     every = list(itertools.permutations(range(5)))
     tokens, answers = State(length=11, group="s5").batch(6, generator(seed))
-    for row, wanted in zip(tokens.tolist(), answers.tolist(), strict=True):
+    for line, wanted in zip(tokens.tolist(), answers.tolist(), strict=True):
         arranged = tuple(range(5))
-        for token, answer in zip(row, wanted, strict=True):
+        for token, answer in zip(line, wanted, strict=True):
             arranged = tuple(every[token][place] for place in arranged)
             assert every[answer] == arranged
 
@@ -290,8 +291,22 @@ def test_the_table_has_the_best_first_and_of_equals_the_smaller() -> None:
     results = [
         {"mixer": name, "accuracy": share, "state_bytes": size, **common} for name, (share, size) in shares.items()
     ]
-    drawn = table(SMALL, {"results": results})
+    drawn = table(SMALL, {"results": results, "failed": [{"mixer": "other", "reason": "[no]"}]})
     assert list(drawn.columns[0].cells) == ["small", "large", "worse"]
+    assert str(drawn.caption) == "Not measured: other (\\[no])."
+
+
+def test_a_mixer_that_fails_is_noted_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of luck\nand more")
+
+    monkeypatch.setattr(row("gla").mixer, "mix", broken)
+    found = compare_task(SMALL, ["gla", "linear_transformer"], out=tmp_path, recipe=BRIEF, progress=False)
+    assert found["failed"] == [{"mixer": "gla", "reason": "out of luck"}]
+    assert [result["mixer"] for result in found["results"]] == ["linear_transformer"]
+    monkeypatch.undo()
+    found = compare_task(SMALL, ["gla"], out=tmp_path, recipe=BRIEF, resume=True, progress=False)
+    assert not found["failed"] and len(found["results"]) == 2
 
 
 def test_what_is_compared_by_itself_is_registered_and_causal() -> None:

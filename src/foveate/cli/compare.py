@@ -85,11 +85,11 @@ def compare(
     pairs: Pairs = None,
     vocab: Vocab = None,
     group: Group = None,
-    dim: Dim = 64,
-    heads: Heads = 2,
+    dim: Dim = 32,
+    heads: Heads = 1,
     layers: Layers = 2,
     batch: Batch = 32,
-    steps: Steps = 3000,
+    steps: Steps = 2000,
     minutes: Annotated[
         float | None, typer.Option(help="Stop the schedule of each mechanism after this long.", rich_help_panel=PANEL)
     ] = None,

@@ -46,8 +46,8 @@ def compare_task(
     """Teach the same small model the task with each mixer; figures, written to ``out`` after each.
 
     ``out`` gets ``TASK.json`` and ``TASK.svg``. ``mixers`` are names with options or without; None takes exact
-    attention and the best-known linear forms. SIGINT and SIGTERM end it early, ``interrupted`` says so; with
-    ``resume`` it goes on from there, in the middle of a mixer too.
+    attention and the best-known linear forms. One that fails is noted with its reason. SIGINT and SIGTERM end it
+    early, ``interrupted`` says so; with ``resume`` it goes on from there, in the middle of a mixer too.
 
     Raises ValueError for what is no causal mixer, before any is taught, and where ``resume`` finds another
     task or recipe.
@@ -60,10 +60,12 @@ def compare_task(
         run()
     out.mkdir(parents=True, exist_ok=True)
     found = _before(file, task, recipe) if resume else None
-    found = found or {**about(task, recipe), **origin(), "interrupted": False, "results": []}
+    results = found["results"] if found else []
+    found = {**origin(task, recipe, "compare", names), **about(task, recipe)}
+    found |= {"interrupted": False, "failed": [], "results": results}
     if not resume:
         checkpoint.unlink(missing_ok=True)
-    done = {result["mixer"] for result in found["results"]}
+    done = {result["mixer"] for result in results}
     for name, run in zip(names, runs, strict=True):
         if name not in done:
             found["interrupted"] = not _teach(run(), found, progress)
@@ -82,9 +84,12 @@ def usual() -> list[str]:
 def table(task: Task, found: dict[str, Any]) -> Table:
     """All mixers, the best first and of equals the one that keeps less."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
+    failed = [f"Not measured: {one['mixer']} ({one['reason']})." for one in found["failed"]]
     drawn = Table(title=in_words(task), title_justify="left", box=SIMPLE_HEAD)
+    drawn.caption, drawn.caption_justify = escape("\n".join(failed)), "left"
     drawn.add_column("mixer", overflow="fold")
     for column in ("right", "state", "parameters", "steps", "time"):
         drawn.add_column(column, justify="right", no_wrap=True)
@@ -101,11 +106,16 @@ def row(result: dict[str, Any]) -> list[str]:
 
 
 def _teach(run: TaskRun, found: dict[str, Any], progress: bool) -> bool:
+    """Whether the run is over; what came of it is then among the results, or among those that failed."""
     run.load()
-    over = learn(run, progress=progress, label=run.mixer)
-    if over:
-        found["results"].append(run.result())
-    return over
+    try:
+        over = learn(run, progress=progress, label=run.mixer)
+        if over:
+            found["results"].append(run.result())
+        return over
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        found["failed"].append({"mixer": run.mixer, "reason": str(error).partition("\n")[0] or type(error).__name__})
+        return True
 
 
 def _write(out: Path, task: Task, found: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from foveate.lab.tasks import Batch, Task
 from foveate.lab.tasks_model import TaskModel
 
 LOG_EVERY_STEPS, SAVE_EVERY_SECONDS = 10, 60
-LEARNED, SOLVED = 0.95, 0.998  # accuracy at which a stage, and the whole task, is done with
+LEARNED, SOLVED = 0.95, 0.995  # accuracy at which a stage, and the whole task, is done with
 MEMORY = 0.9  # of the running mean of accuracy over steps
 HELD_OUT = 2**31  # seeds from here on are for judging; a generator takes 32 bits
 
@@ -26,11 +27,11 @@ HELD_OUT = 2**31  # seeds from here on are for judging; a generator takes 32 bit
 class TaskRecipe:
     """The model's shape, and how it learns. The run ends when its steps, its minutes or the task are done."""
 
-    dim: int = 64
-    heads: int = 2
+    dim: int = 32
+    heads: int = 1
     layers: int = 2
     batch: int = 32
-    steps: int = 3000
+    steps: int = 2000
     minutes: float | None = None
     lr: float = 3e-3
     warmup: int = 50
@@ -194,6 +195,21 @@ def about(task: Task, recipe: TaskRecipe) -> dict[str, Any]:
     return {"task": {"name": task.name, **asdict(task)}, "recipe": {**asdict(recipe), "stages": list(recipe.stages)}}
 
 
-def origin() -> dict[str, Any]:
-    """Where and with what results were made."""
-    return {"foveate": foveate.__version__, "machine": machine.describe()}
+def origin(task: Task, recipe: TaskRecipe, verb: str, mixers: list[str]) -> dict[str, Any]:
+    """Where, with what and by which command results were made."""
+    command = command_line(task, recipe, verb, mixers)
+    return {"command": command, "foveate": foveate.__version__, "machine": machine.describe()}
+
+
+def command_line(task: Task, recipe: TaskRecipe, verb: str, mixers: list[str]) -> str:
+    """The command that does the same again, but for options that no command has.
+
+    >>> from foveate.lab.tasks import Copy
+    >>> command_line(Copy(vocab=9), TaskRecipe(), "train", ["gla"]).partition(" --dim")[0]
+    'foveate train --task copy --mixer gla --length 128 --vocab 9'
+    """
+    fixed = {"power", "warmup", "weight_decay", "clip", "stages", "share"}
+    options = {key: value for key, value in {**asdict(task), **asdict(recipe)}.items() if key not in fixed}
+    named = [part for name in mixers for part in ("--mixer" if verb == "train" else "-m", name)]
+    given = [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
+    return shlex.join(["foveate", verb, "--task", task.name, *named, *given])

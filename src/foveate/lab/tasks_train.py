@@ -48,7 +48,7 @@ def train_task(
     run.load()
     if not learn(run, progress=progress):
         return None
-    result = {**run.about(), **origin(), **run.result()}
+    result = {**origin(task, recipe, "train", [mixer]), **run.about(), **run.result()}
     write_whole(out / RESULT, json.dumps(result, indent=1) + "\n")
     write_whole(out / CURVE, draw(task, [result]))
     (out / CHECKPOINT).unlink(missing_ok=True)
