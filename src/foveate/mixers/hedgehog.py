@@ -90,7 +90,8 @@ class Hedgehog(LinearTransformer, Placed):
 def linearised(attention: AttentionMixer) -> Hedgehog:
     """A Hedgehog with the projections of plain softmax attention, its maps still to be trained by ``mimic``.
 
-    >>> attention = AttentionMixer(64, heads=4, rotary=10_000.0)
+    >>> from foveate.mixers.dense import FlashAttention
+    >>> attention = FlashAttention(64, heads=4, rotary=10_000.0)
     >>> linearised(attention)(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])
 

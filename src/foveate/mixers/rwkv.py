@@ -77,7 +77,8 @@ class MatrixRWKV(StatefulMixer):
 
     # ---- forward and step ------------------------------------------------------------------------------
 
-    def run(self, x: Tensor, memory: Memory, lengths: Lengths, real: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+        memory = self.empty(x.shape[0]) if memory is None else memory
         *seen, gate = self.mixtures(previous(x, memory.last, lengths), x)
         inputs = self.inputs(*seen)
         if real is not None:

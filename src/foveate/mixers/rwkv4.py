@@ -59,7 +59,8 @@ class RWKV4(StatefulMixer):
         self.log_rate = nn.Parameter(-5 + 8 * ramp(dim))
         self.bonus = nn.Parameter(torch.full((dim,), 0.3).log())
 
-    def run(self, x: Tensor, memory: Memory, lengths: Lengths, real: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+        memory = self.empty(x.shape[0]) if memory is None else memory
         before = previous(x, memory.last, lengths)
         r, k, v = (
             layer(mixed(before, x, share))
