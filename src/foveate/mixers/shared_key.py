@@ -27,6 +27,7 @@ from foveate.patterns import Layout
 class SharedKeyWindow(AttentionMixer):
     """Sliding-window attention in which all heads share one key and each has its own value.
 
+    >>> import torch
     >>> mixer = SharedKeyWindow(64, heads=4, window=16)
     >>> mixer(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])
@@ -81,6 +82,7 @@ class PlusState(NamedTuple):
 class RodimusPlus(Mixer):
     """Rodimus for all of the past, then shared-key attention to the last ``window`` tokens, at constant memory.
 
+    >>> import torch
     >>> mixer = RodimusPlus(64, heads=4, window=16)
     >>> mixer(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])
