@@ -56,7 +56,6 @@ FIXED: dict[str, dict[str, Any]] = {
     "chunk_linear_attn": {"normalize": False},
     "fused_chunk_linear_attn": {"normalize": False},
 }
-GROUPED = [name for name in CASES if "beta" in CASES[name][0]]
 
 
 def options_of(name: str) -> set[str]:

@@ -10,7 +10,6 @@ import torch
 from compat_inputs import (
     CASES,
     FIXED,
-    GROUPED,
     assert_same,
     both,
     chosen,
@@ -26,8 +25,9 @@ from foveate.compat import fla
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_states_are_those_of_a_loop(name: str) -> None:
-    assert_same(*both(name, draw(share=2 if name in GROUPED else 1), 2))
+@pytest.mark.parametrize("share", [1, 2])
+def test_outputs_and_states_are_those_of_a_loop(name: str, share: int) -> None:
+    assert_same(*both(name, draw(share=share), 2))
 
 
 @pytest.mark.parametrize("name", with_option("cu_seqlens"))
@@ -61,7 +61,7 @@ def test_reverse_runs_from_the_end(name: str, packed: bool) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_the_loop(name: str) -> None:
-    drawn = draw(length=9, share=2 if name in GROUPED else 1)
+    drawn = draw(length=9, share=random.choice([1, 2]))
     drawn = {key: x.requires_grad_() for key, x in drawn.items()}
     got, wanted = both(name, drawn, 2)
     needed = [drawn[word.partition(":")[2] or word] for word in CASES[name][0].split()]
