@@ -168,6 +168,25 @@ def test_compiles_into_one_graph_with_its_backward(update: str) -> None:
     assert_close(run(compiled), run(lambda **x: recur(**x, impl="native")))
 
 
+@every_decay
+@every_update
+def test_the_short_way_for_plain_calls_is_the_long_way(decay: str, update: str) -> None:
+    inputs = make_inputs(decay, update, heads=(4, 2, 1, 2), length=5, dtype=torch.float32)
+    for state in (inputs.pop("state"), None):
+        short, long = (recur(**inputs, state=state, impl=impl) for impl in ("auto", "native"))
+        assert all(torch.equal(*pair) for pair in zip(short, long, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["auto", "native"])
+@pytest.mark.parametrize(("name", "wrong"), [("decay", 0.1), ("decay", torch.nan), ("beta", 2.1), ("beta", -0.1)])
+def test_a_gate_out_of_range_is_noticed_wherever_it_is(impl: str, name: str, wrong: float) -> None:
+    for decay in ("token", "channel"):
+        inputs = make_inputs(decay, "delta", length=70, dtype=torch.float32)
+        inputs[name].view(-1)[-1] = wrong
+        with pytest.raises(ValueError, match=f"{name} (is a logarithm|must lie)"):
+            recur(**inputs, impl=impl)
+
+
 def test_auto_takes_it() -> None:
     inputs = make_inputs("token", "delta", dtype=torch.float32)
     for actual, expected in zip(recur(**inputs), recur(**inputs, impl="native"), strict=True):

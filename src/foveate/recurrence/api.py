@@ -13,9 +13,11 @@ from torch.amp import is_autocast_available
 
 from foveate.options import FORCED
 from foveate.recurrence import native
-from foveate.recurrence.checks import check_call, check_chunk, check_state
+from foveate.recurrence.checks import check_call, check_chunk, check_ranges, check_state
 from foveate.recurrence.chunks import recur_by_chunk
 from foveate.recurrence.layout import LowRank, Tokens, join
+from foveate.recurrence.native_call import OutOfRange
+from foveate.recurrence.quick import recur_plain
 from foveate.recurrence.reference import recur_by_token
 
 SHORT = 2  # tokens up to which the loop over tokens is the faster form in torch
@@ -108,8 +110,12 @@ def recur(
     Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length, 2406.06484; Gated
     Delta Networks, 2412.06464. Peng et al., Eagle and Finch, 2404.05892 (bonus); RWKV-7 "Goose", 2503.14456.
     """
-    check_call(q, k, v, decay=decay, beta=beta, low_rank=low_rank, bonus=bonus, lengths=lengths, causal=causal)
     check_chunk(chunk)
+    if impl == "auto" and lengths is bonus is None and causal and not torch.compiler.is_compiling():
+        plain = recur_plain(q, k, v, decay, beta, low_rank, scale, state)
+        if plain is not None:
+            return Recurrent(*plain)
+    check_call(q, k, v, decay=decay, beta=beta, low_rank=low_rank, bonus=bonus, lengths=lengths, causal=causal)
     tokens = _tokens(q, k, v, decay, beta, scale, low_rank, bonus)
     _, *shape = tokens.state_shape
     shape = [q.size(0) if lengths is None else len(lengths), *shape]
@@ -117,10 +123,16 @@ def recur(
         state = torch.zeros(shape, dtype=tokens.dtype, device=q.device)
     check_state(state, shape, tokens.dtype, q.device)
     run = _implementation(impl, tokens, causal=causal, chunk=chunk)
+    if run is not native.run:  # whose kernels look at every number anyway
+        check_ranges(decay, beta)
     if q.size(2) == k.size(2) == 0:
         return Recurrent(v.new_zeros(*q.shape[:3], v.size(3)), state)
-    with _no_autocast(q.device.type):
-        return Recurrent(*run(tokens, state, lengths))
+    try:
+        with _no_autocast(q.device.type):
+            return Recurrent(*run(tokens, state, lengths))
+    except OutOfRange:
+        check_ranges(decay, beta)  # says which, and what it spans
+        raise
 
 
 def step(

@@ -53,6 +53,18 @@ def check_call(
         _check_lengths(q, lengths)
 
 
+def check_ranges(decay: Tensor | None, beta: Tensor | None) -> None:
+    """Refuse what would make the state grow without bound."""
+    if decay is not None and _readable(decay) and not bool((decay <= 0).all()):
+        raise ValueError(
+            f"decay is a logarithm, at most 0, but reaches {decay.detach().max().item():.4g}; "
+            "if you hold factors in [0, 1], pass decay.log()"
+        )
+    if beta is not None and _readable(beta) and not bool(((beta >= 0) & (beta <= 2)).all()):
+        low, high = (x.item() for x in beta.detach().aminmax())
+        raise ValueError(f"beta must lie in [0, 2], but spans [{low:.4g}, {high:.4g}]; is a sigmoid missing?")
+
+
 def check_chunk(chunk: int) -> None:
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk must be a power of two, got {chunk}; 64 suits most calls")
@@ -107,11 +119,6 @@ def _check_decay(q: Tensor, decay: Tensor) -> None:
             f"with B, N, D = {batch}, {length}, {dim}, got {tuple(decay.shape)}"
         )
     _check_heads("decay", heads, q)
-    if _readable(decay) and not bool((decay <= 0).all()):
-        raise ValueError(
-            f"decay is a logarithm, at most 0, but reaches {decay.detach().max().item():.4g}; "
-            "if you hold factors in [0, 1], pass decay.log()"
-        )
 
 
 def _check_beta(q: Tensor, beta: Tensor) -> None:
@@ -119,9 +126,6 @@ def _check_beta(q: Tensor, beta: Tensor) -> None:
     if beta.dim() != 3 or (beta.size(0), beta.size(2)) != (batch, length):
         raise ValueError(f"beta must be (B, heads, N) with B, N = {batch}, {length}, got {tuple(beta.shape)}")
     _check_heads("beta", beta.size(1), q)
-    if _readable(beta) and not bool(((beta >= 0) & (beta <= 2)).all()):
-        low, high = (x.item() for x in beta.detach().aminmax())
-        raise ValueError(f"beta must lie in [0, 2], but spans [{low:.4g}, {high:.4g}]; is a sigmoid missing?")
 
 
 def _pair(low_rank: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,20 @@ class Inputs(NamedTuple):
     b: Tensor | None
 
 
+class OutOfRange(ValueError):
+    """A decay above 0, or a beta outside of [0, 2]."""
+
+
+OUT_OF_RANGE = 2  # what a kernel then returns, as in csrc/abi.h
+
+
+def checked(status: int) -> None:
+    """Raise what a kernel reports."""
+    if status == OUT_OF_RANGE:
+        raise OutOfRange("decay must be at most 0 and beta in [0, 2] for every token")
+    check(status)
+
+
 def forward(
     inputs: Inputs, state: Tensor, lengths: Sequence[int] | None, scale: float, reads_before: bool, keeps: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +82,7 @@ def forward(
     state = state.contiguous()
     call.out, call.initial, call.final = rows(out), state.data_ptr(), final.data_ptr()
     call.checkpoints = checkpoints.data_ptr() if keeps else None
-    check(_library().foveate_recur_forward(ctypes.byref(call)))
+    checked(_library().foveate_recur_forward(ctypes.byref(call)))
     return out, final, checkpoints
 
 
@@ -91,7 +105,7 @@ def backward(
             setattr(call, name, rows(grad))
     grad_state = grad_state.contiguous()
     call.grad_final, call.dinitial = pointer(grad_state), pointer(grads[-1])
-    check(_library().foveate_recur_backward(ctypes.byref(call)))
+    checked(_library().foveate_recur_backward(ctypes.byref(call)))
     return grads
 
 

@@ -8,7 +8,7 @@
 enum FoveateDtype : int64_t { FOVEATE_FLOAT32 = 0, FOVEATE_BFLOAT16 = 1, FOVEATE_FLOAT16 = 2 };
 enum FoveateKind : int64_t { FOVEATE_SOFTMAX = 0, FOVEATE_SIGMOID = 1, FOVEATE_RELU = 2 };
 enum FoveateBiasKind : int64_t { FOVEATE_DENSE = 0, FOVEATE_ALIBI = 1, FOVEATE_RELATIVE = 2 };
-enum FoveateError : int64_t { FOVEATE_OK = 0, FOVEATE_NO_MEMORY = 1 };
+enum FoveateError : int64_t { FOVEATE_OK = 0, FOVEATE_NO_MEMORY = 1, FOVEATE_OUT_OF_RANGE = 2 };
 
 // (batch, heads, tokens, channels) of any strides.
 struct FoveateTensor {

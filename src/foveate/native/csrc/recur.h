@@ -79,20 +79,36 @@ class Head {
     const int64_t state, index;
 };
 
-// exp(decay) of `count` tokens: one number each, or rows of them padded by ones.
-inline void read_factors(const Head& head, int64_t first, int64_t count, int64_t padded, float* to) {
+inline bool all_of(Ints yes) {
+    int32_t lanes[LANES];
+    std::memcpy(lanes, &yes, sizeof lanes);
+    return std::all_of(lanes, lanes + LANES, [](int32_t x) { return x != 0; });
+}
+
+// exp(decay) of `count` tokens: one number each, or rows of them padded by ones. Whether all decays are at most 0.
+inline bool read_factors(const Head& head, int64_t first, int64_t count, int64_t padded, float* to) {
+    Ints fine = Ints{} - 1;
+    const auto exponentiate = [&](float* row, int64_t n) {
+        for (int64_t i = 0; i < n; i += LANES) {
+            const Floats x = load(row + i);
+            fine &= x <= 0.0f;
+            store(row + i, exp_of(x));
+        }
+    };
     const Line line = head.line(head.call.decay);
     const int64_t n = head.call.decay_channels;
     if (n == 1) {
         for (int64_t t = 0; t < count; ++t) to[t] = line.one(first + t);
-        for (int64_t t = 0; t < count; t += LANES) store(to + t, exp_of(load(to + t)));
-        return;
+        std::fill(to + count, to + round_up(count, LANES), 0.0f);
+        exponentiate(to, count);
+        return all_of(fine);
     }
     for (int64_t t = 0; t < count; ++t) {
         float* row = to + t * padded;
         line.read(row, first + t, n, padded);
-        for (int64_t i = 0; i < padded; i += LANES) store(row + i, exp_of(load(row + i)));
+        exponentiate(row, padded);
     }
+    return all_of(fine);
 }
 
 }  // namespace foveate::recurrence

@@ -31,5 +31,6 @@ struct FoveateRecur {
 
 FOVEATE_API int64_t foveate_recur_size(void);     // bytes of FoveateRecur
 FOVEATE_API int64_t foveate_recur_segment(void);  // tokens from one checkpoint to the next
+// FOVEATE_OUT_OF_RANGE where a decay is above 0 or a beta outside of [0, 2], or NaN.
 FOVEATE_API int64_t foveate_recur_forward(const FoveateRecur* call);
 FOVEATE_API int64_t foveate_recur_backward(const FoveateRecur* call);

@@ -13,6 +13,7 @@ constexpr int MOST_VECTORS = 4;
 #endif
 constexpr int TILE_ROWS = 4;                // rows of the state in registers
 constexpr int64_t CACHE_BYTES = 32 << 10;  // for the state
+constexpr int64_t WORTHWHILE = 1 << 18;    // numbers of the state updated, for another thread
 
 enum Fading { NOT, TOKEN, CHANNEL };
 enum Recalling { NOTHING, DELTA, LOW_RANK };
@@ -207,7 +208,8 @@ class Forward {
           recalling_(call_.beta.data ? DELTA : call_.a.data ? LOW_RANK : NOTHING),
           fading_(!call_.decay.data ? NOT : call_.decay_channels == 1 ? TOKEN : CHANNEL) {}
 
-    void run() {
+    // Whether decays and betas were what they may be.
+    bool run() {
         begin();
         const int64_t length = head_.sequence.length;
         for (int64_t first = 0; first < length; first += SEGMENT) {
@@ -215,6 +217,7 @@ class Forward {
             step(first, std::min(length - first, SEGMENT));
         }
         save(call_.final + head_.index * head_.state_size());
+        return fine_;
     }
 
   private:
@@ -258,7 +261,7 @@ class Forward {
                                        space_.q + r * SEGMENT * dim);
         x.a = rows(call_.a, space_.a);
         x.b = rows(call_.b, space_.b);
-        if (fading_ != NOT) read_factors(head_, first, count, padded, space_.factors);
+        if (fading_ != NOT) fine_ &= read_factors(head_, first, count, padded, space_.factors);
         if (recalling_ == DELTA) read_beta(first, count);
         if (recalling_ == DELTA && fading_ == CHANNEL) x.a = faded_keys(x);
         read_values(first, count);
@@ -267,7 +270,10 @@ class Forward {
 
     void read_beta(int64_t first, int64_t count) {
         const Line line = head_.line(call_.beta);
-        for (int64_t t = 0; t < count; ++t) space_.beta[t] = line.one(first + t);
+        for (int64_t t = 0; t < count; ++t) {
+            space_.beta[t] = line.one(first + t);
+            fine_ &= space_.beta[t] >= 0 && space_.beta[t] <= 2;
+        }
     }
 
     // What a key recalls of a state that has faded by channels, the faded key recalls of the state before.
@@ -305,15 +311,22 @@ class Forward {
     const int64_t column_, ld_, columns_;
     const Recalling recalling_;
     const Fading fading_;
+    bool fine_ = true;
 };
 
 // Vectors of value channels at a time: as many as the cache holds, fewer where threads would have nothing to do.
-int64_t vectors_at_a_time(const FoveateRecur& call) {
+int64_t vectors_at_a_time(const FoveateRecur& call, int64_t threads) {
     const int64_t needed = (call.value_dim + LANES - 1) / LANES, heads = call.sequences * call.states;
     int64_t vectors = std::min<int64_t>(MOST_VECTORS, needed);
     while (vectors > 1 && call.dim * vectors * LANES * 4 > CACHE_BYTES) --vectors;
-    while (vectors > 1 && heads * ((needed + vectors - 1) / vectors) < call.threads) --vectors;
+    while (vectors > 1 && heads * ((needed + vectors - 1) / vectors) < threads) --vectors;
     return vectors;
+}
+
+// Waking a thread takes as long as a good many operations.
+int64_t worthwhile_threads(const FoveateRecur& call) {
+    const int64_t work = call.sequences * call.states * call.tokens * call.dim * call.value_dim;
+    return std::min(call.threads, 1 + work / WORTHWHILE);
 }
 
 }  // namespace
@@ -325,16 +338,18 @@ FOVEATE_API int64_t foveate_recur_segment(void) { return foveate::recurrence::SE
 FOVEATE_API int64_t foveate_recur_forward(const FoveateRecur* call) {
     using namespace foveate;
     using namespace foveate::recurrence;
-    const int64_t ld = vectors_at_a_time(*call) * LANES, blocks = (call->value_dim + ld - 1) / ld;
+    const int64_t threads = worthwhile_threads(*call);
+    const int64_t ld = vectors_at_a_time(*call, threads) * LANES, blocks = (call->value_dim + ld - 1) / ld;
     const int64_t all = call->sequences * call->states * blocks;
     Queue queue(all);
-    const bool done = on_threads(std::min(call->threads, all), [&](int64_t) {
+    std::atomic<bool> fine{true};
+    const bool done = on_threads(std::min(threads, all), [&](int64_t) {
         const auto space = scratch<Workspace>(*call, ld);
         queue.run([&](int64_t item) {
             const int64_t index = item / blocks;
             const Head head(*call, index / call->states, index % call->states);
-            Forward(head, item % blocks * ld, ld, space).run();
+            if (!Forward(head, item % blocks * ld, ld, space).run()) fine = false;
         });
     });
-    return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;
+    return !done ? FOVEATE_NO_MEMORY : fine ? FOVEATE_OK : FOVEATE_OUT_OF_RANGE;
 }
