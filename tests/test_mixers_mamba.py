@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from foveate.mixers.long_mamba import DeciMamba, MemMamba, NoteLayer, tokens_to_keep
 from foveate.mixers.mamba import Mamba, SelectiveScan
 from foveate.mixers.mamba2 import Mamba2
-from foveate.mixers.stateful import CausalConv
+from foveate.mixers.short_conv import ShortConv
 from foveate.recurrence import recur
 from foveate.recurrence.scan import scan
 
@@ -32,11 +32,12 @@ def tokens(length: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, length, DIM, dtype=torch.float64)
 
 
-def convolved(conv: CausalConv, x: Tensor) -> Tensor:
+def convolved(conv: ShortConv, x: Tensor) -> Tensor:
     """Tap by tap: the last one reads the token itself."""
-    length, width = x.shape[1], conv.weight.shape[1]
+    length, taps = x.shape[1], conv.weight.squeeze(1)
+    width = taps.shape[1]
     shifted = [torch.cat([torch.zeros_like(x[:, :age]), x[:, : length - age]], 1) for age in range(width)]
-    return silu(conv.bias + sum(conv.weight[:, width - 1 - age] * shifted[age] for age in range(width)))
+    return silu(conv.bias + sum(taps[:, width - 1 - age] * shifted[age] for age in range(width)))
 
 
 def scanned(ssm: SelectiveScan, u: Tensor) -> Tensor:

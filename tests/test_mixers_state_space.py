@@ -266,19 +266,17 @@ def pairs_and_question(batch: int, pairs: int = 3, keys: int = 4) -> tuple[Tenso
     return text, values.gather(1, asked).squeeze(1)
 
 
-@pytest.mark.long
 def test_h3_learns_to_recall() -> None:
-    torch.manual_seed(0)
-    model = Recall(letters=8, dim=32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(400):
-        text, answer = pairs_and_question(128)
+    model = Recall(letters=8, dim=24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        text, answer = pairs_and_question(64)
         loss = nn.functional.cross_entropy(model(text)[:, -1], answer)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     text, answer = pairs_and_question(500)
-    assert (model(text)[:, -1].argmax(-1) == answer).float().mean() > 0.95
+    assert (model(text)[:, -1].argmax(-1) == answer).float().mean() > 0.9  # guessing gives a third
 
 
 def test_refusals_say_what_to_do() -> None:

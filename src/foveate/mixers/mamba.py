@@ -11,7 +11,8 @@ from torch.nn.functional import softplus
 from foveate.mixers.base import Stepped
 from foveate.mixers.recurrent import wide, widened
 from foveate.mixers.registry import Paper, register
-from foveate.mixers.stateful import CausalConv, Lengths, StatefulMixer, step_bias
+from foveate.mixers.short_conv import ShortConv
+from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
 from foveate.recurrence.scan import Scanned, scan
 
 NEVER = -1e4  # a logit of step sizes at which softplus is exactly 0: such a token neither writes nor fades
@@ -137,7 +138,7 @@ class Branch(nn.Module):
 
     def __init__(self, channels: int, *, state: int = 16, conv: int = 4, rank: int | None = None) -> None:
         super().__init__()
-        self.conv = CausalConv(channels, conv)
+        self.conv = ShortConv(channels, conv, bias=True, activation="silu")
         self.ssm = SelectiveScan(channels, state, rank)
 
     def forward(

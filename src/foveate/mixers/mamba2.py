@@ -11,7 +11,8 @@ from torch.nn.functional import silu, softplus
 from foveate.mixers.base import Stepped, divided, join_heads, split_heads
 from foveate.mixers.recurrent import wide, widened
 from foveate.mixers.registry import Paper, register
-from foveate.mixers.stateful import CausalConv, Lengths, StatefulMixer, step_bias
+from foveate.mixers.short_conv import ShortConv
+from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
 from foveate.recurrence import recur
 
 
@@ -74,7 +75,7 @@ class Mamba2(StatefulMixer):
         self.head_dim = divided(inner, heads)
         self.widths = (inner, groups * state, groups * state)  # x, B, C
         self.to_in = nn.Linear(dim, inner + sum(self.widths) + heads, bias=False)  # z, x, B, C, Δ
-        self.conv = CausalConv(sum(self.widths), conv)
+        self.conv = ShortConv(sum(self.widths), conv, bias=True, activation="silu")
         self.step_bias = step_bias(heads)
         self.log_rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.skip = nn.Parameter(torch.ones(heads))

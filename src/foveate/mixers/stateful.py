@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from foveate.mixers.base import Mixer, Stepped
 from foveate.patterns import Layout, Packed
-from foveate.recurrence.scan import Convolved, causal_conv
 
 Lengths = Sequence[int] | None
 
@@ -71,31 +70,6 @@ def laid_end_to_end(
         return x, padding, None
     real = None if padding is None else padding.reshape(1, -1)
     return x.flatten(0, 1).unsqueeze(0), real, list(layout.lengths) * x.shape[0]
-
-
-class CausalConv(nn.Module):
-    """Each channel convolved with its last ``width`` tokens, then SiLU.
-
-    >>> CausalConv(6)(torch.randn(2, 9, 6)).out.shape
-    torch.Size([2, 9, 6])
-    """
-
-    def __init__(self, channels: int, width: int = 4) -> None:
-        super().__init__()
-        if width < 1:
-            raise ValueError(f"a convolution reads at least one token; got conv={width}")
-        reach = width**-0.5
-        self.weight = nn.Parameter(torch.empty(channels, width).uniform_(-reach, reach))
-        self.bias = nn.Parameter(torch.empty(channels).uniform_(-reach, reach))
-
-    def forward(self, x: Tensor, tail: Tensor | None = None, lengths: Lengths = None) -> Convolved:
-        """Convolve x (B, N, C) after ``tail`` (B, C, width - 1), or each of its documents of these ``lengths``."""
-        return causal_conv(x, self.weight, self.bias, tail=tail, activation="silu", lengths=lengths)
-
-    def empty(self, batch: int) -> Tensor:
-        """The tail before the first token."""
-        channels, width = self.weight.shape
-        return self.weight.new_zeros(batch, channels, width - 1)
 
 
 def step_bias(count: int) -> nn.Parameter:
