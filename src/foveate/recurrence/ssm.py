@@ -140,12 +140,12 @@ def _by_transform(
     y = fft_conv(x, kernel(transition, read * write, length))
     if state is not None:
         ages = torch.arange(1, length + 1, device=x.device)
-        fading = (transition.unsqueeze(-1) * ages).exp()  # (C, S, N)
+        fading = powers(transition, ages)  # (C, S, N)
         y = y + 2 * torch.einsum("bcs,csn->bnc", state * read, fading).real
     if not final:
         return y, None
     left = write * remembered(x, transition)
-    return y, left if state is None else left + (transition * length).exp() * state
+    return y, left if state is None else left + powers(transition, length) * state
 
 
 def kernel(transition: Tensor, weights: Tensor, length: int) -> Tensor:
@@ -156,8 +156,8 @@ def kernel(transition: Tensor, weights: Tensor, length: int) -> Tensor:
     """
     side = math.isqrt(max(0, length - 1)) + 1  # l is a coarse step and a fine one: powers of 2 sqrt(L) ages suffice
     ages = torch.arange(side, device=transition.device)
-    fine = (transition.unsqueeze(-1) * ages).exp()  # (C, S, side)
-    coarse = weights.unsqueeze(-1) * (transition.unsqueeze(-1) * side * ages).exp()
+    fine = powers(transition, ages)  # (C, S, side)
+    coarse = weights.unsqueeze(-1) * powers(transition, side * ages)
     return 2 * (coarse.mT @ fine).real.flatten(1)[:, :length]
 
 
@@ -168,9 +168,16 @@ def remembered(x: Tensor, transition: Tensor) -> Tensor:
     front = x.new_zeros(batch, side * side - length, channels)
     blocks = torch.cat([front, x], dim=1).mT.unflatten(2, (side, side))  # (B, C, coarse, fine)
     ages = torch.arange(side - 1, -1, -1, device=x.device)
-    fine = (transition.unsqueeze(-1) * ages).exp()  # (C, S, side)
+    fine = powers(transition, ages)  # (C, S, side)
     inner = blocks.to(transition.dtype) @ fine.mT  # (B, C, coarse, S)
-    return (inner * (transition.unsqueeze(-1) * side * ages).exp().mT).sum(2)
+    return (inner * powers(transition, side * ages).mT).sum(2)
+
+
+def powers(transition: Tensor, ages: Tensor | int) -> Tensor:
+    """exp(ages transition), (..., len(ages)); ages turn fast states round thousands of times, too far for float32."""
+    exact = transition if transition.device.type == "mps" else transition.to(torch.complex128)
+    exact = exact if isinstance(ages, int) else exact.unsqueeze(-1)
+    return (exact * ages).exp().to(transition.dtype)
 
 
 def fft_conv(x: Tensor, filters: Tensor) -> Tensor:
@@ -213,7 +220,7 @@ def evolve_shared(
     first = u[:, :1] + (transition.exp() * state).unsqueeze(1)
     h, reach = torch.cat([first, u[:, 1:]], dim=1), 1
     while reach < u.shape[1]:  # h_t holds the last ``reach`` inputs
-        carried = (transition * reach).exp() * h[:, :-reach]
+        carried = powers(transition, reach) * h[:, :-reach]
         h = torch.cat([h[:, :reach], h[:, reach:] + carried], dim=1)
         reach *= 2
     return h, h[:, -1]
