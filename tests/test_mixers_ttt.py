@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,8 @@ from torch.nn.functional import gelu, layer_norm
 
 from foveate.mixers.registry import row
 from foveate.mixers.test_time import TaughtMixer
-from foveate.patterns import Packed
-from foveate.testing import check_mixer
+from foveate.mixers.test_time_video import TTTVideo
+from foveate.patterns import Grid, Layout, Packed, Sequence
 
 every_row = pytest.mark.parametrize("name", ["ttt_linear", "ttt_mlp"])
 DIM, HEADS, BATCH = 12, 2, 4
@@ -65,11 +67,6 @@ def test_the_layer_is_the_paper_s_written_out(name: str) -> None:
 
 
 @every_row
-def test_it_is_what_its_row_says(name: str) -> None:
-    check_mixer(name)
-
-
-@every_row
 def test_padding_anywhere_is_as_if_it_were_not_there(name: str) -> None:
     mixer, x = make(name), torch.randn(3, 17, DIM, dtype=torch.float64)
     real = torch.rand(3, 17) < 0.6
@@ -97,3 +94,42 @@ def test_learning_rates_start_at_half_the_greatest(name: str) -> None:
 def test_a_mini_batch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="1 or more"):
         row("ttt_mlp").mixer(DIM, heads=HEADS, mini_batch=0)
+
+
+# ---- TTT-Video ---------------------------------------------------------------------------------------------
+
+
+def video(**options: Any) -> TTTVideo:
+    mixer = TTTVideo(DIM, heads=HEADS, segment=10, mini_batch=BATCH, **options).double()
+    for gate in (mixer.forwards, mixer.backwards):
+        gate.data += 0.1 * torch.randn_like(gate)
+    return mixer
+
+
+def test_video_gates_both_directions_around_attention_to_segments() -> None:
+    mixer, x = video(), torch.randn(2, 30, DIM, dtype=torch.float64)
+    near = torch.cat([mixer.attention(segment) for segment in x.split(10, dim=1)], dim=1)
+    ahead = near + mixer.forwards.tanh() * mixer.ttt(near)
+    back = mixer.ttt(ahead.flip(1)).flip(1)
+    torch.testing.assert_close(mixer(x), ahead + mixer.backwards.tanh() * back)
+
+
+@pytest.mark.parametrize("layout", [Grid(3, 2, 5), Grid(5, 6), Sequence(30)])
+def test_video_reads_a_grid_frame_after_frame(layout: Layout) -> None:
+    mixer, x = video(), torch.randn(2, 30, DIM, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x, layout=layout), mixer(x))
+
+
+def test_video_with_closed_gates_is_the_attention_it_was_given() -> None:
+    attention = row("flash_attention").mixer(DIM, heads=HEADS, causal=False).double()
+    mixer, x = TTTVideo(DIM, heads=HEADS, gate=0.0, attention=attention).double(), torch.randn(1, 20, DIM).double()
+    torch.testing.assert_close(mixer(x), attention(x))
+
+
+def test_video_segments_hear_of_one_another_only_through_the_gates() -> None:
+    for gate, hears in ((0.1, True), (0.0, False)):
+        x = torch.randn(1, 30, DIM, requires_grad=True)
+        out = TTTVideo(DIM, heads=HEADS, segment=10, mini_batch=BATCH, gate=gate)(x)
+        (gradient,) = torch.autograd.grad(out[0, 15].sum(), x)
+        others = torch.cat([gradient[0, :10], gradient[0, 20:]]).abs().amax(-1)
+        assert bool((others > 0).any()) == hears

@@ -15,7 +15,6 @@ from foveate.mixers.registry import row
 from foveate.mixers.restore_rwkv import OmniShift, RestoreRWKV
 from foveate.patterns import Grid
 from foveate.recurrence.bi_wkv import bi_wkv
-from foveate.testing import check_mixer
 
 B, C = 2, 5
 
@@ -131,10 +130,6 @@ def test_values_are_averaged_along_rows_and_columns_by_turns(passes: int) -> Non
             v = by_pairs(*columns, rate, bonus).view(B, width, height, C).transpose(1, 2).flatten(1, 2)
     expected = mixer.to_out(torch.sigmoid(mixer.to_r(shifted)) * v)
     assert_close(mixer(x, layout=Grid(height, width)), expected, atol=1e-9, rtol=1e-9)
-
-
-def test_it_is_what_its_row_says() -> None:
-    check_mixer("restore_rwkv")
 
 
 def test_every_pixel_sees_every_other() -> None:
