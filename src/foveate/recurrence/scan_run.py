@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 
 from foveate.options import FORCED
-from foveate.recurrence import scan_chunks, scan_reference
+from foveate.recurrence import scan_chunks, scan_kernels, scan_reference
 from foveate.recurrence.layout import join
 from foveate.recurrence.scan_inputs import Form, Forms, Inputs
 
@@ -23,18 +23,30 @@ FORMS: dict[str, Forms] = {"reference": scan_reference.FORMS, "chunks": scan_chu
 
 def run(inputs: Inputs, state: Tensor, lengths: Sequence[int] | None, impl: str) -> Result:
     """Compute out and the state after the last token, or one for each packed sequence."""
+    with _no_autocast(state.device.type):
+        name = _chosen(inputs, impl)
+        if name == "native":
+            return scan_kernels.run(inputs, state, lengths)
+        if lengths is None:
+            return _run(FORMS[name][type(inputs)], inputs, state)
+        pieces = zip(inputs.split(lengths), state.split(1), strict=True)
+        results = (_run(FORMS[name][type(inputs)], piece, piece_state) for piece, piece_state in pieces)
+        outs, states = zip(*results, strict=True)
+        return join(outs, 1), join(states, 0)
+
+
+def _chosen(inputs: Inputs, impl: str) -> str:
     name = (FORCED.get() or impl) if impl == "auto" else impl
     if name == "auto":
-        name = "reference" if inputs.x.shape[1] <= SHORT else "chunks"
-    if name not in FORMS:
-        raise ValueError(f'impl must be "auto", "reference" or "chunks", got {name!r}')
-    form = FORMS[name][type(inputs)]
-    with _no_autocast(state.device.type):
-        if lengths is None:
-            return _run(form, inputs, state)
-        pieces = zip(inputs.split(lengths), state.split(1), strict=True)
-        outs, states = zip(*(_run(form, piece, piece_state) for piece, piece_state in pieces), strict=True)
-        return join(outs, 1), join(states, 0)
+        if scan_kernels.refuse(inputs) is None:
+            return "native"
+        return "reference" if inputs.x.shape[1] <= SHORT else "chunks"
+    if name not in (*FORMS, "native"):
+        raise ValueError(f'impl must be "auto", "reference", "chunks" or "native", got {name!r}')
+    reason = scan_kernels.refuse(inputs) if name == "native" else None
+    if reason is not None:
+        raise NotImplementedError(f'impl="native" cannot run this call: {reason}')
+    return name
 
 
 def _run(form: Form, inputs: Any, state: Tensor) -> Result:

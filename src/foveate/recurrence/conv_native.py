@@ -1,0 +1,77 @@
+"""The short causal convolution by native CPU kernels, forward and backward."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from foveate.native.call import check, pointer
+from foveate.native.loader import num_threads
+from foveate.recurrence import scan_abi as c
+
+WIDEST = 64
+
+Lengths = Sequence[int] | None
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, silu: bool, lengths: Lengths
+) -> tuple[Tensor, Tensor]:
+    """Out and the last tail, both in x's dtype."""
+    argument, held = _argument(x, weight, bias, tail, silu, lengths)
+    out, last = x.new_empty(x.shape), torch.empty(tail.shape)
+    argument.out, argument.last = c.stream(out), last.data_ptr()
+    check(c.kernels().foveate_conv_forward(ctypes.byref(argument)))
+    del held
+    return out, last.to(x.dtype)
+
+
+def backward(
+    grad_out: Tensor,
+    grad_last: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor,
+    silu: bool,
+    lengths: Lengths,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of x, weight, bias and tail."""
+    argument, held = _argument(x, weight, bias, tail, silu, lengths)
+    last, dx = c.plain(grad_last), x.new_empty(x.shape)
+    d_weight, d_tail = torch.empty(weight.shape), torch.empty(tail.shape)
+    d_bias = None if bias is None else torch.empty(bias.shape)
+    argument.grad_out, argument.grad_last, argument.dx = c.stream(grad_out), pointer(last), c.stream(dx)
+    argument.d_weight, argument.d_bias, argument.d_first = map(pointer, (d_weight, d_bias, d_tail))
+    check(c.kernels().foveate_conv_backward(ctypes.byref(argument)))
+    del held
+    return dx, d_weight.to(weight.dtype), c.like(d_bias, bias), d_tail.to(tail.dtype)
+
+
+def _argument(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, silu: bool, lengths: Lengths
+) -> tuple[c.ConvArgument, list[Tensor | None]]:
+    held = [*map(c.plain, (weight, bias, tail)), c.starts_of(lengths)]
+    taps, added, first, starts = map(pointer, held)
+    sizes = (tail.shape[0], x.shape[1], x.shape[2], weight.shape[1], silu, num_threads())
+    return c.ConvArgument(c.stream(x), c.Stream(), taps, added, first, None, starts, *sizes), held
+
+
+class Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, silu: bool, lengths: Lengths
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, bias, tail)
+        ctx.rest = silu, lengths
+        return forward(x, weight, bias, tail, silu, lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
+        return *backward(grad_out, grad_last, *ctx.saved_tensors, *ctx.rest), None, None

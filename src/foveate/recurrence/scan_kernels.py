@@ -1,0 +1,47 @@
+"""Scans and convolutions by native kernels: what they take, with gradients and without, compiled and not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveate.native.call import DTYPES
+from foveate.native.loader import library, status
+from foveate.recurrence import conv_native, scan_native, scan_ops
+from foveate.recurrence.scan_inputs import ConvInputs, Inputs, LinearInputs, ScanInputs
+
+
+def refuse(inputs: Inputs) -> str | None:
+    """Why this implementation cannot run the call; None if it can."""
+    if inputs.x.device.type != "cpu":
+        return f"it runs on CPU, not on {inputs.x.device.type}"
+    for name, x in inputs.tensors().items():
+        if x.dtype not in DTYPES:
+            return f"it has float32, bfloat16 and float16, not {name}'s {str(x.dtype).removeprefix('torch.')}"
+        if not torch.compiler.is_compiling() and x.data_ptr() % x.element_size():
+            return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
+    if isinstance(inputs, ConvInputs) and inputs.weight.shape[1] > conv_native.WIDEST:
+        return f"it takes up to {conv_native.WIDEST} taps, not {inputs.weight.shape[1]}"
+    return _absence()
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not look into how libraries are loaded
+def _absence() -> str | None:
+    return status().reason if library() is None else None
+
+
+def run(inputs: Inputs, state: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Return out and the state after the last token, or one for each packed sequence."""
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (state, *inputs.tensors().values()))
+    if isinstance(inputs, ConvInputs):
+        call = inputs.x, inputs.weight, inputs.bias, state, inputs.silu, lengths
+        if torch.compiler.is_compiling():
+            return scan_ops.conv(*call)
+        return conv_native.Conv.apply(*call) if differentiable else conv_native.forward(*call)
+    assert isinstance(inputs, ScanInputs | LinearInputs)
+    fields = scan_native.call_of(inputs, state, lengths)
+    if torch.compiler.is_compiling():
+        return scan_ops.scan(*fields, differentiable)[:2]
+    return scan_native.Scan.apply(*fields) if differentiable else scan_native.forward(fields, keep=False)[:2]
