@@ -66,7 +66,7 @@ def delta(quick: bool, training: bool = False) -> Iterator[Case]:
     yield Case(
         f"N {length}",
         partial(GATED_DELTA.draw, heads, length, dim, training),
-        (TRANSFORMERS_DELTA, FLA_DELTA),
+        (TRANSFORMERS_DELTA, FLA_DELTA, LOOP),
         (Faster(6.0 if training else 5.0, "transformers"),),
     )
 
@@ -78,7 +78,7 @@ def gated(quick: bool, training: bool = False) -> Iterator[Case]:
         yield Case(
             f"{name}, N {length}",
             partial(FORMS[name].draw, heads, length, dim, training),
-            (rival,),
+            (rival, LOOP),
             (Faster(4.0, "fla"),),
         )
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from benchmarks.recur_cpu_problem import Function, Problem
 from benchmarks.rivals import Rival, Unfit
 
+SHORT = 1024  # tokens
+
 
 def loop(problem: Problem) -> Function:
     return problem.loop
@@ -35,6 +37,8 @@ def _transformers_scan(problem: Problem) -> Function:
         from transformers.models.mamba.modeling_mamba import mamba_selective_scan
     except ImportError:
         raise Unfit("transformers with Mamba is not installed (pip install 'foveate[hf]')") from None
+    if problem.training and problem.tensors["x"].shape[1] > SHORT:
+        raise Unfit("its backward clears the states of all tokens for each of them, which takes minutes")
 
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Tensor:
         x, dt, B, C, z = (t.transpose(1, 2) for t in (x, dt, B, C, z))
