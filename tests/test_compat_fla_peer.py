@@ -108,3 +108,11 @@ def test_normalized_linear_attention_agrees_with_theirs() -> None:
     torch.testing.assert_close(got, o)
     torch.testing.assert_close(last, state)
     torch.testing.assert_close(last_z, z)
+
+
+def test_hgrn_agrees_with_theirs() -> None:
+    call = naive("hgrn").naive_recurrent_hgrn
+    x, g, state = torch.randn(2, 19, 5), -torch.rand(2, 19, 5), torch.randn(2, 5)
+    for ours in (fla.chunk_hgrn, fla.fused_recurrent_hgrn):
+        for got, wanted in zip(ours(x, g, state, True), call(x, g, state.clone(), True), strict=True):
+            torch.testing.assert_close(got, wanted)
