@@ -128,6 +128,7 @@ def _trials() -> Iterator[Trial]:
         q, k, v = _inputs(device)
         yield from try_attend(q, k, v)
         yield from try_recur(q, k, v)
+        yield from try_scan(v[:, 0])
 
 
 def try_attend(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Trial]:
@@ -147,21 +148,35 @@ def try_attend(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Trial]:
 
 
 def try_recur(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Trial]:
-    """Every implementation of recur with and without the delta rule."""
-    from foveate.recurrence import recur
+    """Every implementation of recur with each of its updates."""
+    from foveate.recurrence import IMPLEMENTATIONS, recur
 
     k = torch.nn.functional.normalize(k, dim=-1)
     calls: dict[str, dict[str, Any]] = {
         "decay per head": {"decay": torch.tensor([-0.1, -0.01], device=q.device)},
         "delta rule": {"beta": torch.full((1, 2, LENGTH), 0.5, device=q.device)},
+        "low rank": {"low_rank": (-k, 0.5 * k)},
     }
 
     def run(**options: Any) -> Tensor:
         return recur(q, k, v, **options).out
 
-    for name in ("chunks", "reference"):
+    for name in IMPLEMENTATIONS:
         for call, options in calls.items():
             yield _try("recur", name, q.device.type, call, partial(run, **options))
+
+
+def try_scan(x: Tensor) -> Iterator[Trial]:
+    """Every implementation of the selective scan on tokens x (B, N, C)."""
+    from foveate.recurrence import IMPLEMENTATIONS, scan
+
+    rates, read = -torch.arange(1.0, 5.0, device=x.device).expand(x.shape[2], 4), x[..., :4]
+
+    def run(**options: Any) -> Tensor:
+        return scan(x, x, rates, read, read, softplus=True, **options).out
+
+    for name in IMPLEMENTATIONS:
+        yield _try("scan", name, x.device.type, "selective", run)
 
 
 def _inputs(device: str) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Recurrent attention: a state that every token updates and every query reads."""
 
-from foveate.recurrence.api import Recurrent, recur, step
+from foveate.recurrence.api import IMPLEMENTATIONS, Recurrent, recur, step
 from foveate.recurrence.orders import (
     Order,
     bidirectional,
@@ -16,6 +16,7 @@ from foveate.recurrence.orders import (
 from foveate.recurrence.scan import Convolved, Scanned, causal_conv, linear_scan, scan, scan_step
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "Convolved",
     "Order",
     "Recurrent",

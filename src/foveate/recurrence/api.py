@@ -159,8 +159,7 @@ def step(
     """
     if q.dim() == 4 and q.size(2) != 1:
         raise ValueError(f"step takes one token, (B, H, 1, D), got q {tuple(q.shape)}; use recur for several")
-    options = {"decay": decay, "beta": beta, "low_rank": low_rank, "bonus": bonus}
-    return recur(q, k, v, **options, scale=scale, state=state, impl=impl)
+    return recur(q, k, v, decay=decay, beta=beta, low_rank=low_rank, bonus=bonus, scale=scale, state=state, impl=impl)
 
 
 def _implementation(name: str, tokens: Tokens, *, causal: bool, chunk: int) -> Run:

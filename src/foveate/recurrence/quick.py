@@ -24,6 +24,7 @@ from foveate.recurrence.native_call import RecurArgument
 TENSORS = "q" * 7 * 8  # q, k, v, out, decay, beta, a, b: address, dtype, heads, strides
 HEAD = struct.Struct(f"{TENSORS}q{'q' * 8}d{'q' * 3}")
 TAIL = bytes(ctypes.sizeof(RecurArgument) - HEAD.size)  # no gradients
+GATES = ("decay", "beta", "a", "b")
 ABSENT = (0,) * 7
 
 Kernel = Callable[[bytes], int]
@@ -41,7 +42,7 @@ def recur_plain(
 ) -> tuple[Tensor, Tensor] | None:
     """Out and the last state of a plain call; None if it is none."""
     kernel, gates = _kernel(), (decay, beta, *(low_rank or (None, None)))
-    if kernel is None or FORCED.get() or not _is_plain(q, k, v, *gates, state):
+    if len(gates) != len(GATES) or kernel is None or FORCED.get() or not _is_plain(q, k, v, *gates, state):
         return None
     batch, heads, length, dim = q.shape
     k_batch, k_heads, k_length, k_dim = k.shape
@@ -49,12 +50,11 @@ def recur_plain(
     fits = batch == k_batch == v_batch and length == k_length == v_length and dim == k_dim and 0 < dim <= WIDEST
     if not (fits and heads and length and value_dim and k_heads and v_heads):
         return None
-    described = [
-        _gate(gate, name, batch, length, dim) for name, gate in zip(("decay", "beta", "a", "b"), gates, strict=True)
-    ]
-    if None in described or (beta is not None and low_rank is not None):
+    described = [_gate(gate, name, batch, length, dim) for name, gate in zip(GATES, gates, strict=True)]
+    fitting = [gate for gate in described if gate is not None]
+    if len(fitting) < len(GATES) or (beta is not None and low_rank is not None):
         return None
-    shared = [k_heads, v_heads, *(gate[2] for gate in described if gate is not ABSENT)]
+    shared = [k_heads, v_heads, *(gate[2] for gate in fitting if gate is not ABSENT)]
     states = math.lcm(*shared)
     if 0 in shared or heads % states or (state is not None and state.shape != (batch, states, dim, value_dim)):
         return None
@@ -66,7 +66,7 @@ def recur_plain(
         k.data_ptr(), DTYPES[k.dtype], k_heads, *k.stride(),
         v.data_ptr(), DTYPES[v.dtype], v_heads, *v.stride(),
         out.data_ptr(), DTYPES[v.dtype], heads, *out.stride(),
-        *described[0], *described[1], *described[2], *described[3],
+        *fitting[0], *fitting[1], *fitting[2], *fitting[3],
         0, batch, states, length, dim, value_dim, channels, 0, num_threads(),
         dim**-0.5 if scale is None else scale,
         0 if state is None else state.data_ptr(), final.data_ptr(), 0,
