@@ -87,7 +87,7 @@ class Retention(Placed):
         return Inputs(q, k, v, decay=torch.log1p(-forgotten))
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
-        normed = layer_norm(heads, heads.shape[-1:], eps=1e-6)
+        normed = layer_norm(heads, heads.shape[-1:])
         return self.to_out(join_heads(normed) * silu(self.to_gate(x)))
 
     @property

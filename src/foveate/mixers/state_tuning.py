@@ -25,7 +25,7 @@ class Lifted(Inputs):
 
 @register(
     "state_tuning",
-    paper=Paper("Xiao, Li, Lin", "State Tuning: State-based Test-Time Scaling on RWKV-7", "2504.05097"),
+    paper=Paper("Liu, Li, Lin", "State Tuning: State-based Test-Time Scaling on RWKV-7", "2504.05097"),
     family="recurrent-ssm",
     formula="RWKV-7 from a learned S_0; enlarged: x -> exp(-γ |x - u_i|^2), i = 1...M, for r, k, v, w, a and κ",
     supports={"causal", "padding", "packed", "decode"},
