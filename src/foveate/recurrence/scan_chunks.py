@@ -56,7 +56,10 @@ def _by_chunk(run: Form, inputs: Inputs, state: Tensor) -> tuple[Tensor, Tensor]
     sizes = [chunk] * (length // chunk) + [length % chunk] * (length % chunk > 0)
     outs = []
     for piece in inputs.split(sizes):
-        out, state = checkpoint(run, piece, state, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled():
+            out, state = checkpoint(run, piece, state, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, state = run(piece, state)
         outs.append(out)
     return join(outs, 1), state
 

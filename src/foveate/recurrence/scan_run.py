@@ -50,7 +50,7 @@ def _chosen(inputs: Inputs, impl: str) -> str:
 
 
 def _run(form: Form, inputs: Any, state: Tensor) -> Result:
-    return form(inputs, state) if inputs.x.shape[1] else (inputs.x.new_zeros(inputs.x.shape), state)
+    return form(inputs, state) if inputs.x.shape[1] else (inputs.x.clone(), state)
 
 
 def _no_autocast(device: str) -> AbstractContextManager:
