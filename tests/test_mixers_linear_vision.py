@@ -180,6 +180,16 @@ def test_keys_first_equals_queries_first(least: float) -> None:
     assert_close(relu_attention(q, k, v, least=least), weights / total.clamp_min(least) @ v)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_over_many_bright_tokens_do_not_overflow(dtype: torch.dtype) -> None:
+    q, k = (8 * torch.rand(1, 2, 9000, 8)).to(dtype).split([8, 8992], dim=2)
+    v = (1 + torch.rand(1, 2, 8992, 4)).to(dtype)
+    assert (q.float() @ k.float().transpose(2, 3)).sum(-1).min() > torch.finfo(torch.float16).max
+    out = relu_attention(q, k, v, least=100)
+    assert out.dtype == dtype
+    assert_close(out.double(), relu_attention(q.double(), k.double(), v.double(), least=100), rtol=0.02, atol=0)
+
+
 def test_gradients_of_relu_attention_away_from_its_kinks() -> None:
     q, k = ((0.1 + torch.rand(1, 2, 5, 3).double()) * torch.randn(1, 2, 5, 3).sign() for _ in range(2))
     v = torch.randn(1, 2, 5, 4).double()
