@@ -12,7 +12,7 @@ from torch.nn.functional import elu, layer_norm
 from torch.testing import assert_close
 
 from foveate.mixers.base import join_heads, split_heads
-from foveate.mixers.features import JRT, Based, taylor
+from foveate.mixers.features import JRT, BasedLinear, taylor
 from foveate.mixers.linearized import LinearizedLLM, ancestry, branches
 from foveate.mixers.small_e import SmallE, sinusoids
 from foveate.patterns import Packed
@@ -28,7 +28,7 @@ def series(q: Tensor, k: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_based_weighs_by_the_taylor_series(causal: bool) -> None:
-    mixer, x = make(Based, heads=HEADS, head_dim=5, causal=causal), tokens()
+    mixer, x = make(BasedLinear, heads=HEADS, head_dim=5, causal=causal), tokens()
     q, k, v = project(mixer, x)
     weights = series(q, k).tril() if causal else series(q, k)
     assert_close(mixer(x), mixer.to_out(join_heads(row_shares(weights) @ v)))

@@ -33,24 +33,24 @@ def taylor(x: Tensor) -> Tensor:
 
 
 @register(
-    "based",
+    "based_linear",
     paper=Paper(
         "Arora, Eyuboglu, Zhang, Timalsina, Alberti, Zinsley, Zou, Rudra, Ré",
         "Simple linear attention language models balance the recall-throughput tradeoff",
         "2402.18668",
     ),
-    family="linear",
+    family="hybrid",
     formula="o_i = sum_j (1 + s_ij + s_ij^2 / 2) v_j / sum_j (1 + s_ij + s_ij^2 / 2), s_ij = q_i^T k_j / sqrt(D)",
     supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
-    notes="Its linear attention; the paper's models interleave it with softmax attention in small windows.",
+    notes="The linear half of BASED, whose models interleave it with softmax attention in small windows.",
 )
-class Based(LinearTransformer):
+class BasedLinear(LinearTransformer):
     """Linear attention with the second-order Taylor series of softmax's exponential.
 
     ``head_dim`` is small, 16 in the paper, because there are about head_dim^2 / 2 features; ``value_dim`` is
     dim / heads.
 
-    >>> mixer = Based(64, heads=4)
+    >>> mixer = BasedLinear(64, heads=4)
     >>> mixer(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])
     """
@@ -74,7 +74,7 @@ class Based(LinearTransformer):
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="S_i and z_i are Based's causal sums. The paper also repeats the context in the prompt: that needs no mixer.",
 )
-class JRT(Based):
+class JRT(BasedLinear):
     """Linear attention that knows its prefix as a whole, by a second set of keys and values, and the rest causally.
 
     The first ``prefix`` real tokens of a sequence are known to all its queries. To decode, hand the prompt to
