@@ -154,23 +154,23 @@ def test_half_precision_states_are_float32(kind: Any) -> None:
 # ---- DeciMamba -----------------------------------------------------------------------------------------
 
 
-def decimated(keep: int, mamba: Mamba) -> DeciMamba:
-    mixer = DeciMamba(DIM, keep=keep, state=5).double()
+def decimated(keep: int, mamba: Mamba, last: int = 1) -> DeciMamba:
+    mixer = DeciMamba(DIM, keep=keep, last=last, state=5).double()
     mixer.load_state_dict(mamba.state_dict())
     return mixer
 
 
 def test_decimamba_scans_the_tokens_with_the_greatest_steps_in_order() -> None:
     mamba, x = shaken(Mamba(DIM, state=5)), tokens(40)
-    mixer = decimated(11, mamba)
+    mixer = decimated(11, mamba, last=2)
     u, gate = mamba.to_in(x).chunk(2, -1)
     u = convolved(mamba.branch.conv, u)
     low = mamba.branch.ssm.to_choices(u)[..., : mamba.branch.ssm.rank]
     importance = softplus(mamba.branch.ssm.to_step(low) + mamba.branch.ssm.step_bias).mean(-1)
     expected = torch.zeros_like(x)
     for row in range(2):
-        best = sorted(range(40), key=lambda t: -importance[row, t].item())[:11]
-        kept = torch.tensor(sorted(best))
+        best = sorted(range(38), key=lambda t: -importance[row, t].item())[:9]
+        kept = torch.tensor([*sorted(best), 38, 39])
         y = scanned(mamba.branch.ssm, u[row, kept].unsqueeze(0)) * silu(gate[row, kept])
         expected[row, kept] = mamba.to_out(y)[0]
     assert_close(mixer(x), expected)
@@ -289,6 +289,7 @@ def test_refusals_say_what_to_do() -> None:
         ("whole numbers of heads", lambda: Mamba2(8, heads=4, groups=3)),
         ("heads must divide", lambda: Mamba2(8, heads=3)),
         ("at least 1", lambda: DeciMamba(8, keep=0)),
+        ("last tokens", lambda: DeciMamba(8, keep=2, last=3)),
         ("share of tokens", lambda: tokens_to_keep(3, 10, fade=0)),
         ("at least 1", lambda: MemMamba(8, slots=0)),
     ]

@@ -62,6 +62,37 @@ def test_videomamba_turns_space_and_time_round() -> None:
         assert_close(mixer(x, layout=grid), mixer.to_out(y * silu(gate)))
 
 
+class VideoClassifier(nn.Module):
+    """Tubelets, one block, and a linear head on their mean."""
+
+    def __init__(self, grid: Grid, tubelet: int, dim: int, classes: int) -> None:
+        super().__init__()
+        self.grid, self.embed = grid, nn.Linear(tubelet, dim)
+        self.block, self.norm = VideoMamba(dim, expand=1, state=4), nn.RMSNorm(dim)
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, tubelets: Tensor) -> Tensor:
+        x = self.embed(tubelets)
+        return self.head((x + self.block(self.norm(x), layout=self.grid)).mean(1))
+
+
+def test_a_classifier_of_videos_tells_which_event_came_first() -> None:
+    grid = Grid(4, 2, 2)
+    model = VideoClassifier(grid, tubelet=3, dim=16, classes=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    label = torch.arange(64) % 2
+    for _ in range(60):
+        tubelets = 0.3 * torch.randn(64, 16, 3)
+        first = torch.randint(8, (64,))
+        tubelets[torch.arange(64), first, label] += 3.0  # one event in the first two frames,
+        tubelets[torch.arange(64), 8 + first, 1 - label] += 3.0  # the other in the last two
+        loss = nn.functional.cross_entropy(model(tubelets), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (model(tubelets).argmax(-1) == label).float().mean() > 0.9
+
+
 def test_work_grows_linearly() -> None:
     for mixer in (BidirectionalMamba(DIM), VideoMamba(DIM), VMamba(DIM), ZigMa(DIM), SMamba(DIM), Mamba(DIM)):
         assert mixer.flops(4000) == 4 * mixer.flops(1000)
@@ -121,6 +152,33 @@ def test_every_pixel_of_vmamba_sees_every_other() -> None:
     for pixel in range(20):
         (gradient,) = torch.autograd.grad(out[0, pixel].sum(), x, retain_graph=True)
         assert bool((gradient[0].abs().sum(-1) > 0).all())
+
+
+class Backbone(nn.Module):
+    """VMamba in small: stages of scans, each at half the resolution and twice the width of the one before."""
+
+    def __init__(self, dim: int, stages: int = 3) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(VMamba(dim * 2**stage, expand=1, state=3) for stage in range(stages))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim * 2**stage) for stage in range(stages))
+        self.merges = nn.ModuleList(nn.Linear(4 * dim * 2**stage, dim * 2 ** (stage + 1)) for stage in range(stages))
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        for stage, norm, merge in zip(self.stages, self.norms, self.merges, strict=True):
+            x = x + stage(norm(x), layout=grid)
+            height, width = (side // 2 for side in grid.dims)
+            corners = x.unflatten(1, (height, 2, width, 2)).permute(0, 1, 3, 2, 4, 5)
+            x, grid = merge(corners.reshape(len(x), height * width, -1)), Grid(height, width)
+        return x
+
+
+def test_vmamba_stands_in_a_hierarchical_backbone() -> None:
+    model, x = shaken(Backbone(6)), torch.randn(2, 16 * 24, 6, dtype=torch.float64, requires_grad=True)
+    out = model(x, Grid(16, 24))
+    assert out.shape == (2, 2 * 3, 48)
+    found = torch.autograd.grad(out.square().sum(), [x, *model.parameters()])
+    assert all(gradient.isfinite().all() and gradient.abs().sum() > 0 for gradient in found)
+    assert bool((found[0].abs().sum(-1) > 0).all())
 
 
 @pytest.mark.parametrize("layer", [0, 3, 7, 9])

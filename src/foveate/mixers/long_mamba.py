@@ -40,8 +40,9 @@ class Decimated(NamedTuple):
 class DeciMamba(Mamba):
     """Mamba whose scan sees only the ``keep`` tokens with the greatest step sizes, in their order.
 
-    The convolution still reads every token. In a stack, :func:`tokens_to_keep` says how many for each layer;
-    ``decimate`` hands on the kept tokens only, so that deeper layers are shorter.
+    The ``last`` tokens, which ask or answer, are among them in any case; the convolution still reads every token.
+    In a stack, :func:`tokens_to_keep` says how many for each layer; ``decimate`` hands on the kept tokens only, so
+    that deeper layers are shorter.
 
     >>> trained = Mamba(64)
     >>> mixer = DeciMamba(64, keep=20)
@@ -59,6 +60,7 @@ class DeciMamba(Mamba):
         dim: int,
         *,
         keep: int = 2048,
+        last: int = 1,
         expand: int = 2,
         state: int = 16,
         conv: int = 4,
@@ -66,9 +68,9 @@ class DeciMamba(Mamba):
         causal: bool = True,
     ) -> None:
         super().__init__(dim, expand=expand, state=state, conv=conv, rank=rank, causal=causal)
-        if keep < 1:
-            raise ValueError(f"keep is the number of tokens that reach the scan, at least 1; got {keep}")
-        self.keep = keep
+        if not 0 <= last <= keep or keep < 1:
+            raise ValueError(f"keep, at least 1, counts the last tokens, too; got keep={keep} and last={last}")
+        self.keep, self.last = keep, last
 
     def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
         if x.shape[1] <= self.keep:
@@ -88,11 +90,16 @@ class DeciMamba(Mamba):
         u, tail = self.branch.conv(u, tail)
         ssm = self.branch.ssm
         chosen = ssm.chosen(u, real)
-        importance = ssm.sizes(chosen).mean(-1)  # (B, N)
+        importance = ssm.sizes(chosen).mean(-1).masked_fill(self.at_end(x, real), torch.inf)  # (B, N)
         kept = importance.topk(min(self.keep, x.shape[1]), dim=1).indices.sort(dim=1).values
         u, gate, *choices = (gathered(each, kept) for each in (u, gate, *chosen))
         out, state = ssm.scan(u, Chosen(*choices), gate=gate, state=state)
         return Decimated(self.to_out(out), kept, Memory(state, tail))
+
+    def at_end(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """Where the last real tokens are, (B, N)."""
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
+        return real & (real.flip(1).cumsum(1).flip(1) <= self.last)
 
     def flops(self, n: int) -> int:
         ssm, scanned = self.branch.ssm, min(n, self.keep)
