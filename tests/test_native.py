@@ -98,6 +98,16 @@ def test_patterns_on_grids_and_points(pattern, layout) -> None:
 
 
 @every_dtype
+def test_tables_shared_by_many_short_windows(dtype: torch.dtype) -> None:
+    """More windows than are added up as they are, with masks that hide the first keys and the last."""
+    labels = torch.zeros(150, 20, dtype=torch.long)
+    labels[::2, :3], labels[1::3, 17:] = 1, 2
+    q, k, v = (leaf(150, 2, 20, 8, dtype=torch.float64) for _ in range(3))
+    table = relative_table(leaf(2, 7, 9, dtype=torch.float64), (4, 5))
+    assert_native_agrees({"q": q, "k": k, "v": v, "pattern": SameLabel(labels), "bias": table}, dtype)
+
+
+@every_dtype
 def test_tables_of_relative_positions_on_grids(dtype: torch.dtype) -> None:
     grids: list[tuple[int, ...]] = [(7, 11), (3, 5, 6), (70,)]
     for dims in grids:

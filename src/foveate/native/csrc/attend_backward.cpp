@@ -6,6 +6,7 @@
 // A unit is all query heads that share key and value heads; no two units write to the same gradients. With few
 // units each is cut into parts that sum apart, so the result depends on the number of threads, not on their pace.
 #include <numeric>
+#include <vector>
 
 #include "bias_grads.h"
 #include "weights.h"
@@ -279,9 +280,9 @@ template <class A> int64_t backward(const FoveateAttend& call) {
     const BiasGrads grads(call, bias_grads ? threads : 0);
     Queue queue(all);
     const bool done = on_threads(threads, [&](int64_t thread) {
-        Buffer<BiasSums> own(call.num_biases);
-        if (bias_grads) grads.of_thread(thread, own.get());
-        Backward<A> work(call, plan, keys, values, scratch<Workspace<A>>(call, plan), bias_grads ? own.get() : nullptr);
+        std::vector<BiasSums> own(call.num_biases);
+        if (bias_grads) grads.of_thread(thread, own.data());
+        Backward<A> work(call, plan, keys, values, scratch<Workspace<A>>(call, plan), bias_grads ? own.data() : nullptr);
         A::begin();
         const auto run = [&](int64_t i) {
             float* to = sums.get() + (plan.parts > 1 ? i : thread) * plan.sums();
@@ -293,6 +294,8 @@ template <class A> int64_t backward(const FoveateAttend& call) {
         else
             queue.run(run);
         A::end();
+        for (const BiasSums& sums : own)
+            if (sums.tiles) sums.tiles->finish();
     });
     if (!done) return FOVEATE_NO_MEMORY;
     if (bias_grads) grads.add_up();

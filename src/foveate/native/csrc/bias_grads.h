@@ -1,5 +1,7 @@
 // Gradients of biases. Where many pairs share an entry each thread sums into its own, and they are added up in order.
 #pragma once
+#include <memory>
+
 #include "bias.h"
 
 namespace foveate {
@@ -48,13 +50,64 @@ static inline void add_dense_rows(const FoveateBias& bias, float* sums, const Pl
     }
 }
 
+// Gradients of the logits of whole short sequences, (keys, queries) for each head: so many batch entries are added up
+// as they are, vector by vector, before each pair looks for its entry in the bias.
+class ShortSums {
+  public:
+    static constexpr int64_t AT_MOST = 64, HEADS = 64;  // batch entries that float32 adds up; heads worth the memory
+
+    static bool suit(const FoveateAttend& call, const FoveateBias& bias) {
+        const bool natural = !call.selection.q_slots && !call.selection.k_slots;
+        return natural && bias.kind == FOVEATE_RELATIVE && call.q.heads <= HEADS && call.batch > 1 &&
+               std::max(call.num_queries, call.num_keys) <= TILE;
+    }
+    ShortSums(const FoveateAttend& call, const FoveateBias& bias, double* sums)
+        : call_(call), bias_(bias), sums_(sums), tiles_(call.q.heads * TILE * TILE), counts_(call.q.heads) {
+        std::fill_n(tiles_.get(), call.q.heads * TILE * TILE, 0.0f);
+        std::fill_n(counts_.get(), call.q.heads, 0);
+    }
+    void add(const Place& place, const float* from, int64_t ld) {
+        float* tile = tiles_.get() + place.h * TILE * TILE;
+        for (int64_t k = 0; k < place.count; ++k)
+            for (int64_t i = 0; i < place.lanes; i += LANES) {
+                float* to = tile + place.key[k] * TILE + i;
+                store(to, load(to) + load(from + k * ld + i));
+            }
+        if (++counts_.get()[place.h] == AT_MOST) spread(place.h);
+    }
+    void finish() {
+        for (int64_t h = 0; h < call_.q.heads; ++h)
+            if (counts_.get()[h]) spread(h);
+    }
+
+  private:
+    void spread(int64_t h) {
+        float* tile = tiles_.get() + h * TILE * TILE;
+        Chunk all;
+        all.first = 0;
+        all.count = call_.num_keys;
+        all.columns = nullptr;
+        add_relative_pairs(bias_, sums_, Place(call_, 0, h, 0, call_.num_queries, all), tile, TILE);
+        std::fill_n(tile, TILE * TILE, 0.0f);
+        counts_.get()[h] = 0;
+    }
+
+    const FoveateAttend& call_;
+    const FoveateBias& bias_;
+    double* sums_;
+    Buffer<float> tiles_;
+    Buffer<int64_t> counts_;
+};
+
 // Where a thread adds up one bias's gradient; nowhere if it is not wanted.
 struct BiasSums {
     float* few = nullptr;
     double* many = nullptr;
+    std::unique_ptr<ShortSums> tiles;
 
     // Adds the gradient of the logits of a chunk, (keys, lanes).
     void add(const FoveateBias& bias, const Place& place, const float* from, int64_t ld) const {
+        if (tiles) return tiles->add(place, from, ld);
         if (few && bias.stride[3] == 1 && place.keys_in_order()) return add_dense_rows(bias, few, place, from, ld);
         if (few) add_pairs(bias, few, place, from, ld);
         if (many && bias.kind == FOVEATE_RELATIVE) return add_relative_pairs(bias, many, place, from, ld);
@@ -85,6 +138,7 @@ class BiasGrads {
             if (sharing == Sharing::ONE) sums[i].few = bias.grad;
             if (sharing == Sharing::FEW) sums[i].few = few, few += bias.size;
             if (sharing == Sharing::MANY) sums[i].many = many, many += bias.size;
+            if (ShortSums::suit(call_, bias)) sums[i].tiles.reset(new ShortSums(call_, bias, sums[i].many));
         }
     }
     void add_up() const {
