@@ -42,6 +42,7 @@ from foveate import (
     softmax,
     window,
 )
+from foveate.mixers.grid_windows import SameLabel
 
 pytestmark = [needs_native, pytest.mark.usefixtures(one_thread.__name__)]
 
