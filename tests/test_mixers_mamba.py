@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 from torch.testing import assert_close
 
+from foveate.mixers import long_mamba
 from foveate.mixers.long_mamba import DeciMamba, MemMamba, NoteLayer, tokens_to_keep
 from foveate.mixers.mamba import Mamba, SelectiveScan
 from foveate.mixers.mamba2 import Mamba2
@@ -220,7 +221,9 @@ def asked(query: Tensor, notes: list[Tensor]) -> Tensor:
     return (pool @ query / len(query) ** 0.5).softmax(0) @ pool
 
 
-def test_memmamba_reads_pools_of_notes() -> None:
+@pytest.mark.parametrize("block", [7, 1024])
+def test_memmamba_reads_pools_of_notes(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_mamba, "BLOCK", block)
     mixer = shaken(MemMamba(DIM, depth=3, every=2, slots=4, width=5, expand=1, state=3))
     x = tokens(30, batch=2)
     for row in range(2):

@@ -13,6 +13,8 @@ from foveate.mixers.recurrent import widened
 from foveate.mixers.registry import Paper, register
 from foveate.mixers.stateful import Lengths, StatefulMixer
 
+BLOCK = 1024  # tokens whose notes are gathered at once
+
 
 class Decimated(NamedTuple):
     """What a layer says of the tokens it kept, (B, P, C), their positions (B, P), and the memory after them."""
@@ -139,10 +141,21 @@ class LayerMemory(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """What each of N queries may read of a pool: the notes (B, N, slots, D) before it, where (B, N, slots) true."""
+    """Pools as each of N queries finds them: slots of ``notes`` (B, M, D) from ``first`` (B, N) on.
+
+    Places below ``empty`` (B,) hold no note.
+    """
 
     notes: Tensor
-    written: Tensor
+    first: Tensor
+    empty: Tensor
+    slots: int
+
+    def read(self, queries: slice) -> tuple[Tensor, Tensor]:
+        """The notes (B, n, slots, D) that these queries may read, and which of them are written, (B, n, slots)."""
+        place = self.first[:, queries, None] + torch.arange(self.slots, device=self.first.device)
+        notes = gathered(self.notes, place.flatten(1)).unflatten(1, place.shape[1:])
+        return notes, place >= self.empty.view(-1, 1, 1)
 
 
 class NoteLayer(nn.Module):
@@ -178,15 +191,13 @@ class NoteLayer(nn.Module):
         noted = importance.squeeze(-1) > self.threshold
         if real is not None:
             noted = noted & real
-        first = (~noted).long().argsort(dim=1, stable=True)  # noted tokens in their order, then the others
-        written = torch.cat([notes.pool, gathered(importance * self.to_note(x), first)], dim=1)
+        ahead = (~noted).long().argsort(dim=1, stable=True)  # noted tokens in their order, then the others
+        written = torch.cat([notes.pool, gathered(importance * self.to_note(x), ahead)], dim=1)
         count = noted.long().cumsum(1)
-        before = torch.cat([count - noted.long(), count[:, -1:] if x.shape[1] else count.new_zeros(len(x), 1)], dim=1)
-        place = before.unsqueeze(-1) + torch.arange(self.slots, device=x.device)  # (B, N + 1, slots)
-        pools = gathered(written, place.flatten(1)).unflatten(1, place.shape[1:])
-        filled = place >= (self.slots - notes.filled).view(-1, 1, 1)
-        left = (notes.filled + before[:, -1]).clamp(max=self.slots)
-        return Pages(pools[:, :-1], filled[:, :-1]), Notes(pools[:, -1], left)
+        pages = Pages(written, count - noted.long(), self.slots - notes.filled, self.slots)
+        total = noted.long().sum(1, keepdim=True)
+        pool = gathered(written, total + torch.arange(self.slots, device=x.device))
+        return pages, Notes(pool, (notes.filled + total.squeeze(1)).clamp(max=self.slots))
 
     def empty(self, batch: int) -> LayerMemory:
         weight = self.to_note.weight
@@ -197,8 +208,12 @@ class NoteLayer(nn.Module):
 
 def recalled(query: Tensor, pages: list[Pages]) -> Tensor:
     """Attention of each query (B, N, D) to the notes of all ``pages``; zeros where there are none."""
-    notes = torch.cat([page.notes for page in pages], dim=2)
-    written = torch.cat([page.written for page in pages], dim=2)
+    parts = [slice(start, start + BLOCK) for start in range(0, max(1, query.shape[1]), BLOCK)]
+    return torch.cat([recalled_by(query[:, part], [page.read(part) for page in pages]) for part in parts], dim=1)
+
+
+def recalled_by(query: Tensor, found: list[tuple[Tensor, Tensor]]) -> Tensor:
+    notes, written = (torch.cat(each, dim=2) for each in zip(*found, strict=True))
     scores = widened(query.unsqueeze(2) @ notes.mT).squeeze(2) * query.shape[-1] ** -0.5
     none = ~written.any(-1, keepdim=True)
     weights = scores.masked_fill(~written & ~none, -torch.inf).softmax(-1).masked_fill(none, 0)

@@ -262,7 +262,7 @@ class ZigMa(Mixer):
     ...     x = x + mixer(x, layout=Grid(6, 7))
     """
 
-    grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(8, 3))
+    grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(2, 4, 5))
 
     def __init__(
         self,
