@@ -14,6 +14,7 @@ from foveate.recurrence.orders import (
     zigzag,
 )
 from foveate.recurrence.scan import Convolved, Scanned, causal_conv, linear_scan, scan, scan_step
+from foveate.recurrence.ssm import discretize, evolve, evolve_shared, fft_conv
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -25,6 +26,10 @@ __all__ = [
     "causal_conv",
     "column_major",
     "cross_scan",
+    "discretize",
+    "evolve",
+    "evolve_shared",
+    "fft_conv",
     "linear_scan",
     "raster",
     "recur",
