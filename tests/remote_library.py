@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-REMOTE = ("foveate_attend_forward", "foveate_attend_backward")
+REMOTE = tuple(f"foveate_{operator}_{way}" for operator in ("attend", "recur") for way in ("forward", "backward"))
 REACH = 2**21  # bytes from a pointer on that are sent: more than any tensor of these tests has
 PAGE = 4096
 
@@ -26,7 +26,7 @@ class Emulator:
 
 
 class RemoteLibrary:
-    """Answers like a ctypes library: attention runs in the emulator, all else in this process."""
+    """Answers like a ctypes library: attention and recurrences run in the emulator, all else in this process."""
 
     def __init__(self, emulator: Emulator, local: ctypes.CDLL) -> None:
         self._local = local

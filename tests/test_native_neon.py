@@ -12,8 +12,10 @@ import pytest
 import torch
 from attend_inputs import LENGTHS, leaf, random_call
 from native_checks import assert_native_agrees, every_dtype, needs_native
+from recur_inputs import UPDATES, make_inputs
 from remote_library import Emulator, RemoteLibrary
 from test_attend import PATTERNS
+from test_native_recur import assert_errs_no_more
 
 from foveate import causal
 from foveate.native import loader
@@ -85,3 +87,9 @@ def test_many_short_sequences(dtype: torch.dtype) -> None:
     q, k, v = (leaf(50, 3, 49, 32, dtype=torch.float64) for _ in range(3))
     bias = leaf(3, 49, 49, dtype=torch.float64)
     assert_native_agrees({"q": q, "k": k, "v": v, "bias": bias}, dtype)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_recurrences(update: str) -> None:
+    for decay, dims in (("token", (33, 21)), ("channel", (9, 70))):
+        assert_errs_no_more(make_inputs(decay, update, heads=(4, 2, 2, 4), length=70, dims=dims))
