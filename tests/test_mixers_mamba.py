@@ -78,6 +78,32 @@ def test_its_attention_has_the_gradients_of_the_scan() -> None:
     assert_close(found, torch.autograd.grad((ssm(u).out * towards).sum(), wanted))
 
 
+@pytest.mark.parametrize("groups", [0, 1, 2])
+def test_blocks_are_those_of_transformers(groups: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": DIM, "state_size": 5, "num_hidden_layers": 1}
+    if groups:
+        heads = {"num_heads": 4, "head_dim": DIM // 2, "n_groups": groups, "chunk_size": 8}
+        config = transformers.Mamba2Config(**sizes, **heads)
+        mixer = shaken(Mamba2(DIM, heads=4, groups=groups, state=5)).float()
+        theirs = transformers.models.mamba2.modeling_mamba2.Mamba2Mixer(config, 0)
+        names = {"step_bias": "dt_bias", "log_rate": "A_log", "skip": "D", "scale": "norm.weight"}
+    else:
+        mixer = shaken(Mamba(DIM, state=5)).float()
+        theirs = transformers.models.mamba.modeling_mamba.MambaMixer(transformers.MambaConfig(**sizes), 0)
+        names = {"to_choices": "x_proj", "to_step": "dt_proj", "step_bias": "dt_proj.bias"}
+        names |= {"log_rate": "A_log", "skip": "D", "branch.": "", "ssm.": ""}
+    weights = {}
+    for name, value in mixer.state_dict().items():
+        for ours, other in {"to_in": "in_proj", "to_out": "out_proj", "conv.": "conv1d.", **names}.items():
+            name = name.replace(ours, other)
+        weights[name] = value
+    theirs.load_state_dict(weights)
+    x = tokens(23).float()
+    with torch.no_grad():
+        assert_close(mixer(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_mamba2_is_linear_attention_with_a_decay_a_head(groups: int) -> None:
     mixer, x = shaken(Mamba2(DIM, heads=4, groups=groups, state=5)), tokens(23)
@@ -94,9 +120,9 @@ def test_mamba2_is_linear_attention_with_a_decay_a_head(groups: int) -> None:
             update = k[:, t, group, :, None] * v[:, t, None, head] * step[:, t, head].view(2, 1, 1)
             state = fade * state + update
             out[:, t, head] = (q[:, t, group, None] @ state)[:, 0] + mixer.skip[head] * v[:, t, head]
-    y = out.flatten(2) * silu(gate)
-    y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
-    assert_close(mixer(x), mixer.to_out(y))
+    y = (out.flatten(2) * silu(gate)).unflatten(-1, (groups, -1))
+    y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_close(mixer(x), mixer.to_out(y.flatten(2) * mixer.scale))
 
 
 def test_mamba2_is_masked_attention() -> None:
@@ -106,7 +132,7 @@ def test_mamba2_is_masked_attention() -> None:
     assert torch.equal(matrix, matrix.tril())
     v = convolved(mixer.conv, mixed)[..., : 2 * DIM].unflatten(-1, (4, -1)).transpose(1, 2)
     y = (matrix @ v).transpose(1, 2).flatten(2)
-    assert_close(mixer.to_out(mixer.norm(y * silu(gate))), mixer(x))
+    assert_close(mixer.to_out(mixer.normed(y * silu(gate))), mixer(x))
 
 
 def test_scan_and_recur_agree_on_one_decay_a_head() -> None:

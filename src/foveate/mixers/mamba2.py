@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import rms_norm, silu, softplus
 
 from foveate.mixers.base import Stepped, divided, join_heads, split_heads
 from foveate.mixers.recurrent import wide, widened
@@ -49,7 +49,8 @@ class Mamba2(StatefulMixer):
     """A gated block around linear attention whose heads fade by step sizes made of the token.
 
     ``expand`` times the width is split into ``heads`` of values; ``groups`` of keys and queries with ``state``
-    channels are shared among them; ``conv`` is the width of the causal convolution before.
+    channels are shared among them, and the norm takes each group on its own. ``conv`` is the width of the causal
+    convolution before.
 
     >>> mixer = Mamba2(64, heads=4, state=16)
     >>> mixer(torch.randn(2, 50, 64)).shape
@@ -79,7 +80,7 @@ class Mamba2(StatefulMixer):
         self.step_bias = step_bias(heads)
         self.log_rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
         self.skip = nn.Parameter(torch.ones(heads))
-        self.norm = nn.RMSNorm(inner, eps=1e-5)
+        self.scale = nn.Parameter(torch.ones(inner))  # of the norm
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
@@ -90,7 +91,12 @@ class Mamba2(StatefulMixer):
         written = duals.v * duals.pace.unsqueeze(-1)
         out, state = recur(duals.q, duals.k, written, decay=duals.decay, scale=1.0, state=state, lengths=lengths)
         y = join_heads(out + widened(self.skip).view(-1, 1, 1) * duals.v).to(x.dtype)
-        return Stepped(self.to_out(self.norm(y * silu(gate))), Memory(state, tail))
+        return Stepped(self.to_out(self.normed(y * silu(gate))), Memory(state, tail))
+
+    def normed(self, y: Tensor) -> Tensor:
+        """RMS norm of the channels of each group."""
+        by_group = y.unflatten(-1, (self.groups, -1))
+        return rms_norm(by_group, by_group.shape[-1:], eps=1e-5).flatten(-2) * self.scale
 
     def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gate z, what is convolved (x, B and C), and the logits of step sizes."""
