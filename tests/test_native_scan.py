@@ -110,6 +110,23 @@ def test_each_tensor_may_have_a_precision_of_its_own() -> None:
         torch.testing.assert_close(x, plain[name], rtol=max(1e-4, 2 * torch.finfo(x.dtype).eps), atol=1e-4)
 
 
+@every_dtype
+@pytest.mark.parametrize(("channels", "states", "groups"), [(1, 1, 1), (7, 17, 7), (33, 3, 3), (150, 16, 1)])
+def test_one_token_without_gradients_is_the_definition(
+    channels: int, states: int, groups: int, dtype: torch.dtype
+) -> None:
+    """It takes a short way of its own."""
+    low = cast(scan_call(channels, states, 1, groups=groups), dtype)
+    low |= {name: low[name].float() for name in ("A", "D", "dt_bias")}
+    with torch.no_grad():
+        found, expected = scan(**low), scan(**low, impl="reference")
+        torch.testing.assert_close(found.out, expected.out, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
+        torch.testing.assert_close(found.state, expected.state)
+        for change in ({"A": -low["A"] + 1e-3}, {"dt": -low["dt"].abs(), "dt_bias": None, "softplus": False}):
+            with pytest.raises(ValueError, match=r"A must be at most 0|steps dt must be at least 0"):
+                scan(**(low | change))
+
+
 @every_call
 def test_any_number_of_threads_gives_the_same(operator: Operator, make: Callable[..., Call]) -> None:
     call = cast(make(300, 16, 130) if make is not linear_call else make(300, 600), torch.float32)

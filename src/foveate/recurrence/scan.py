@@ -17,6 +17,7 @@ from foveate.recurrence.scan_checks import (
     check_tail,
 )
 from foveate.recurrence.scan_inputs import ConvInputs, LinearInputs, ScanInputs
+from foveate.recurrence.scan_quick import scan_token
 from foveate.recurrence.scan_run import run
 
 
@@ -83,6 +84,10 @@ def scan(
 
     Paper: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, arXiv 2312.00752.
     """
+    if lengths is None and x.shape[-2:-1] == (1,):
+        quick = scan_token(x, dt, A, B, C, D, z, dt_bias, softplus, state, impl)
+        if quick is not None:
+            return Scanned(*quick)
     B, C = (v.unsqueeze(2) if v.dim() == 3 else v for v in (B, C))
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, softplus)
     check_scan(inputs)

@@ -43,6 +43,18 @@ inline void read_vectors(float* to, int64_t pitch, const FoveateStream& x, int64
     read_block(to, pitch, from, x.dtype, x.stride[1], x.stride[3], n, states, turned);
 }
 
+// The sum over the lanes of each of LANES vectors.
+FOVEATE_INLINE Floats sum_each(const float* vectors) {
+    Words x[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) x[i] = load_words(vectors + i * LANES);
+    transpose(x);
+    Floats total{};
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) total += as_floats(x[i]);
+    return total;
+}
+
 // A block's state [state][lane] before a segment, to or from its mark.
 FOVEATE_INLINE float* mark_of(const FoveateScan& call, int64_t mark, int64_t channel) {
     return call.marks + mark * call.states * call.channels + channel;

@@ -92,20 +92,6 @@ FOVEATE_INLINE void go_back(const Workspace& at, const float* rates, float* carr
     }
 }
 
-// Sums over the lanes of `count` vectors, LANES at a time; those beyond count are read, not used.
-inline void sum_vectors(float* to, const float* vectors, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        Words x[LANES];
-#pragma GCC unroll 16
-        for (int j = 0; j < LANES; ++j) x[j] = load_words(vectors + (i + j) * LANES);
-        transpose(x);
-        Floats total{};
-#pragma GCC unroll 16
-        for (int j = 0; j < LANES; ++j) total += as_floats(x[j]);
-        store(to + i, total);
-    }
-}
-
 // What each item sums by itself, to be added up in the order of items.
 struct Partial {
     Partial(const FoveateScan& call, int64_t parts, int64_t groups, int64_t tokens)
@@ -265,7 +251,7 @@ class Backward {
     }
 
     static void keep_sums(float* to, const float* vectors, float* sums, int64_t count) {
-        sum_vectors(sums, vectors, count);
+        for (int64_t i = 0; i < count; i += LANES) store(sums + i, sum_each(vectors + i * LANES));
         std::memcpy(to, sums, count * sizeof(float));
     }
 
