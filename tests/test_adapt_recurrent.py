@@ -223,6 +223,34 @@ def test_half_precision_errs_no_more_than_the_slow_path(name: str) -> None:
         assert (found - expected).norm() < 2 * (slow - expected).norm()
 
 
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", "olmo_hybrid", "mamba", "zamba", "mamba2", "xlstm", "rwkv", "recurrent_gemma"]
+)
+@torch.no_grad()
+def test_double_precision_runs_from_either_path(name: str) -> None:
+    model = make(name).double()
+    ids = tokens(2, 12)
+    expected = run_in_pieces(name, model, ids, [False] * 3)
+    for accelerated in ([True] * 3, [False, True, True], [True, False, True]):
+        for found, logits in zip(run_in_pieces(name, model, ids, accelerated), expected, strict=True):
+            assert_same(found, logits)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
+@torch.no_grad()
+def test_a_cache_that_records_its_past_sees_no_more(name: str) -> None:
+    model = make(name)
+    ids = tokens(2, 14)
+    expected = model(ids).logits
+    cache = transformers.DynamicCache(config=model.config)
+    for layer in cache.layers:
+        if hasattr(layer, "activate_past_recording"):
+            layer.activate_past_recording()
+    with accelerate(model):
+        for piece, logits in zip(ids.split([2, 7, 5], dim=1), expected.split([2, 7, 5], dim=1), strict=True):
+            assert_same(step(name, model, piece, cache)[0], logits)
+
+
 @pytest.mark.parametrize("mode", ["train", "inference"])
 @torch.no_grad()
 def test_mlstm_returns_states_where_it_is_asked_for_them(mode: str) -> None:

@@ -43,7 +43,7 @@ def _forward(read: Read, out: str, norm: str) -> Callable[..., Tensor]:
     ) -> Tensor:
         lengths = packed_lengths(kwargs, cache_params)
         inputs = read(layer, without_padding(hidden_states, attention_mask))
-        state = last_state(layer, cache_params)
+        state = last_state(layer, cache_params, hidden_states)
         qkv = convolve(layer, inputs.qkv, cache_params, lengths)
         q, k, v = _heads(qkv, dim=_key_dim(layer), value_dim=_value_dim(layer), value_heads=inputs.beta.shape[2])
         decay, beta = inputs.decay.transpose(1, 2), inputs.beta.transpose(1, 2)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Literal, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,15 +59,34 @@ def packed_lengths(kwargs: Mapping[str, Any], cache: Any) -> Sequence[int] | Non
 
 def convolve(layer: Any, x: Tensor, cache: Any, lengths: Sequence[int] | None = None) -> Tensor:
     """The layer's causal convolution over x (B, N, C), after the tokens that the cache holds; it then holds these."""
-    weight, act = layer.conv1d.weight.squeeze(1), layer.activation
+    weight, bias, act = layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.activation
     width = weight.shape[1]
     state = None if cache is None else cache.get_conv_state(layer.layer_idx)
+    if state is not None and x.shape[1] == 1 and not cache.is_recording_past(layer.layer_idx):
+        return _activate(_convolve_one(x, state, weight, bias), act)
     fused: Literal["silu"] | None = "silu" if act in _SILU else None
     tail = None if state is None else _last(state, width - 1)
-    out = causal_conv(x, weight, layer.conv1d.bias, tail=tail, activation=fused, lengths=lengths).out
+    out = causal_conv(x, weight, bias, tail=tail, activation=fused, lengths=lengths).out
     if cache is not None:
         cache.update_conv_state(x.transpose(1, 2), layer.layer_idx, conv_kernel_size=width)
-    return out if fused or act is None else _activation(act)(out)
+    return out if fused else _activate(out, act)
+
+
+def _convolve_one(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One token x (B, 1, C) and the state (B, C, width), which moves on: it is all that the token sees.
+
+    A few small operations: reading and checking arguments for a kernel would take several times as long.
+    """
+    seen = torch.cat([state[..., 1:], x.transpose(1, 2)], dim=2)
+    state.copy_(seen)
+    out = (as_state(seen, x) * as_state(weight, x)).sum(2)
+    return (out if bias is None else out + bias).to(x.dtype).unsqueeze(1)
+
+
+def _activate(x: Tensor, name: str | None) -> Tensor:
+    if name in _SILU:
+        return F.silu(x)
+    return x if name is None else _activation(name)(x)
 
 
 def _last(state: Tensor, columns: int) -> Tensor:
@@ -81,10 +101,15 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACT2FN[name]
 
 
-def last_state(layer: Any, cache: Any) -> Tensor | None:
+def last_state(layer: Any, cache: Any, hidden: Tensor) -> Tensor | None:
     """The state that the cache holds for a layer, as its model shapes it; None before the first token."""
     state = None if cache is None else cache.get_recurrent_state(layer.layer_idx)
-    return None if state is None else state.float()
+    return None if state is None else as_state(state, hidden)
+
+
+def as_state(state: Tensor, hidden: Tensor) -> Tensor:
+    """In the dtype that a recurrence of these hidden states holds its state in."""
+    return state.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def keep_state(layer: Any, cache: Any, state: Tensor) -> None:

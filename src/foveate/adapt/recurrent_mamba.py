@@ -25,7 +25,7 @@ def _mamba(
     """Mamba; Falcon-Mamba and Jamba, which normalise dt, B and C, are told by their norms."""
     lengths = packed_lengths(kwargs, cache_params)
     x, gate = layer.in_proj(without_padding(hidden_states, attention_mask)).chunk(2, dim=2)
-    state = last_state(layer, cache_params)
+    state = last_state(layer, cache_params, hidden_states)
     x = without_padding(convolve(layer, x, cache_params, lengths), attention_mask)
     size = layer.ssm_state_size
     dt, B, C = layer.x_proj(x).split_with_sizes([layer.time_step_rank, size, size], dim=2)
@@ -45,7 +45,7 @@ def _zamba(
     lengths = packed_lengths(kwargs, cache_params)
     projected = layer.in_proj(without_padding(hidden_states, attention_mask))
     x, gate = projected.unflatten(2, (-1, 2)).unbind(3)
-    state = last_state(layer, cache_params)  # (B, heads, C / heads, S)
+    state = last_state(layer, cache_params, hidden_states)  # (B, heads, C / heads, S)
     x = without_padding(convolve(layer, x.contiguous(), cache_params, lengths), attention_mask)
     dt, B, C = _of_heads(layer, x)
     heads = layer.n_mamba_heads

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.adapt.recurrent_layers import in_place_of, without_padding
+from foveate.adapt.recurrent_layers import as_state, in_place_of, without_padding
 from foveate.mixers.rwkv4 import Averages, weighed_average
 from foveate.recurrence import linear_scan, recur
 from foveate.recurrence.stabilise import stabilise
@@ -31,7 +31,7 @@ def _lightning(
     qkv = without_padding(layer.act_fn(layer.qkv_proj(hidden_states)), attention_mask)
     q, k, v = qkv.unflatten(2, (layer.num_attention_heads, 3, layer.head_dim)).transpose(1, 3).unbind(1)
     state = None if past_key_values is None else past_key_values.get_linear_cache(layer.layer_idx)
-    state = None if state is None else state.float()
+    state = None if state is None else as_state(state, v)
     out, state = recur(q, k, v, decay=-layer.slope_rate.flatten(), scale=1.0, state=state)
     if past_key_values is not None:
         past_key_values.set_linear_cache(layer.layer_idx, state.to(v.dtype))
@@ -59,8 +59,10 @@ def _mlstm(
     memory = None
     if c_initial is not None and n_initial is not None:
         memory = torch.cat([c_initial, n_initial.unsqueeze(3)], dim=3).float()
-    weighted = key * stable.weight.unsqueeze(3)
-    out, memory = recur(query, weighted, F.pad(value.float(), (0, 1), value=1.0), decay=stable.decay, state=memory)
+    weighted = key.float() * stable.weight.unsqueeze(3)
+    out, memory = recur(
+        query.float(), weighted, F.pad(value.float(), (0, 1), value=1.0), decay=stable.decay, state=memory
+    )
     size = torch.maximum(out[..., -1:].abs(), (-stable.after).exp().unsqueeze(3)) + backend.config.eps
     out = (out[..., :-1] / size).to(query.dtype)
     states = memory[..., :-1], memory[..., -1], stable.last.unsqueeze(2)
@@ -100,7 +102,8 @@ def _rg_lru(
 ) -> tuple[Tensor, Tensor]:
     """RecurrentGemma: a gated linear recurrence of every channel, which starts anew at position 0."""
     decay = recurrent_gate.float().clamp(_SMALLEST, 1.0).log().masked_fill(reset, -torch.inf)
-    return linear_scan(hidden_states, decay, state=recurrent_states)
+    out, state = linear_scan(hidden_states.to(acc_dtype), decay, state=recurrent_states)
+    return out.to(hidden_states.dtype), state
 
 
 LAYERS = {

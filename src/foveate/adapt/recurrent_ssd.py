@@ -45,7 +45,7 @@ def _mix(
     lengths = packed_lengths(kwargs, cache)
     inner, groups, size = layer.intermediate_size, layer.n_groups, layer.ssm_state_size
     gate, xBC, dt = projected.split_with_sizes([inner, layer.conv_dim, layer.num_heads], dim=2)
-    state = last_state(layer, cache)  # (B, H, P, S)
+    state = last_state(layer, cache, projected)  # (B, H, P, S)
     xBC = without_padding(convolve(layer, xBC, cache, lengths), mask)
     x, B, C = xBC.split_with_sizes([inner, groups * size, groups * size], dim=2)
     x = x.view(*x.shape[:2], layer.num_heads, layer.head_dim)
