@@ -183,6 +183,14 @@ def test_the_delta_rule_learns_to_recall(seed: int) -> None:
     assert run.accuracy() > 0.9
 
 
+def test_parity_is_learned_by_a_transition_with_negative_eigenvalues(seed: int) -> None:
+    recipe = TaskRecipe(dim=32, layers=1, steps=600, seed=seed)
+    run = TaskRun(State(length=16, group="parity"), "deltanet(negative=True)", recipe)
+    for _ in run.points():
+        pass
+    assert run.accuracy() > 0.95
+
+
 def test_nothing_is_learned_from_answers_that_cannot_be_known() -> None:
     """Chance level of the judge: an untrained model knows one in a vocabulary, not more."""
     run = TaskRun(Recall(length=32, pairs=4, vocab=32), "flash_attention", TaskRecipe())

@@ -59,7 +59,9 @@ def train(
     mixer: Annotated[
         str, typer.Option(help="A mechanism that is causal, with options or without.", rich_help_panel=PANEL)
     ] = "gated_deltanet",
-    length: Annotated[int | None, typer.Option(help="Tokens in a sequence.", rich_help_panel=PANEL)] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence: recall 256, copy 128, state 64.", rich_help_panel=PANEL)
+    ] = None,
     pairs: Pairs = None,
     vocab: Vocab = None,
     group: Group = None,
