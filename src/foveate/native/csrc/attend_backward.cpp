@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bias_grads.h"
+#include "pages.h"
 #include "weights.h"
 
 namespace foveate {
@@ -306,12 +307,19 @@ template <class A> int64_t backward(const FoveateAttend& call) {
                                                                                                : FOVEATE_NO_MEMORY;
 }
 
+int64_t numbers_of(const FoveateAttend& call, const FoveateTensor& x, int64_t tokens, int64_t channels) {
+    return call.batch * x.heads * tokens * channels;
+}
+
 }  // namespace
 }  // namespace foveate
 
 FOVEATE_API int64_t foveate_attend_backward(const FoveateAttend* call) {
     using namespace foveate;
     if (call->batch * call->q.heads == 0) return FOVEATE_OK;
+    prefer_large_pages(call->dq.data, numbers_of(*call, call->q, call->num_queries, call->dim) * bytes_of(call->dtype));
+    prefer_large_pages(call->dk.data, numbers_of(*call, call->k, call->num_keys, call->dim) * bytes_of(call->dtype));
+    prefer_large_pages(call->dv.data, numbers_of(*call, call->v, call->num_keys, call->value_dim) * bytes_of(call->dtype));
     try {
 #if FOVEATE_HAS_BFLOAT16
         if (call->dtype == FOVEATE_BFLOAT16) return backward<Bfloat16>(*call);

@@ -1,4 +1,5 @@
 // Attention over a selection, forward: per tile of 64 queries an online softmax over chunks of up to 64 keys.
+#include "pages.h"
 #include "weights.h"
 
 namespace foveate {
@@ -155,6 +156,8 @@ FOVEATE_API int64_t foveate_attend_forward(const FoveateAttend* call) {
     if (call->batch * call->q.heads * num_q_tiles(*call) == 0) return FOVEATE_OK;
     const bool band = !call->selection.tile_starts && !call->num_biases;
     if (band && call->num_queries <= foveate_decode_queries(call->num_keys)) return foveate_attend_decode(call);
+    const int64_t numbers = call->batch * call->q.heads * call->num_queries * call->value_dim;
+    prefer_large_pages(call->out.data, numbers * bytes_of(call->dtype));
     try {
 #if FOVEATE_HAS_BFLOAT16
         if (call->dtype == FOVEATE_BFLOAT16) return forward<Bfloat16>(*call);

@@ -4,6 +4,7 @@
 // the vectors of its key channels, each for a few value channels: [block of value channels][vector][channel][lane]. The
 // delta rule runs as the low-rank
 // transition that it is: a = factor k, b = -beta k, and beta k in the place of k.
+#include "pages.h"
 #include "recur.h"
 
 namespace foveate::recurrence {
@@ -338,6 +339,10 @@ class Backward {
 FOVEATE_API int64_t foveate_recur_backward(const FoveateRecur* call) {
     using namespace foveate;
     using namespace foveate::recurrence;
+    const int64_t tokens = call->tokens * (call->starts ? 1 : call->sequences);
+    prefer_large_pages(call->dq.data, 4 * call->q.heads * tokens * call->dim);
+    prefer_large_pages(call->dk.data, 4 * call->states * tokens * call->dim);
+    prefer_large_pages(call->dv.data, 4 * call->states * tokens * call->value_dim);
     Queue queue(call->sequences * call->states);
     const bool done = on_threads(std::min(call->threads, call->sequences * call->states), [&](int64_t) {
         const auto space = scratch<Workspace>(*call);

@@ -1,6 +1,7 @@
 // The recurrence, forward: token by token, for up to 64 value channels of a state at a time. The state stays in the
 // first cache, or in registers where nothing has to be recalled first; whatever the decay, no chunk's products are
 // formed, and the operations are no more than a chunk's.
+#include "pages.h"
 #include "recur.h"
 
 namespace foveate::recurrence {
@@ -339,6 +340,8 @@ FOVEATE_API int64_t foveate_recur_forward(const FoveateRecur* call) {
     using namespace foveate;
     using namespace foveate::recurrence;
     const int64_t threads = worthwhile_threads(*call);
+    const int64_t numbers = call->q.heads * call->tokens * call->value_dim * (call->starts ? 1 : call->sequences);
+    prefer_large_pages(call->out.data, numbers * bytes_of(call->out.dtype));
     const int64_t ld = vectors_at_a_time(*call, threads) * LANES, blocks = (call->value_dim + ld - 1) / ld;
     const int64_t all = call->sequences * call->states * blocks;
     Queue queue(all);
