@@ -274,6 +274,8 @@ def test_compare_keeps_each_mixer_and_goes_on_where_it_stopped(tmp_path: Path, m
     figures = [[(r["accuracy"], r["state_bytes"], r["steps"]) for r in found["results"]] for found in (whole, resumed)]
     assert figures[0] == figures[1]
     assert json.loads((tmp_path / "cut" / "recall.json").read_text(encoding="utf-8")) == resumed
+    one_more = compare_task(SMALL, ["gla"], out=tmp_path / "cut", recipe=BRIEF, resume=True, progress=False)
+    assert "-m linear_transformer -m flash_attention -m gla --length 13" in one_more["command"]
     assert sorted(file.name for file in (tmp_path / "cut").iterdir()) == ["recall.json", "recall.svg"]
     with pytest.raises(ValueError, match="another task"):
         compare_task(replace(SMALL, pairs=3), names, out=tmp_path / "cut", recipe=BRIEF, resume=True, progress=False)

@@ -61,17 +61,18 @@ def compare_task(
     out.mkdir(parents=True, exist_ok=True)
     found = _before(file, task, recipe) if resume else None
     results = found["results"] if found else []
-    found = {**origin(task, recipe, "compare", names), **about(task, recipe)}
+    done = [result["mixer"] for result in results]
+    found = {**origin(task, recipe, "compare", list(dict.fromkeys(done + names))), **about(task, recipe)}
     found |= {"interrupted": False, "failed": [], "results": results}
     if not resume:
         checkpoint.unlink(missing_ok=True)
-    done = {result["mixer"] for result in results}
     for name, run in zip(names, runs, strict=True):
         if name not in done:
             found["interrupted"] = not _teach(run(), found, progress)
             _write(out, task, found)
         if found["interrupted"]:
-            break
+            return found
+    _write(out, task, found)
     return found
 
 
