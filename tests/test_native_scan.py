@@ -122,6 +122,8 @@ def test_one_token_without_gradients_is_the_definition(
         found, expected = scan(**low), scan(**low, impl="reference")
         torch.testing.assert_close(found.out, expected.out, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
         torch.testing.assert_close(found.state, expected.state)
+        bare = {name: low[name] for name in ("x", "dt", "A", "B", "C", "softplus")}
+        torch.testing.assert_close(scan(**bare), scan(**bare, impl="reference"), rtol=2e-2, atol=2e-5)
         for change in ({"A": -low["A"] + 1e-3}, {"dt": -low["dt"].abs(), "dt_bias": None, "softplus": False}):
             with pytest.raises(ValueError, match=r"A must be at most 0|steps dt must be at least 0"):
                 scan(**(low | change))

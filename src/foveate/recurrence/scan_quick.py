@@ -52,10 +52,11 @@ def scan_token(
     kernel = _kernel()
     if not (fits and batch and channels and states and all(groups)) or kernel is None:
         return None
+    first = torch.zeros(shapes[-1]) if state is None else state
     out = torch.empty((batch, 1, channels), dtype=x.dtype)
     last = torch.empty((batch, channels, states))
     described = (_described(t) for t in (x, dt, z, B, C, out))
-    addresses = (0 if p is None else p.data_ptr() for p in parameters)
+    addresses = (0 if p is None else p.data_ptr() for p in (A, D, dt_bias, first))
     sizes = (batch, 1, channels, states, *groups, softplus, num_threads())
     head = HEAD.pack(*(number for one in described for number in one), *addresses, last.data_ptr(), 0, 0, *sizes)
     found = kernel(head + TAIL)
