@@ -42,7 +42,8 @@ def scan_token(
     if impl not in ("auto", "native") or FORCED.get() not in (None, "native") or torch.compiler.is_compiling():
         return None
     streams, parameters = (x, dt, B, C) if z is None else (x, dt, B, C, z), (A, D, dt_bias, state)
-    if not (_are_tokens(x, dt, z) and all(map(_is_stream, streams)) and all(map(_is_parameter, parameters))):
+    plain = all(map(_is_stream, streams)) and all(map(_is_parameter, parameters))
+    if not (plain and _are_tokens(x, dt, z) and A.dim() == 2):
         return None
     batch, _, channels = x.shape
     states = A.shape[-1]
