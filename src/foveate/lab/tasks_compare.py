@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 USUAL = (
     "flash_attention",
     "linear_transformer",
-    "based",
+    "based_linear",
     "lightning_attention_2",
     "gla",
     "mamba2",
