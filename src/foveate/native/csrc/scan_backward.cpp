@@ -284,6 +284,7 @@ class Backward {
 };
 
 int64_t run_backward(const FoveateScan& call) {
+    for (const FoveateStream* grad : {&call.dx, &call.ddt, &call.dz}) prefer_large_pages(call, *grad);
     const Backward backward(call);
     Queue items(backward.items()), tokens(backward.token_items());
     const int64_t threads = std::min(threads_for(call), backward.items());

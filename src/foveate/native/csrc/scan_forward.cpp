@@ -122,6 +122,7 @@ FOVEATE_API int64_t foveate_scan_size(void) { return sizeof(FoveateScan); }
 
 FOVEATE_API int64_t foveate_scan_forward(const FoveateScan* call) {
     using namespace foveate;
+    prefer_large_pages(*call, call->out);
     const Forward forward(*call);
     Queue queue(forward.items());
     const auto work = [&](int64_t) { queue.run([&](int64_t i) { forward.item(i); }); };

@@ -184,6 +184,7 @@ void add_groups(float* to, const float* from, int64_t size, int64_t groups) {
 }
 
 bool run_backward(const FoveateConv& call) {
+    prefer_large_pages(call, call.dx);
     const Conv conv(call);
     const int64_t weights = call.channels * call.width;
     const Buffer<float> d_weight(conv.groups() * weights), d_bias(conv.groups() * call.channels);
@@ -202,6 +203,7 @@ FOVEATE_API int64_t foveate_conv_size(void) { return sizeof(FoveateConv); }
 
 FOVEATE_API int64_t foveate_conv_forward(const FoveateConv* call) {
     using namespace foveate;
+    prefer_large_pages(*call, call->out);
     const Conv conv(*call);
     Queue queue(conv.forward_items());
     const auto work = [&](int64_t) { queue.run([&](int64_t i) { conv.forward(i); }); };

@@ -2,6 +2,7 @@
 #pragma once
 #include <numeric>
 
+#include "pages.h"
 #include "rows.h"
 #include "scan_abi.h"
 #include "threads.h"
@@ -20,6 +21,13 @@ FOVEATE_INLINE Run run_of(const int64_t* starts, int64_t length, int64_t sequenc
     if (!starts) return {sequence, 0, length, sequence * length / SEGMENT + sequence};
     const int64_t start = starts[sequence];
     return {0, start, starts[sequence + 1] - start, start / SEGMENT + sequence};
+}
+
+// Of a result (batch, tokens, channels) that lies in one piece, before anything is written to it.
+template <class Call> static void prefer_large_pages(const Call& call, const FoveateStream& x) {
+    if (!x.data) return;
+    const int64_t tokens = (call.starts ? 1 : call.sequences) * call.length;
+    prefer_large_pages(x.data, tokens * call.channels * bytes_of(x.dtype));
 }
 
 // A part of the channels: they share their groups. The same on every processor and for any number of threads.
