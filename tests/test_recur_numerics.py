@@ -53,7 +53,7 @@ def test_gradients_err_at_most_twice_as_much_as_a_plain_loops(
     actual = gradients(partial(recur, impl=impl), inputs)
     for name in inputs:
         assert actual[name].dtype == inputs[name].dtype
-        luck = 8 if actual[name].dim() == 1 else 1  # over a few numbers, a plain loop may hit the exact ones
+        luck = 8 if actual[name].dim() < 4 else 2  # over a few numbers, a plain loop may hit the exact ones
         assert_errs_no_more(actual[name], plain[name], exact[name], roundings=luck)
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from pattern_examples import CASES, Case
 from test_patterns import trees
 
+from foveate.mixers.graph import Graph
 from foveate.mixers.grid_windows import SameLabel
-from foveate.patterns import Grid, Pattern, Scene, Selection, Sequence, causal, documents, full, sinks, window
+from foveate.patterns import Grid, Pattern, Points, Scene, Selection, Sequence, causal, documents, full, sinks, window
 from foveate.patterns.build import build
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.selection import FULL, pack_bits, unpack_bits
@@ -119,3 +120,10 @@ def test_selections_of_held_tensors_are_built_once_and_again_when_these_change()
         pattern.select(q, q)
         labels[0, 3] ^= 1
         assert torch.equal(pattern.select(q, q).to_dense(), labels[:, None, :, None] == labels[:, None, None, :])
+
+
+def test_layouts_that_hold_tensors_equal_only_themselves() -> None:
+    coords, edges = torch.rand(5, 2), torch.tensor([[0, 1], [1, 2]])
+    for one, other in ((Points(coords), Points(coords.flip(0))), (Graph(edges, 3), Graph(edges.flip(0), 3))):
+        assert one == one and one != other and len({one, other}) == 2
+    assert Grid(3, 5) == Grid(3, 5) != Grid(5, 3) and len({Sequence(4), Sequence(4), Sequence(5)}) == 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # or layouts that hold tensors would all be equal: they have no fields of this class
 class Layout:
     """Base of all layouts. A layout has a number of tokens, coordinates for each, and a tile order."""
 
