@@ -110,7 +110,8 @@ def test_remembers_a_token_over_20000_others() -> None:
     inputs["state"].zero_()
     first = inputs["k"][:, :, 0, :, None] * inputs["v"][:, :, 0, None, :]
     kept = (20_000 * inputs["decay"]).exp()[None, :, None, None]
-    assert_close(recur(**inputs).state, first * kept, rtol=1e-3, atol=0)
+    rounded = 20_000 * 2 * 6e-8  # a factor near 1 is off by half of 6e-8, and so is each state; they may all go one way
+    assert_close(recur(**inputs).state, first * kept, rtol=rounded, atol=0)
 
 
 @every_update
