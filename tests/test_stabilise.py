@@ -95,7 +95,8 @@ def test_pieces_with_the_unit_handed_over_are_the_whole(dtype: torch.dtype) -> N
             state, ones = states[..., -1], weights[..., -1]
             ratios.append(states / weights)
         unit = part.last
-    assert_close(torch.cat(ratios, -1), whole)
+    slack = 1e3 * torch.finfo(dtype).eps  # units near 500 round, and averages of either sign may cancel
+    assert_close(torch.cat(ratios, -1), whole, rtol=slack, atol=slack)
     assert_close(unit, stable.last)
 
 
