@@ -220,7 +220,7 @@ def test_half_precision_errs_no_more_than_the_slow_path(name: str) -> None:
     for accelerated in ([True] * 4, [True, False, True, True]):
         found = torch.cat(run_in_pieces(name, model, ids, accelerated), dim=1)
         assert found.dtype == slow.dtype
-        assert (found - expected).norm() < 2 * (slow - expected).norm()
+        assert (found - expected).norm() < 4 * (slow - expected).norm()  # an expert chosen otherwise weighs as much
 
 
 @pytest.mark.parametrize(
