@@ -1,20 +1,52 @@
-"""For every test: a fresh seed that a failure names, uninitialised memory full of NaN, few threads."""
+"""For every test: a seed that a failure names, uninitialised memory full of NaN, few threads.
+
+Seeds are fresh whenever the code has changed. All runs of one commit share theirs, so that what failed in one place
+fails in every other; ``FOVEATE_SEED=fresh`` tries that commit on other numbers.
+"""
 
 from __future__ import annotations
 
 import os
 import random
+import subprocess
 import zlib
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 THREADS = 2
-SEED = int(os.environ.get("FOVEATE_SEED", random.SystemRandom().randrange(2**31)))
 
 
+def chosen_seed() -> int:
+    asked = os.environ.get("FOVEATE_SEED", "")
+    if asked.isdigit():
+        return int(asked)
+    committed = None if asked == "fresh" else committed_tree()
+    return int(committed[:7], 16) if committed else random.SystemRandom().randrange(2**31)
+
+
+def committed_tree() -> str | None:
+    """The hash of the code, if it is a commit's."""
+    try:
+        return None if git("status", "--porcelain") else git("rev-parse", "HEAD^{tree}")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def git(*words: str) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
+
+
+SEED = chosen_seed()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = SEED
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     # torch then fills what torch.empty and its kin return with NaN (or the greatest integer).
     torch.use_deterministic_algorithms(True)
@@ -27,7 +59,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """This test's own seed: another in every run, the same whichever tests run beside it."""
+    """This test's own seed: another for every seed of the run, the same whichever tests run beside it."""
     return zlib.crc32(f"{SEED} {request.node.nodeid}".encode())
 
 

@@ -141,7 +141,7 @@ class _Sizes:
         call, k, v = self.call, self._of_heads(self.call.k).abs(), self._of_heads(self.call.v).abs()
         logits, noise = self._logits()
         weights, lse = self._weights(logits)
-        noisy = weights * noise
+        noisy = weights * noise if call.kind != "relu" else noise * (logits >= -4 * EPS * noise)
         row_noise = noisy.sum(-1, keepdim=True) if call.kind == "softmax" else torch.ones(())
         if call.kind == "softmax":
             noisy = noisy + weights * row_noise
