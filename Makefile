@@ -31,6 +31,7 @@ test: $(DEV_READY)
 	$(PY) -m pytest
 	$(call with_avx2,)
 
+test-all: export FOVEATE_SEED ?= fresh
 test-all: $(DEV_READY)
 	$(PY) -m pytest -m ''
 	$(call with_avx2,-m '')
