@@ -348,7 +348,7 @@ def test_lora_finds_its_modules() -> None:
     model = make("mamba")
     ids = tokens()
     accelerate(model)
-    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj", "x_proj", "out_proj"]))
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["in_proj", "x_proj"]))
     before = tuned(ids).logits
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
