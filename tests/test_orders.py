@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
-from foveate import Grid, Packed, Sequence
+from foveate import Grid, Packed, Sequence, scan
 from foveate.recurrence.orders import (
     Order,
     axes_order,
@@ -138,3 +140,31 @@ def test_refusals_say_what_to_do() -> None:
         scan_orders(torch.sin, torch.ones(1, 5, 1), cross_scan(Grid(2, 3)))
     with pytest.raises(ValueError, match="one for each order; got 2 for 4"):
         scan_orders([torch.sin, torch.cos], torch.ones(1, 6, 1), cross_scan(Grid(2, 3)))
+
+
+def selective(x: Tensor) -> Tensor:
+    """A scan whose steps and gates are the tokens themselves."""
+    return scan(x, x.sigmoid(), torch.full((x.shape[2], 2), -1.0), x[..., :2], x[..., 1:3]).out
+
+
+@pytest.mark.parametrize("paths", [cross_scan, zigzag, bidirectional, lambda grid: [windows(grid, 2)]])
+def test_scans_along_orders_compile_to_one_graph(paths: Callable[[Grid], list[Order]]) -> None:
+    grid = Grid(5, 7)
+
+    def scanned(x: Tensor) -> Tensor:
+        return scan_orders(selective, x, paths(grid))
+
+    x = torch.randn(2, grid.length, 3)
+    with torch.no_grad():
+        assert_close(torch.compile(scanned, fullgraph=True, backend="aot_eager")(x), scanned(x))
+
+
+def test_an_order_made_beforehand_compiles() -> None:
+    order = Order(torch.randperm(11))
+    x = torch.randn(2, 11, 3)
+
+    def scanned(x: Tensor) -> Tensor:
+        return scan_orders(selective, x, [order, reverse(order)])
+
+    with torch.no_grad():
+        assert_close(torch.compile(scanned, fullgraph=True, backend="aot_eager")(x), scanned(x))

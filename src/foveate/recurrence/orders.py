@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import permutations, product
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from foveate.patterns import Grid, Layout
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Run = Callable[[Tensor], Tensor]
+
+
+def remembered(make: Callable[P, T]) -> Callable[P, T]:
+    """Make each order once; a compiled graph cannot reach into a cache, and makes its own."""
+    kept = lru_cache(maxsize=256)(make)
+
+    @wraps(make)
+    def made(*args: P.args, **options: P.kwargs) -> T:
+        return make(*args, **options) if torch.compiler.is_compiling() else kept(*args, **options)  # type: ignore[arg-type]
+
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +49,15 @@ class Order:
     _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "inverse", self.index.argsort())
+        object.__setattr__(self, "is_identity", not torch.compiler.is_compiling() and self._checked())
+
+    def _checked(self) -> bool:
+        """Whether every token is at its own place; a graph being compiled holds no numbers to look at."""
         places = torch.arange(self.index.numel(), device=self.index.device)
         if self.index.dim() != 1 or not torch.equal(self.index.sort().values, places):
             raise ValueError(f"an order names each token once, 0 to N - 1; got {self.index.tolist()}")
-        object.__setattr__(self, "inverse", self.index.argsort())
-        object.__setattr__(self, "is_identity", torch.equal(self.index, places))
+        return torch.equal(self.index, places)
 
     def apply(self, x: Tensor, dim: int = 1) -> Tensor:
         """Tokens along ``dim`` in this order."""
@@ -79,7 +97,7 @@ def scan_orders(run: Run | Sequence[Run], x: Tensor, orders: Sequence[Order]) ->
     return torch.stack(outs).sum(0) if len(outs) > 1 else outs[0]
 
 
-@lru_cache(maxsize=256)
+@remembered
 def raster(layout: Layout) -> Order:
     """Tokens as they lie: row by row, frame by frame.
 
@@ -89,7 +107,7 @@ def raster(layout: Layout) -> Order:
     return Order(torch.arange(length_of(layout)))
 
 
-@lru_cache(maxsize=256)
+@remembered
 def axes_order(grid: Grid, axes: tuple[int, ...]) -> Order:
     """Tokens with ``axes[0]`` changing slowest and ``axes[-1]`` fastest.
 
@@ -110,7 +128,7 @@ def column_major(grid: Grid) -> Order:
     return axes_order(grid, tuple(reversed(range(grid.num_axes))))
 
 
-@lru_cache(maxsize=256)
+@remembered
 def reverse(order: Order) -> Order:
     """The same path walked backwards.
 
@@ -170,7 +188,7 @@ def zigzag(grid: Grid) -> tuple[Order, ...]:
     )
 
 
-@lru_cache(maxsize=256)
+@remembered
 def serpentine(grid: Grid, axes: tuple[int, ...], corner: tuple[bool, ...]) -> Order:
     """One zigzag: ``axes`` from slowest to fastest, starting at the far end of each axis where ``corner`` is True.
 
@@ -189,7 +207,7 @@ def snake(numbers: Tensor) -> Tensor:
     return torch.cat([part.flip(0) if place % 2 else part for place, part in enumerate(slices)])
 
 
-@lru_cache(maxsize=256)
+@remembered
 def windows(grid: Grid, sides: int | tuple[int, ...], *, by_column: bool = False) -> Order:
     """Window after window, row by row inside each (LocalMamba, arXiv 2403.09338); windows at the border are cut.
 
