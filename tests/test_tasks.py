@@ -21,6 +21,7 @@ from foveate.lab.tasks import NOTHING, Copy, Recall, State, Task, make_task, per
 from foveate.lab.tasks_compare import compare_task, table, usual
 from foveate.lab.tasks_model import TaskModel, make_mixer
 from foveate.lab.tasks_plot import draw
+from foveate.lab.tasks_rates import still_to_try
 from foveate.lab.tasks_run import Point, TaskRecipe, TaskRun
 from foveate.lab.tasks_train import train_task
 from foveate.mixers.registry import row
@@ -281,6 +282,49 @@ def test_compare_keeps_each_mixer_and_goes_on_where_it_stopped(tmp_path: Path, m
         compare_task(replace(SMALL, pairs=3), names, out=tmp_path / "cut", recipe=BRIEF, resume=True, progress=False)
 
 
+def test_of_several_rates_the_best_counts_and_every_run_is_kept(tmp_path: Path) -> None:
+    one_by_one = [
+        compare_task(SMALL, ["gla"], out=tmp_path / str(lr), recipe=replace(BRIEF, lr=lr), progress=False)["results"][0]
+        for lr in (1e-4, 3e-2)
+    ]
+    names, rates = ["gla", "linear_transformer"], [1e-4, 3e-2]
+    found = compare_task(SMALL, names, out=tmp_path, recipe=BRIEF, rates=rates, progress=False)
+    assert [result["mixer"] for result in found["results"]] == names and "--lr 0.0001,0.03" in found["command"]
+    for result in found["results"]:
+        runs = [result, *result["other_rates"]]
+        assert sorted(run["lr"] for run in runs) == rates
+        assert result["accuracy"] == max(run["accuracy"] for run in runs)
+    best = found["results"][0]
+    assert f"gla at {best['lr']:g}" in (tmp_path / "recall.svg").read_text(encoding="utf-8")
+    accuracies = {run["lr"]: run["accuracy"] for run in [best, *best["other_rates"]]}
+    assert accuracies == {run["lr"]: run["accuracy"] for run in one_by_one}
+
+
+def test_resume_adds_a_rate_also_to_a_file_that_knew_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, rates = ["gla", "linear_transformer"], [3e-3, 1e-2]
+    whole = compare_task(SMALL, names, out=tmp_path / "whole", recipe=BRIEF, rates=rates, progress=False)
+    first = compare_task(SMALL, names, out=tmp_path, recipe=BRIEF, rates=rates[:1], progress=False)
+    for result in first["results"]:
+        del result["lr"], result["other_rates"]
+    del first["rates"]
+    (tmp_path / "recall.json").write_text(json.dumps(first), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        stop_after(30, patch)
+        cut = compare_task(SMALL, names, out=tmp_path, recipe=BRIEF, rates=rates[1:], resume=True, progress=False)
+    assert cut["interrupted"] and not any(result["other_rates"] for result in cut["results"])
+    found = compare_task(SMALL, names, out=tmp_path, recipe=BRIEF, rates=rates, resume=True, progress=False)
+    assert found["command"] == whole["command"] and found["rates"] == rates
+    figures = [[(r["mixer"], r["lr"], r["accuracy"]) for r in each["results"]] for each in (whole, found)]
+    assert figures[0] == figures[1]
+
+
+def test_a_mixer_that_has_solved_the_task_tries_no_other_rate() -> None:
+    runs = [{"mixer": "gla", "lr": 0.1, "solved": False}, {"mixer": "gla", "lr": 0.2, "solved": True}]
+    assert still_to_try(runs, "gla", [0.1, 0.2, 0.3]) == []
+    assert still_to_try(runs[:1], "gla", [0.1, 0.2, 0.3]) == [0.2, 0.3]
+    assert still_to_try(runs, "retention", [0.1, 0.2]) == [0.1, 0.2]
+
+
 def test_the_picture_names_every_mixer_and_escapes_it() -> None:
     curve = [{"step": 10 * step, "length": 13, "accuracy": step / 5} for step in range(1, 5)]
     results = [
@@ -297,7 +341,7 @@ def test_the_picture_names_every_mixer_and_escapes_it() -> None:
 
 
 def test_the_table_has_the_best_first_and_of_equals_the_smaller() -> None:
-    common = {"parameters": 5, "steps": 3, "solved": True, "seconds": 1.0}
+    common = {"lr": 0.003, "parameters": 5, "steps": 3, "solved": True, "seconds": 1.0}
     shares = {"worse": (0.5, 10), "large": (1.0, 99), "small": (1.0, 9)}
     results = [
         {"mixer": name, "accuracy": share, "state_bytes": size, **common} for name, (share, size) in shares.items()
@@ -313,7 +357,7 @@ def test_a_mixer_that_fails_is_noted_and_the_others_go_on(tmp_path: Path, monkey
 
     monkeypatch.setattr(row("gla").mixer, "mix", broken)
     found = compare_task(SMALL, ["gla", "linear_transformer"], out=tmp_path, recipe=BRIEF, progress=False)
-    assert found["failed"] == [{"mixer": "gla", "reason": "out of luck"}]
+    assert found["failed"] == [{"mixer": "gla", "lr": BRIEF.lr, "reason": "out of luck"}]
     assert [result["mixer"] for result in found["results"]] == ["linear_transformer"]
     monkeypatch.undo()
     found = compare_task(SMALL, ["gla"], out=tmp_path, recipe=BRIEF, resume=True, progress=False)
@@ -361,6 +405,8 @@ def test_compare_teaches_the_mixers_named(tmp_path: Path) -> None:
         (("train", "--pairs", "3", "--heads", "2"), "--pairs and --heads go with --task"),
         (("train", "--task", "copy", "--pairs", "3"), "has no pairs"),
         (("compare", "--task", "recall", "--text", "x"), "--text goes with a model"),
+        (("compare", "--task", "recall", "--lr", "0.1;0.2"), "joined by commas"),
+        (("compare", "--task", "recall", "--lr", "0.1,0"), "numbers above 0"),
         (("compare", "--minutes", "3"), "--minutes goes with --task"),
         (("compare", "--task", "recall", "-m", "streaming_lm"), "did you mean"),
         (("train", "--task", "recall", "--minutes", "0"), "more than 0"),

@@ -16,11 +16,12 @@ from foveate.cli.task_options import (
     Heads,
     Layers,
     Pairs,
-    Rate,
+    Rates,
     Seed,
     Steps,
     TaskName,
     Vocab,
+    rates_of,
     refuse,
     task_and_recipe,
 )
@@ -33,7 +34,8 @@ on. The report is one HTML file that needs no network.
 
 With --task, mechanisms learn a synthetic task instead, each in the same
 small model (`foveate train --help`): the table and the picture show how
-much is right against the bytes of state kept for it.
+much is right against the bytes of state kept for it. With several learning
+rates a mechanism tries one after the other until the task is solved.
 
 [bold]Examples[/bold]
 
@@ -45,6 +47,7 @@ much is right against the bytes of state kept for it.
 
   foveate compare --task recall
   foveate compare --task recall -m deltanet -m gla --length 64 --pairs 8
+  foveate compare --task recall --lr 0.003,0.01
   foveate compare --task state --group parity --minutes 2
 """
 
@@ -93,7 +96,7 @@ def compare(
     minutes: Annotated[
         float | None, typer.Option(help="Stop the schedule of each mechanism after this long.", rich_help_panel=PANEL)
     ] = None,
-    lr: Rate = 3e-3,
+    lr: Rates = "0.003",
     seed: Seed = 0,
 ) -> None:
     if task is not None:
@@ -130,8 +133,10 @@ def _compare_on_text(folder: Path, **options: Any) -> None:
 def _compare_on_task(options: dict[str, Any], folder: Path, resume: bool) -> None:
     from foveate.lab.tasks_compare import compare_task, table
 
-    task, recipe = task_and_recipe(options)
-    found = compare_task(task, options["mechanism"] or None, out=folder, recipe=recipe, resume=resume)
+    rates = rates_of(options["lr"])
+    task, recipe = task_and_recipe(options | {"lr": rates[0]})
+    mixers = options["mechanism"] or None
+    found = compare_task(task, mixers, out=folder, recipe=recipe, rates=rates, resume=resume)
     console = out()
     console.print(table(task, found))
     if found["interrupted"]:

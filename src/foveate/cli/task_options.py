@@ -27,6 +27,12 @@ Layers = Annotated[int, typer.Option(help="Layers of the model.", rich_help_pane
 Batch = Annotated[int, typer.Option(help="Sequences in a step.", rich_help_panel=PANEL)]
 Steps = Annotated[int, typer.Option(help="Steps at most.", rich_help_panel=PANEL)]
 Rate = Annotated[float, typer.Option("--lr", help="Highest learning rate.", rich_help_panel=PANEL)]
+Rates = Annotated[
+    str,
+    typer.Option(
+        "--lr", help="Highest learning rate; of several, joined by commas, the best counts.", rich_help_panel=PANEL
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of weights and examples.", rich_help_panel=PANEL)]
 
 
@@ -38,6 +44,21 @@ def task_and_recipe(options: dict[str, Any]) -> tuple[Task, TaskRecipe]:
     task = make_task(options["task"], **{name: options[name] for name in ("length", "pairs", "vocab", "group")})
     shape = ("dim", "heads", "layers", "batch", "steps", "minutes", "lr", "seed")
     return task, TaskRecipe(**{name: options[name] for name in shape})
+
+
+def rates_of(text: str) -> list[float]:
+    """Learning rates from numbers joined by commas.
+
+    >>> rates_of("0.003, 0.01")
+    [0.003, 0.01]
+    """
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"--lr takes numbers above 0, joined by commas, as in 0.003,0.01; got {text!r}")
+    return rates
 
 
 def refuse(context: typer.Context, names: Iterable[str], why: str) -> None:

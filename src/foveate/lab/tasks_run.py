@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,13 +195,13 @@ def about(task: Task, recipe: TaskRecipe) -> dict[str, Any]:
     return {"task": {"name": task.name, **asdict(task)}, "recipe": {**asdict(recipe), "stages": list(recipe.stages)}}
 
 
-def origin(task: Task, recipe: TaskRecipe, verb: str, mixers: list[str]) -> dict[str, Any]:
+def origin(task: Task, recipe: TaskRecipe, verb: str, mixers: list[str], rates: Sequence[float] = ()) -> dict[str, Any]:
     """Where, with what and by which command results were made."""
-    command = command_line(task, recipe, verb, mixers)
+    command = command_line(task, recipe, verb, mixers, rates)
     return {"command": command, "foveate": foveate.__version__, "machine": machine.describe()}
 
 
-def command_line(task: Task, recipe: TaskRecipe, verb: str, mixers: list[str]) -> str:
+def command_line(task: Task, recipe: TaskRecipe, verb: str, mixers: list[str], rates: Sequence[float] = ()) -> str:
     """The command that does the same again, but for options that no command has.
 
     >>> from foveate.lab.tasks import Copy
@@ -210,6 +210,7 @@ def command_line(task: Task, recipe: TaskRecipe, verb: str, mixers: list[str]) -
     """
     fixed = {"power", "warmup", "weight_decay", "clip", "stages", "share"}
     options = {key: value for key, value in {**asdict(task), **asdict(recipe)}.items() if key not in fixed}
+    options["lr"] = ",".join(f"{rate:g}" for rate in rates or [recipe.lr])
     named = [part for name in mixers for part in ("--mixer" if verb == "train" else "-m", name)]
     given = [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]
     return shlex.join(["foveate", verb, "--task", task.name, *named, *given])
