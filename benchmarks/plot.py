@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from benchmarks.plot_lengths import TALL, has_no_rival, over_lengths
 from benchmarks.report import best, lead, milliseconds
 from benchmarks.targets import OURS
 from foveate.lab import machine
@@ -35,9 +36,10 @@ def draw(titles: Mapping[str, str], groups: dict[str, Any], path: Path) -> Path:
     for place, column in enumerate(columns):
         top = height - HEADING
         for name in column:
-            below, tall = top - TITLE / 2 - LINE * len(groups[name]["cases"]), LINE * len(groups[name]["cases"])
-            box = ((place + 0.26) / 2, below / height, 0.40 / 2, tall / height)
-            _panel(figure.add_axes(box), titles[name], groups[name]["cases"])
+            tall = _height(groups[name]) - TITLE
+            box = ((place + 0.26) / 2, (top - TITLE / 2 - tall) / height, 0.40 / 2, tall / height)
+            panel = over_lengths if has_no_rival(groups[name]) else _panel
+            panel(figure.add_axes(box), titles[name], groups[name]["cases"])
             top -= _height(groups[name])
     _head(figure, groups[names[0]], height)
     with matplotlib.rc_context({"svg.hashsalt": "foveate"}):
@@ -63,7 +65,7 @@ def _columns(names: list[str], groups: dict[str, Any]) -> list[list[str]]:
 
 
 def _height(group: dict[str, Any]) -> float:
-    return TITLE + LINE * len(group["cases"])
+    return TITLE + (TALL if has_no_rival(group) else LINE * len(group["cases"]))
 
 
 def _panel(axes: Axes, title: str, cases: list[dict[str, Any]]) -> None:
