@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from foveate.adapt import recurrent_delta, recurrent_mamba, recurrent_others, recurrent_ssd
+from foveate.adapt import products, recurrent_delta, recurrent_mamba, recurrent_others, recurrent_ssd
 from foveate.adapt.swap import Change
 
 _FAMILIES = (recurrent_delta, recurrent_mamba, recurrent_ssd, recurrent_others)
@@ -21,11 +21,15 @@ _STAND_INS = {name: method for layers in LAYERS.values() for name, method in lay
 
 
 class Acceleration(Change):
-    """Layers of a model that run on Foveate, by their names in the model, and the way back."""
+    """What runs on Foveate in a model, by its names there, and the way back.
+
+    ``layers`` are the recurrent ones; ``products`` are the model's linear maps, where a faster library takes them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.layers: list[str] = []
+        self.products: list[str] = []
 
     def __enter__(self) -> Acceleration:
         return self
@@ -34,7 +38,7 @@ class Acceleration(Change):
         self.undo()
 
     def __repr__(self) -> str:
-        return f"Acceleration(layers={self.layers})"
+        return f"Acceleration(layers={self.layers}, products={self.products})"
 
 
 def accelerate(model: nn.Module) -> Acceleration:
@@ -44,6 +48,9 @@ def accelerate(model: nn.Module) -> Acceleration:
     a slow path, or fails where flash-linear-attention is installed. From this call on the layers' own weights go
     through `recur`, `scan`, `linear_scan` and `causal_conv`, for whole prompts as for cached steps, gradients
     included. Layers on another device than the CPU keep to their own code. No module is replaced or renamed.
+
+    Every ``nn.Linear`` of the model in float32 (no subclass of it) goes through `foveate.adapt.products.linear` where
+    that is faster on this machine; ``FOVEATE_PRODUCTS=torch`` leaves them as they are.
 
     >>> import torch
     >>> from transformers import MambaConfig, MambaForCausalLM
@@ -85,7 +92,17 @@ def accelerate(model: nn.Module) -> Acceleration:
         method = _STAND_INS[type(layer).__name__]
         _put(layer, method.__name__, MethodType(method, layer), acceleration)
         acceleration.layers.append(name)
+    _speed_up_products(inner, acceleration)
     return acceleration
+
+
+def _speed_up_products(model: nn.Module, acceleration: Acceleration) -> None:
+    found = [(name, module) for name, module in model.named_modules() if products.takes(module)]
+    if not found or products.faster() == "torch":
+        return
+    for name, module in found:
+        _put(module, "forward", MethodType(products.forward, module), acceleration)
+        acceleration.products.append(name)
 
 
 def _known_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
