@@ -12,6 +12,7 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"softmax": 0, "sigmoid": 1, "relu": 2}
 DENSE, ALIBI, RELATIVE = 0, 1, 2
+OUT_OF_RANGE = 2  # what a kernel returns that meets a number it does not take
 
 Four = c_int64 * 4
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.native.call import DTYPES, Four, check, pointer
+from foveate.native.call import DTYPES, OUT_OF_RANGE, Four, check, pointer
 from foveate.native.loader import library, num_threads
 
 
@@ -59,9 +59,6 @@ class Inputs(NamedTuple):
 
 class OutOfRange(ValueError):
     """A decay above 0, or a beta outside of [0, 2]."""
-
-
-OUT_OF_RANGE = 2  # what a kernel then returns, as in csrc/abi.h
 
 
 def checked(status: int) -> None:

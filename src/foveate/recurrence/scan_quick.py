@@ -22,7 +22,6 @@ from foveate.recurrence.scan_abi import ScanArgument
 HEAD = struct.Struct("q" * (6 * 6 + 7 + 8))  # x, dt, z, B, C, out: address, dtype, strides; parameters; sizes
 TAIL = bytes(ctypes.sizeof(ScanArgument) - HEAD.size)  # no gradients
 ABSENT = (0,) * 6
-GROWS = 2  # csrc/scan_abi.h: a rate above 0, or a step below it
 
 
 def scan_token(
@@ -61,7 +60,7 @@ def scan_token(
     sizes = (batch, 1, channels, states, *groups, softplus, num_threads())
     head = HEAD.pack(*(number for one in described for number in one), *addresses, last.data_ptr(), 0, 0, *sizes)
     found = kernel(head + TAIL)
-    if found == GROWS:
+    if found == c.OUT_OF_RANGE:  # a rate above 0, or a step below it
         return None
     c.check(found)
     return out, last

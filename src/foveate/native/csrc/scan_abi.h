@@ -39,12 +39,11 @@ struct FoveateConv {
     float *d_weight, *d_bias, *d_first;
 };
 
-enum FoveateScanError : int64_t { FOVEATE_GROWS = 2 };
-
 FOVEATE_API int64_t foveate_scan_size(void);
 FOVEATE_API int64_t foveate_scan_forward(const FoveateScan* call);
 FOVEATE_API int64_t foveate_scan_backward(const FoveateScan* call);
-// The same as forward for one token each, not packed; faster, and FOVEATE_GROWS if a rate is above 0 or a step below.
+// The same as forward for one token each, not packed; faster, and FOVEATE_OUT_OF_RANGE where a rate is above 0 or a
+// step below it.
 FOVEATE_API int64_t foveate_scan_step(const FoveateScan* call);
 FOVEATE_API int64_t foveate_conv_size(void);
 FOVEATE_API int64_t foveate_conv_forward(const FoveateConv* call);

@@ -106,5 +106,5 @@ FOVEATE_API int64_t foveate_scan_step(const FoveateScan* call) {
     };
     if (!on_threads(std::min(threads_for(*call), step.items()), [&](int64_t) { queue.run(item); }))
         return FOVEATE_NO_MEMORY;
-    return fades ? (int64_t)FOVEATE_OK : (int64_t)FOVEATE_GROWS;
+    return fades ? FOVEATE_OK : FOVEATE_OUT_OF_RANGE;
 }
