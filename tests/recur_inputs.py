@@ -33,10 +33,8 @@ def _paired(a: Tensor | None = None, b: Tensor | None = None, **arguments: Any) 
 
 
 def fresh_generator() -> torch.Generator:
-    """Seeded anew on each run; pytest shows the seed when a test fails."""
-    seed = random.SystemRandom().randrange(2**32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
+    """Numbers of its own, whatever torch has drawn before in this test."""
+    return torch.Generator().manual_seed(random.randrange(2**32))
 
 
 def make_inputs(
@@ -94,6 +92,22 @@ def has_time(name: str, x: Tensor) -> bool:
 def cut(inputs: Inputs, start: int, stop: int) -> Inputs:
     """The same call on tokens start to stop."""
     return {name: x[:, :, start:stop] if has_time(name, x) else x for name, x in inputs.items()}
+
+
+def spread(inputs: Inputs) -> Inputs:
+    """The same call with what all tokens share, a decay per head or RWKV-7's bonus, given to each of them."""
+    batch, _, length, _ = inputs["q"].shape
+    return {
+        name: x[None, :, None].repeat(batch, 1, length, *(1,) * (x.dim() - 1))
+        if (name, x.dim()) in (("decay", 1), ("bonus", 2))
+        else x
+        for name, x in inputs.items()
+    }
+
+
+def summed(grad: Tensor, apart: Tensor) -> Tensor:
+    """What is added up in a gradient, without the signs: what is left of sums that cancel is no measure of errors."""
+    return grad if apart.shape == grad.shape else apart.abs().sum((0, 2))
 
 
 def plain_recur(

@@ -143,7 +143,7 @@ def test_collisions_tend_to_their_chance() -> None:
     assert_close(true, (1 - torch.arccos(q @ k.transpose(2, 3)) / torch.pi) ** 4 @ v)
     errors = []
     for hashes in (16, 256, 4096):
-        tries = [yoso(q, k, v, torch.randn(hashes, 4, 6).double()) - true for _ in range(4)]
+        tries = [yoso(q, k, v, torch.randn(hashes, 4, 6).double()) - true for _ in range(16)]
         errors.append(float(torch.stack(tries).square().mean().sqrt()))
     for coarse, fine in pairwise(errors):
         assert coarse / 6.5 < fine < coarse / 2.5  # a quarter, as 1 / sqrt(m)
@@ -281,19 +281,19 @@ def test_haar_coefficients_are_those_of_the_wavelets() -> None:
 
 
 def test_wersa_without_filters_is_random_feature_attention_which_tends_to_softmax() -> None:
-    mixer, x = WERSA(DIM, heads=HEADS).double(), tokens(13)
+    mixer, x = WERSA(DIM, heads=HEADS).double(), tokens(13) / 3  # small logits: no few features outweigh all others
     q, k, v = split_heads(mixer.to_qkv(x), 3 * HEADS).chunk(3, 1)
     exact = (q @ k.transpose(2, 3) * (DIM // HEADS) ** -0.5).softmax(-1) @ v
     wanted = mixer.to_out(join_heads(exact)).detach()
     errors = []
-    for features in (64, 1024, 16384):
+    for features in (64, 1024, 8192):
         tries = []
-        for _ in range(6):
+        for _ in range(24):
             mixer.planes = torch.randn(features, DIM // HEADS).double()
             tries.append((mixer(x) - wanted).detach())
         errors.append(float(torch.stack(tries).square().mean().sqrt()))
-    for coarse, fine in pairwise(errors):
-        assert coarse / 8 < fine < coarse / 2  # a quarter, as 1 / sqrt(features)
+    for coarse, fine, expected in zip(errors, errors[1:], (4, 8**0.5), strict=False):
+        assert coarse / expected / 2 < fine < 1.5 * coarse / expected  # as 1 / sqrt(features)
 
 
 def test_wersa_filters_scale_by_scale() -> None:
