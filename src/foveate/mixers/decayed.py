@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +64,6 @@ class Retention(Placed):
     torch.Size([2, 50, 64])
     """
 
-    exempt: ClassVar[dict[str, str]] = {
-        "single precision": "the norm of a head magnifies roundings where an early token's q . k is near 0",
-    }
 
     def __init__(
         self,
