@@ -64,7 +64,6 @@ class Retention(Placed):
     torch.Size([2, 50, 64])
     """
 
-
     def __init__(
         self,
         dim: int,
