@@ -167,3 +167,19 @@ def test_says_what_is_missing_without_matplotlib(tmp_path: Path, monkeypatch: py
 def test_refuses_in_words(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_notebook_shows_a_picture_where_there_is_one() -> None:
+    assert MIXED._repr_svg_() == MIXED.draw().svg
+    assert topk_blocks(8, k=2)._repr_svg_() is None, "it depends on q and k"
+    assert neighborhood((3, 3))._repr_svg_() is None, "it needs a grid"
+
+
+class Unfinished(Pattern):
+    """A class of a user's own that does not yet say what is visible."""
+
+    text = "unfinished()"
+
+
+def test_a_notebook_shows_the_words_of_a_pattern_that_cannot_be_drawn() -> None:
+    assert Unfinished()._repr_svg_() is None

@@ -229,6 +229,13 @@ class Pattern:
     def __repr__(self) -> str:
         return self.text
 
+    def _repr_svg_(self) -> str | None:
+        """The picture that a notebook shows; None where there is none without a layout, or without q and k."""
+        try:
+            return self.draw().svg
+        except (ValueError, NotImplementedError):
+            return None
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Pattern):
             return NotImplemented
