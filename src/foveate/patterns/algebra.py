@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.patterns.identity import fields_of, same
 from foveate.patterns.layouts import Layout, Sequence
 
 if TYPE_CHECKING:
@@ -239,13 +240,10 @@ class Pattern:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Pattern):
             return NotImplemented
-        same_tensors = len(self.tensors) == len(other.tensors) and all(
-            mine is theirs for mine, theirs in zip(self.tensors, other.tensors, strict=True)
-        )
-        return type(self) is type(other) and self.text == other.text and same_tensors
+        return self is other or (type(self) is type(other) and same(fields_of(self), fields_of(other)))
 
     def __hash__(self) -> int:
-        return hash(self.text)
+        return hash(self.text)  # cheap; equal patterns print alike
 
 
 def resolve(pattern: Pattern, scene: Scene) -> Pattern:

@@ -7,22 +7,21 @@ unsettled at the level of tiles gets a bit mask, and each distinct mask is evalu
 
 from __future__ import annotations
 
-from functools import lru_cache, reduce
+from functools import reduce
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from foveate.patterns import native
 from foveate.patterns.algebra import Boxes, Interval, Pattern, Scene, mix_hash, resolve
+from foveate.patterns.cache import SELECTIONS
 from foveate.patterns.compound import All, Any, Not, settled_signature
 from foveate.patterns.layouts import Layout, Points, Sequence, pad_slots
 from foveate.patterns.selection import FULL, Selection, pack_bits, unpack_bits
 
 FAN = 8  # tiles in a group, groups in the next
 SPARSE = 4  # a partial tile that uses fewer than 1/SPARSE of its keys becomes single columns
-MOST_KEPT = 16  # selections of one pattern that holds tensors
 BATCH = 4096  # masks evaluated at a time: 16 MB of booleans at 64 x 64
 
 
@@ -64,30 +63,12 @@ def select(
         scene = Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale)
         with torch.no_grad():
             return build(resolve(pattern, scene), scene, tile=tile, device=q.device)
-    sizes = layout, q.shape[2], k.shape[2], tile, str(q.device)
-    return _select_held(pattern, *sizes) if pattern.tensors else _select_static(pattern, *sizes)
+    scene = Scene(q.shape[2], k.shape[2], layout)
 
+    def make() -> Selection:
+        return build(resolve(pattern, scene), scene, tile=tile, device=q.device)
 
-@lru_cache(maxsize=64)
-def _select_static(pattern: Pattern, layout: Layout, n: int, m: int, tile: int, device: str) -> Selection:
-    scene = Scene(n, m, layout)
-    return build(resolve(pattern, scene), scene, tile=tile, device=torch.device(device))
-
-
-_held: WeakKeyDictionary[Pattern, dict[tuple, Selection]] = WeakKeyDictionary()
-
-
-def _select_held(pattern: Pattern, layout: Layout, n: int, m: int, tile: int, device: str) -> Selection:
-    """Of a pattern that holds tensors: kept while the pattern lives and its tensors stay as they are."""
-    if any(tensor.is_inference() for tensor in pattern.tensors):  # these do not count their changes
-        return _select_static.__wrapped__(pattern, layout, n, m, tile, device)
-    kept = _held.setdefault(pattern, {})
-    key = (layout, n, m, tile, device, *(tensor._version for tensor in pattern.tensors))
-    if key not in kept:
-        if len(kept) >= MOST_KEPT:
-            kept.clear()
-        kept[key] = _select_static.__wrapped__(pattern, layout, n, m, tile, device)
-    return kept[key]
+    return SELECTIONS.get(pattern, layout, q.shape[2], k.shape[2], tile, str(q.device), make)
 
 
 def build(

@@ -13,7 +13,7 @@ EMPTY, FILLED = -1, -2  # signatures of settled boxes
 class Compound(Pattern):
     """A pattern made of parts."""
 
-    __slots__ = ("__weakref__", "parts", "text")  # selections are kept by weak references
+    __slots__ = ("parts", "text")
     parts: tuple[Pattern, ...]
 
     def __init__(self, parts: tuple[Pattern, ...]) -> None:
