@@ -207,7 +207,7 @@ REFUSED = {
     "sink must be a number": {"weights": softmax(sink=torch.randn(3))},
     "logit bias must have one": {"weights": sigmoid(bias=torch.randn(3))},
     "softcap must be a positive": {"softcap": -1.0},
-    "no dropout": {"dropout": 0.1},
+    "dropout is a probability": {"dropout": 1.5},
     "impl is 'auto' or one of": {"impl": "fastest"},
     "has 12 tokens": {"layout": Grid(3, 4)},
     "cannot run this call: it has softmax weights only": {"impl": "sdpa", "weights": "relu"},

@@ -80,7 +80,10 @@ def test_the_operator_is_well_made(kernels: str) -> None:
     explain(q, k, v)  # the operator is defined on first use of the package
     import foveate.attention.ops  # noqa: F401
 
-    torch.library.opcheck(torch.ops.foveate.attend_selected, (q, k, v, [slopes], [], text, 0.3, 2.0))
+    arguments = q, k, v, [slopes], [], text, 0.3, 2.0
+    torch.library.opcheck(torch.ops.foveate.attend_selected, (*arguments, 0.0, None))
+    if kernels == "tiles":
+        torch.library.opcheck(torch.ops.foveate.attend_selected, (*arguments, 0.2, torch.tensor(3)))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

@@ -39,6 +39,7 @@ def attend(
     softcap: float | None = None,
     layout: Layout | None = None,
     dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Attention, exact over the pairs that ``pattern`` allows.
@@ -60,7 +61,10 @@ def attend(
         scale: factor on q k^T; D ** -0.5 by default.
         softcap: c in ``c * tanh(logits / c)``, applied before the bias.
         layout: where tokens live; needed by grid and point patterns, and keeps ``Packed`` sequences apart.
-        dropout: must be 0: dropping weights inside the kernel would make it disagree with its definition.
+        dropout: probability to drop each weight by, after the softmax; the others are divided by ``1 - dropout``
+            (Srivastava et al., Dropout, JMLR 2014). Nothing is drawn where it is 0; the native kernels have none.
+        seed: which weights are dropped is a function of it and of (batch entry, head, query, key) alone: equal seeds
+            give equal results on every implementation. By default torch's generator draws one.
         impl: "auto", or one of ``foveate.attention.IMPLEMENTATIONS``, which then runs or says why it cannot.
 
     Returns:
@@ -76,9 +80,9 @@ def attend(
         out = attend_plain(q, k, v, pattern, scale)
         if out is not None:
             return out
-    if dropout:
-        raise ValueError("attend has no dropout on weights: drop outputs instead (torch.nn.functional.dropout)")
-    call, sink = prepare(q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=False)
+    call, sink = prepare(
+        q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=False, dropout=dropout, seed=seed
+    )
     return _run(call, sink, impl).out
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention.bias import Alibi, Bias, Dense, PerHead, RelativeTable
+from foveate.attention.dropout import Dropout, as_dropout
 from foveate.attention.weights import Kind, Weights, as_weights
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.layouts import Layout, Sequence
@@ -30,6 +31,7 @@ class Call:
     softcap: float | None
     layout: Layout
     needs_lse: bool
+    dropout: Dropout | None = None
 
     @property
     def batch(self) -> int:
@@ -59,6 +61,8 @@ def prepare(
     softcap: float | None,
     layout: Layout | None,
     needs_lse: bool,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> tuple[Call, Tensor | None]:
     """The checked call, and the sink logits (H,) if there are any."""
     check_tensors(q, k, v)
@@ -77,7 +81,8 @@ def prepare(
     sink = weights.sink
     if sink is not None:
         sink = _on_heads("sink", sink, heads).to(q.device)
-    return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout, needs_lse or sink is not None), sink
+    needs_lse, dropped = needs_lse or sink is not None, as_dropout(dropout, seed)
+    return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout, needs_lse, dropped), sink
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

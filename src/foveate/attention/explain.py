@@ -44,6 +44,7 @@ def explain(
     scale: float | None = None,
     softcap: float | None = None,
     layout: Layout | None = None,
+    dropout: float = 0.0,
     partial: bool = False,
 ) -> Explanation:
     """Which implementation :func:`attend` (with ``partial``: :func:`attend_partial`) would run, and why.
@@ -59,7 +60,9 @@ def explain(
       tiles      chosen
       reference  could run, stands later in the order
     """
-    call, _ = prepare(q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=partial)
+    call, _ = prepare(
+        q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=partial, dropout=dropout, seed=0
+    )
     reasons = {name: module.refuse(call) for name, module in IMPLEMENTATIONS.items()}
     chosen = choose(call)
     name = next(name for name, module in IMPLEMENTATIONS.items() if module is chosen)

@@ -15,6 +15,8 @@ from foveate.patterns.layouts import Packed
 
 def refuse(call: Call) -> str | None:
     """Why this implementation cannot run the call; None if it can."""
+    if call.dropout is not None:
+        return "it has no dropout on weights"
     if call.q.device.type == "cpu":
         return "FlexAttention has no backward on CPU, and compiles for seconds"
     if call.kind != "softmax":

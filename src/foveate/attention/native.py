@@ -26,6 +26,8 @@ from foveate.patterns.selection import Selection
 
 def refuse(call: Call) -> str | None:
     """Why this implementation cannot run the call; None if it can."""
+    if call.dropout is not None:
+        return "it has no dropout on weights"
     if call.q.device.type != "cpu":
         return f"it runs on CPU, not on {call.q.device.type}"
     if call.q.dtype not in c.DTYPES:

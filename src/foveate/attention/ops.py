@@ -16,6 +16,7 @@ from foveate.attention import bias as biases_by_name
 from foveate.attention import native, tiles
 from foveate.attention.bias import Bias, RelativeTable
 from foveate.attention.call import Call
+from foveate.attention.dropout import Dropout
 from foveate.attention.partial import Partial
 from foveate.attention.spec import Kernels, Spec, is_plain
 from foveate.patterns import layouts
@@ -33,7 +34,9 @@ def attend_selected(call: Call, kernels: str) -> Partial:
     text = "\n".join((kernels, call.kind, str(call.pattern), str(call.layout), *(_bias_text(b) for b in call.biases)))
     parameters = [bias.parameter for bias in call.biases]
     softcap = 0.0 if call.softcap is None else call.softcap
-    out, lse = _attend(call.q, call.k, call.v, parameters, list(call.pattern.tensors), text, call.scale, softcap)
+    p, seed = call.dropout or (0.0, None)
+    held = list(call.pattern.tensors)
+    out, lse = _attend(call.q, call.k, call.v, parameters, held, text, call.scale, softcap, p, seed)
     return Partial(out, lse if call.kind == "softmax" else None)
 
 
@@ -81,6 +84,8 @@ def _spec(
     text: str,
     scale: float,
     softcap: float,
+    p: float,
+    seed: Tensor | None,
 ) -> tuple[Kernels, Spec]:
     name, kind, pattern, layout, *bias_texts = text.split("\n")
     offset = k.shape[2] - q.shape[2]
@@ -88,7 +93,8 @@ def _spec(
     biases = tuple(_bias(t, p, offset) for t, p in zip(bias_texts, parameters, strict=True))
     plain = is_plain(kind, biases, softcap or None)  # type: ignore[arg-type]
     seen = kernels.sees(q, k, parse(pattern, held), _layout(layout), scale, plain=plain)
-    return kernels, Spec(seen, biases, kind, scale, softcap or None)  # type: ignore[arg-type]
+    dropout = None if seed is None else Dropout(p, seed)
+    return kernels, Spec(seen, biases, kind, scale, softcap or None, dropout)  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("foveate::attend_selected", mutates_args=())
@@ -101,8 +107,10 @@ def _attend(
     text: str,
     scale: float,
     softcap: float,
+    p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kernels, spec = _spec(q, k, parameters, held, text, scale, softcap)
+    kernels, spec = _spec(q, k, parameters, held, text, scale, softcap, p, seed)
     return kernels.forward(spec, q, k, v)
 
 
@@ -126,8 +134,10 @@ def _attend_backward(
     text: str,
     scale: float,
     softcap: float,
+    p: float,
+    seed: Tensor | None,
 ) -> list[Tensor]:
-    kernels, spec = _spec(q, k, parameters, held, text, scale, softcap)
+    kernels, spec = _spec(q, k, parameters, held, text, scale, softcap, p, seed)
     return list(kernels.backward(spec, q, k, v, out, lse, grad_out, grad_lse))
 
 
@@ -147,16 +157,16 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, parameters, held, *ctx.rest = inputs
+    q, k, v, parameters, held, *ctx.rest, seed = inputs
     ctx.num_parameters = len(parameters)
-    ctx.save_for_backward(q, k, v, *output, *parameters, *held)
+    ctx.save_for_backward(q, k, v, *output, seed, *parameters, *held)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    q, k, v, out, lse, *others = ctx.saved_tensors
+    q, k, v, out, lse, seed, *others = ctx.saved_tensors
     parameters, held = others[: ctx.num_parameters], others[ctx.num_parameters :]
-    grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, parameters, held, *ctx.rest)
-    return (*grads[:3], grads[3:], [None] * len(held), None, None, None)
+    grads = _attend_backward(grad_out, grad_lse, q, k, v, out, lse, parameters, held, *ctx.rest, seed)
+    return (*grads[:3], grads[3:], [None] * len(held), None, None, None, None, None)
 
 
 @torch.library.custom_op("foveate::visible", mutates_args=())

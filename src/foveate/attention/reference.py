@@ -27,9 +27,9 @@ def run(call: Call) -> Partial:
     visible = _visible(call)
     v = grouped(call.v, call.heads)
     if call.kind == "softmax":
-        return _softmax(logits, visible, v)
+        return _softmax(logits, visible, v, call)
     weights = torch.sigmoid(logits) if call.kind == "sigmoid" else torch.relu(logits)
-    return Partial(torch.where(visible, weights, 0) @ v, None)
+    return Partial(_dropped(torch.where(visible, weights, 0), call) @ v, None)
 
 
 def grouped(heads_first: Tensor, heads: int) -> Tensor:
@@ -37,13 +37,17 @@ def grouped(heads_first: Tensor, heads: int) -> Tensor:
     return heads_first.repeat_interleave(heads // heads_first.shape[1], dim=1)
 
 
-def _softmax(logits: Tensor, visible: Tensor, v: Tensor) -> Partial:
+def _softmax(logits: Tensor, visible: Tensor, v: Tensor, call: Call) -> Partial:
     logits = torch.where(visible, logits, float("-inf"))
     empty = logits.isneginf().all(-1, keepdim=True)
     logits = torch.where(empty, 0, logits)
     lse = torch.where(empty, float("-inf"), torch.logsumexp(logits, -1, keepdim=True))
     weights = torch.where(empty, 0, torch.softmax(logits, -1))
-    return Partial(weights @ v, lse.squeeze(-1))
+    return Partial(_dropped(weights, call) @ v, lse.squeeze(-1))
+
+
+def _dropped(weights: Tensor, call: Call) -> Tensor:
+    return weights if call.dropout is None else weights * call.dropout.factor(*_indices(call), weights.dtype)
 
 
 def _visible(call: Call) -> Tensor:
@@ -53,8 +57,13 @@ def _visible(call: Call) -> Tensor:
 
 
 def _everywhere(bias: Bias, call: Call) -> Tensor:
+    return bias.values(*_indices(call))
+
+
+def _indices(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Batch entry, query head, query and key of each pair, broadcasting to (B, H, N, M)."""
     batch, head, q, k = (
         torch.arange(n, device=call.q.device).view([-1 if axis == dim else 1 for axis in range(4)])
         for dim, n in enumerate((call.batch, call.heads, call.num_queries, call.num_keys))
     )
-    return bias.values(batch, head, q, k)
+    return batch, head, q, k

@@ -19,6 +19,8 @@ SMALL = 2**20  # pairs per head below which a dense mask was measured cheaper th
 
 def refuse(call: Call) -> str | None:
     """Why this implementation cannot run the call; None if it can."""
+    if call.dropout is not None:
+        return "its dropout would drop other weights than the seed says"
     if call.kind != "softmax":
         return f"it has softmax weights only, not {call.kind}"
     if call.needs_lse:

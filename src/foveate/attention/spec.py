@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call
+from foveate.attention.dropout import Dropout
 from foveate.attention.partial import Partial
 from foveate.attention.weights import Kind
 from foveate.native.neighborhood import Windows
@@ -33,6 +34,7 @@ class Spec(NamedTuple):
     kind: Kind
     scale: float
     softcap: float | None
+    dropout: Dropout | None = None
 
 
 class Kernels(Protocol):
@@ -66,7 +68,7 @@ def run(call: Call, name: str, kernels: Kernels) -> Partial:
         return attend_selected(call, name)
     plain = is_plain(call.kind, call.biases, call.softcap)
     seen = kernels.sees(call.q, call.k, call.pattern, call.layout, call.scale, plain=plain)
-    spec = Spec(seen, call.biases, call.kind, call.scale, call.softcap)
+    spec = Spec(seen, call.biases, call.kind, call.scale, call.softcap, call.dropout)
     parameters = [bias.parameter for bias in call.biases]
     out, lse = _Attend.apply(kernels, spec, call.q, call.k, call.v, *parameters)
     return Partial(out, lse if call.kind == "softmax" else None)

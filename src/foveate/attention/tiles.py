@@ -47,15 +47,16 @@ def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     for batch in work.rows.batches():
         logits, _ = work.logits(batch)
         values = work.gather(work.v, batch, work.value_head(batch))
+        dropped = work.dropped(batch)
         if spec.kind == "softmax":
-            _accumulate(out, lse, batch.rows, logits, values)
+            _accumulate(out, lse, batch.rows, logits, values, dropped)
         else:
             weights = logits.sigmoid_() if spec.kind == "sigmoid" else logits.relu_()
-            out[batch.rows] += weights @ values
+            out[batch.rows] += (weights if dropped is None else weights.mul_(dropped)) @ values
     return work.unfold(out, q.dtype), work.unfold(lse.unsqueeze(-1), lse.dtype).squeeze(-1)
 
 
-def _accumulate(out: Tensor, lse: Tensor, rows: Tensor, logits: Tensor, values: Tensor) -> None:
+def _accumulate(out: Tensor, lse: Tensor, rows: Tensor, logits: Tensor, values: Tensor, dropped: Tensor | None) -> None:
     """Online softmax: join the weights of these keys to what the rows have so far."""
     before = lse[rows]
     top = torch.maximum(logits.amax(-1), before)
@@ -63,6 +64,7 @@ def _accumulate(out: Tensor, lse: Tensor, rows: Tensor, logits: Tensor, values: 
     weights = logits.sub_(top.unsqueeze(-1)).exp_()
     kept = (before - top).exp()
     total = kept + weights.sum(-1)
+    weights = weights if dropped is None else weights.mul_(dropped)
     joined = torch.baddbmm(out.index_select(0, rows) * kept.unsqueeze(-1), weights, values)
     out[rows] = joined / torch.where(total == 0, 1.0, total).unsqueeze(-1)
     lse[rows] = top + total.log()
@@ -83,8 +85,12 @@ def backward(
         rows = batch.rows
         weights, to_logits = _weights(spec.kind, logits, lse_rows[rows])
         grad = grad_rows.index_select(0, rows)
-        work.scatter(dv, batch, work.value_head(batch), weights.transpose(1, 2) @ grad)
+        dropped = work.dropped(batch)
+        used = weights if dropped is None else weights * dropped
+        work.scatter(dv, batch, work.value_head(batch), used.transpose(1, 2) @ grad)
         d_weights = torch.bmm(grad, work.gather(work.v, batch, work.value_head(batch)).transpose(1, 2))
+        if dropped is not None:
+            d_weights *= dropped
         if spec.kind == "softmax":
             d_weights -= delta[rows].unsqueeze(-1)
         d_logits = d_weights.mul_(to_logits)
@@ -185,6 +191,12 @@ class _Work:
             by_head += bias.values(*self._indices(batch)).to(logits.dtype)
         self._hide(by_head, batch)
         return logits, slope
+
+    def dropped(self, batch: Batch) -> Tensor | None:
+        """What dropout multiplies the weights by (R, fold * tile, keys); None without."""
+        if self.spec.dropout is None:
+            return None
+        return self.spec.dropout.factor(*self._indices(batch), self.precise).flatten(1, 2)
 
     def _hide(self, by_head: Tensor, batch: Batch) -> None:
         masked, whole = batch.hidden_tiles.shape[-1], batch.tiles.shape[1] * self.tile
