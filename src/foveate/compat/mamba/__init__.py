@@ -7,14 +7,23 @@
 torch.Size([1, 8, 100])
 """
 
+from foveate.compat.mamba.blocks import mamba_inner_fn, mamba_split_conv1d_scan_combined
 from foveate.compat.mamba.conv import causal_conv1d_fn, causal_conv1d_update
+from foveate.compat.mamba.norm import LayerNorm, RMSNorm, RMSNormGated, layernorm_fn, rmsnorm_fn
 from foveate.compat.mamba.selective import selective_scan_fn, selective_state_update
 from foveate.compat.mamba.ssd import mamba_chunk_scan_combined
 
 __all__ = [
+    "LayerNorm",
+    "RMSNorm",
+    "RMSNormGated",
     "causal_conv1d_fn",
     "causal_conv1d_update",
+    "layernorm_fn",
     "mamba_chunk_scan_combined",
+    "mamba_inner_fn",
+    "mamba_split_conv1d_scan_combined",
+    "rmsnorm_fn",
     "selective_scan_fn",
     "selective_state_update",
 ]

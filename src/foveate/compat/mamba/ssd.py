@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
@@ -11,6 +12,7 @@ from foveate.compat.fla.layout import shared
 from foveate.compat.mamba.packing import check, refuse, run_lengths
 from foveate.compat.widen import wide
 from foveate.recurrence import recur
+from foveate.recurrence.layout import state_dtype
 
 
 def mamba_chunk_scan_combined(
@@ -30,6 +32,7 @@ def mamba_chunk_scan_combined(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
     return_varlen_states: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = h_t C_t + D x_t, times silu(z_t).
 
@@ -45,7 +48,9 @@ def mamba_chunk_scan_combined(
     x and z are (batch, tokens, heads, head dim), dt (batch, tokens, heads), A and dt_bias (heads,), B and C (batch,
     tokens, groups, state dim), D (heads,) or (heads, head dim), states (batch, heads, head dim, state dim). dt, plus
     its bias, goes through softplus if asked, then into dt_limit. seq_idx (batch, tokens) begins a new sequence
-    wherever its number changes; the final states are then those of the last ones. Any floating dtype; float32 inside.
+    wherever its number changes; the final states are then those of the last ones. Any floating dtype. States are
+    float32, or float64 if x, dt, A, B or C is, and never less precise than ``state_dtype``: torch.float64 makes them,
+    and all inside, float64.
     chunk_size changes no result; cu_seqlens is only for return_varlen_states, there as here.
     Raises ValueError where shapes do not fit, NotImplementedError for return_varlen_states and for initial_states
     beside seq_idx.
@@ -57,10 +62,11 @@ def mamba_chunk_scan_combined(
     if seq_idx is not None:
         refuse(initial_states=(initial_states, "beside seq_idx it is not told which sequence it begins"))
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states)
-    step = _step(dt, dt_bias, dt_softplus, dt_limit)
-    out, state = _scan(x, step, wide(A), B, C, initial_states, seq_idx)
+    dtype = _state_dtype(state_dtype, x, dt, A, B, C)
+    step = _step(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    out, state = _scan(x, step, A.to(dtype), B, C, initial_states, seq_idx)
     if D is not None:
-        out = out + x * (D.unsqueeze(-1) if D.dim() == 1 else D)
+        out = out + x.to(out.dtype) * (D.unsqueeze(-1) if D.dim() == 1 else D)
     if z is not None:
         out = out * silu(wide(z))
     return (out.to(x.dtype), state) if return_final_states else out.to(x.dtype)
@@ -69,7 +75,7 @@ def mamba_chunk_scan_combined(
 def _scan(
     x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Out (batch, tokens, heads, head dim) in float32, and the states after the last tokens."""
+    """Out (batch, tokens, heads, head dim), and the states after the last tokens, both in the dtype of step."""
     batch, num_tokens, heads, _ = x.shape
     rows = None if seq_idx is None else run_lengths(seq_idx, batch, num_tokens)
 
@@ -82,7 +88,7 @@ def _scan(
         facing(x * step.unsqueeze(-1)),
         decay=facing(step * A),
         scale=1.0,
-        state=None if state is None else wide(state).mT,
+        state=None if state is None else state.to(step.dtype).mT,
         lengths=None if rows is None else [length for row in rows for length in row],
     )
     if rows is not None:
@@ -90,8 +96,14 @@ def _scan(
     return out.transpose(1, 2).reshape(x.shape), last.mT
 
 
+def _state_dtype(wanted: torch.dtype | None, *tensors: Tensor) -> torch.dtype:
+    if wanted is not None and not wanted.is_floating_point:
+        raise TypeError(f"state_dtype must be a floating dtype, got {wanted}")
+    return torch.float64 if wanted == torch.float64 else state_dtype(*tensors)
+
+
 def _step(dt: Tensor, bias: Tensor | None, use_softplus: bool, limits: tuple[float, float]) -> Tensor:
-    dt = wide(dt) if bias is None else wide(dt) + bias
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
     dt = softplus(dt) if use_softplus else dt
     return dt if limits == (0.0, float("inf")) else dt.clamp(*limits)
 
