@@ -15,19 +15,28 @@ from foveate.patterns import (
     Pattern,
     Points,
     Scene,
+    block_diffusion,
+    block_mask,
     blocks,
+    boolean_mask,
     causal,
     dilated,
+    document_prefix,
     documents,
     full,
     global_tokens,
+    listed_blocks,
+    mask_mod,
     neighborhood,
     per_head,
     power_of_two,
     prefix,
     random_blocks,
     resolve,
+    same_bucket,
+    shared_prefix,
     sinks,
+    spans,
     strided,
     strips,
     window,
@@ -87,6 +96,10 @@ ON_SEQUENCES = (
     per_head([window(3), causal, ~causal]),
     per_head([window(8) & causal, full]) & ~sinks(2),
     ~(window(10) | sinks(2)),
+    document_prefix([9, 0, 20, 13], [4, 0, 20, 1]),
+    causal & documents([9, 20, 13]) | document_prefix([9, 20, 13], [0, 7, 13]),
+    shared_prefix(6, [11, 0, 9, 20]) & causal,
+    causal | spans([(3, 9), (12, 1), (20, 30)]),
 )
 
 ON_GRIDS = (
@@ -130,6 +143,42 @@ ON_POINTS = (
 LENGTHS = ((37, 37), (65, 65), (1, 50), (3, 40), (10, 67), (67, 10), (130, 130))
 
 
+def _flip_flop(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+    return ((q_idx + h) % 3 == kv_idx % 2 + b) | (kv_idx == 5)
+
+
+def _of_tensors() -> list[Case]:
+    """Patterns given as tensors or functions, each for its own numbers of queries and keys."""
+    draw = torch.Generator().manual_seed(11)
+    line = foveate.patterns.Sequence()
+
+    def marks(*shape: int, share: float = 0.4) -> torch.Tensor:
+        return torch.rand(shape, generator=draw) < share
+
+    def labels(*shape: int) -> torch.Tensor:
+        return torch.randint(-1, 5, shape, generator=draw)
+
+    steady = torch.arange(70).view(1, 1, -1) // 9
+    return [
+        Case(boolean_mask(marks(37, 37)) & causal, 37, 37, line),
+        Case(boolean_mask(marks(2, 3, 19, 70)), 19, 70, line),
+        Case(boolean_mask(marks(3, 70, 11)) | ~window(3), 70, 11, line),
+        Case(block_mask(marks(5, 5), 16) & causal, 70, 70, line),
+        Case(block_mask(marks(2, 1, 6, 15), 7, q_block=5), 26, 101, line),
+        Case(listed_blocks(labels(2, 2, 9, 3), 8), 66, 50, line),
+        Case(listed_blocks(labels(1, 3, 40, 2), 24, q_block=1) | window(2), 40, 120, line),
+        Case(mask_mod(_flip_flop, batches=2, heads=3), 33, 40, line),
+        Case(mask_mod(_flip_flop) & window(9), 70, 70, line),
+        Case(same_bucket(labels(2, 3, 67)) & causal, 67, 67, line),
+        Case(same_bucket(labels(2, 1, 67)) | same_bucket(labels(1, 2, 67)), 20, 67, line),
+        Case(same_bucket(labels(2, 1, 30), labels(1, 3, 45)), 30, 45, line),
+        Case(same_bucket(steady), 70, 70, line),
+        Case(block_diffusion(30, 7), 60, 60, line),
+        Case(block_diffusion(65, 16), 41, 130, line),
+        Case(block_diffusion(70, 100) & ~sinks(2), 140, 140, line),
+    ]
+
+
 def _on_sequences() -> list[Case]:
     cases = [
         Case(pattern, *LENGTHS[(number + turn) % len(LENGTHS)], foveate.patterns.Sequence())
@@ -141,6 +190,7 @@ def _on_sequences() -> list[Case]:
     heads = torch.rand(2, 3, 33, generator=torch.Generator().manual_seed(5)) < 0.7
     return [
         *cases,
+        *_of_tensors(),
         Case(window(4) & causal, 41, 41, packed),
         Case(full, 7, 41, packed),
         Case(causal & key_padding(padding), 41, 41, packed),
@@ -171,7 +221,8 @@ def names_without_example() -> set[str]:
 
 def dynamic_names() -> set[str]:
     """Public constructors of patterns that look at q and k, told by their module."""
-    static = {"sequence", "listed", "grid", "points", "compound"}
+    static = {"sequence", "listed", "grid", "points", "compound", "derived", "diffusion"}
+    static |= {"masks", "functions", "buckets"}
     made = constructors().items()
     homes = {name: value.__module__.rsplit(".", 1)[-1] for name, value in made if inspect.isfunction(value)}
     return {name for name, home in homes.items() if home not in static}

@@ -19,9 +19,10 @@ _HOMES = {
         " reverse scan scan_orders scan_step spatio_temporal windows zigzag"
     ),
     "foveate.patterns": (
-        "Grid Packed Pattern Points Selection Sequence blocks causal dilated documents full global_tokens"
-        " key_padding mass_blocks neighborhood parse per_head power_of_two prefix random_blocks sinks strided"
-        " strips topk_blocks topk_keys vertical_slash window window_partition within"
+        "Grid Packed Pattern Points Selection Sequence block_diffusion block_mask blocks boolean_mask"
+        " causal dilated document_prefix documents full global_tokens key_padding listed_blocks lsh mask_mod"
+        " mass_blocks neighborhood parse per_head power_of_two prefix random_blocks same_bucket shared_prefix"
+        " sinks spans strided strips topk_blocks topk_keys vertical_slash window window_partition within"
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

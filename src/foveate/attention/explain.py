@@ -22,9 +22,12 @@ class Explanation:
     chosen: str
     reasons: dict[str, str | None]
     pattern: str
+    slow_because: str | None = None  # what makes the pattern itself slow
 
     def __str__(self) -> str:
         lines = [f"{self.pattern}: runs on {self.chosen}"]
+        if self.slow_because is not None:
+            lines.append(f"  slow: {self.slow_because}")
         for name, reason in self.reasons.items():
             verdict = "chosen" if name == self.chosen else "could run, stands later in the order"
             lines.append(f"  {name:<10} {verdict if reason is None else f'no: {reason}'}")
@@ -66,4 +69,4 @@ def explain(
     reasons = {name: module.refuse(call) for name, module in IMPLEMENTATIONS.items()}
     chosen = choose(call)
     name = next(name for name, module in IMPLEMENTATIONS.items() if module is chosen)
-    return Explanation(name, reasons, str(pattern))
+    return Explanation(name, reasons, str(pattern), pattern.slow_because)

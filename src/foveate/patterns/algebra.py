@@ -89,6 +89,8 @@ class Pattern:
     needs_axes: bool = False  # lives on a grid or on points
     sees_future: bool = True  # may show a key beyond the query
     chooses_ahead: bool = False  # its choice for a query may depend on later tokens
+    may_change: bool = False  # reads what nothing tells the changes of: no selection of it is kept
+    slow_because: str | None = None  # what makes it slow, in words
 
     # ---- the three questions -------------------------------------------------------------------------------
 

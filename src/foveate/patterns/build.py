@@ -68,6 +68,8 @@ def select(
     def make() -> Selection:
         return build(resolve(pattern, scene), scene, tile=tile, device=q.device)
 
+    if pattern.may_change:
+        return make()
     return SELECTIONS.get(pattern, layout, q.shape[2], k.shape[2], tile, str(q.device), make)
 
 

@@ -52,6 +52,14 @@ class Compound(Pattern):
         return any(part.chooses_ahead for part in self.parts)
 
     @property
+    def may_change(self) -> bool:  # type: ignore[override]
+        return any(part.may_change for part in self.parts)
+
+    @property
+    def slow_because(self) -> str | None:  # type: ignore[override]
+        return next((part.slow_because for part in self.parts if part.slow_because), None)
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self.parts for tensor in part.tensors)
 
