@@ -60,7 +60,7 @@ def kernel() -> ctypes._NamedFuncPointer:
 
 def arguments(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor, lse: int | None) -> c.AttendArgument:
     return c.AttendArgument(
-        **{name: c.tensor(x) for name, x in {"q": q, "k": k, "v": v, "out": out}.items()},
+        **{name: c.tensor(x, x.dtype, *x.shape) for name, x in {"q": q, "k": k, "v": v, "out": out}.items()},
         lse=lse,
         dtype=c.DTYPES[q.dtype],
         kind=c.KINDS[options.kind],

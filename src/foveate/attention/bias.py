@@ -137,7 +137,7 @@ def alibi_slopes(heads: int) -> Tensor:
     >>> alibi_slopes(4)
     tensor([0.2500, 0.0625, 0.0156, 0.0039])
     """
-    return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
+    return 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float32, device=torch.get_default_device()) / heads)
 
 
 def relative_table(table: Tensor, dims: tuple[int, ...] | None = None) -> RelativeTable:

@@ -35,8 +35,11 @@ def refuse(call: Call) -> str | None:
     if max(call.q.shape[3], call.v.shape[3]) > WIDEST:
         return f"it takes up to {WIDEST} channels a head, not {max(call.q.shape[3], call.v.shape[3])}"
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
-        if not torch.compiler.is_compiling() and x.data_ptr() % x.element_size():
+        if c.misaligned(x):
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
+    for bias in call.biases:
+        if type(bias) not in (Dense, PerHead, Alibi, RelativeTable):
+            return f"it does not know the bias {type(bias).__name__}"
     return _absence()
 
 
@@ -67,7 +70,7 @@ def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
         return neighborhood.forward(spec.seen, q, k, v, spec.scale)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     softmax = spec.kind == "softmax"
-    lse = torch.empty(q.shape[:3]) if softmax else torch.zeros(q.shape[:3])
+    lse = (q.new_empty if softmax else q.new_zeros)(q.shape[:3], dtype=torch.float32)
     arguments, held = _arguments(spec, q, k, v, out, lse if softmax else None)
     c.check(_library().foveate_attend_forward(ctypes.byref(arguments)))
     del held
@@ -83,11 +86,12 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     grad_lse = grad_lse.float().contiguous()
     arguments, held = _arguments(spec, q, k, v, out, lse.contiguous())
-    grads = [torch.zeros(bias.parameter.shape) for bias in spec.biases]
+    grads = [q.new_zeros(bias.parameter.shape, dtype=torch.float32) for bias in spec.biases]
     for bias, grad in zip(held.biases, grads, strict=True):
-        bias.grad = grad.data_ptr()
-    arguments.grad_out, arguments.grad_lse = c.tensor(grad_out), grad_lse.data_ptr()
-    arguments.dq, arguments.dk, arguments.dv = c.tensor(dq), c.tensor(dk), c.tensor(dv)
+        bias.grad = c.pointer(grad, torch.float32, *grad.shape)
+    arguments.grad_out = c.tensor(grad_out, q.dtype, *out.shape)
+    arguments.grad_lse = c.pointer(grad_lse, torch.float32, *q.shape[:3])
+    arguments.dq, arguments.dk, arguments.dv = (c.tensor(x, q.dtype, *x.shape) for x in (dq, dk, dv))
     c.check(_library().foveate_attend_backward(ctypes.byref(arguments)))
     parameters = (grad.to(bias.parameter.dtype) for bias, grad in zip(spec.biases, grads, strict=True))
     return (dq, dk, dv, *parameters)
@@ -113,42 +117,60 @@ def _arguments(
     parameters = [bias.parameter.detach().float().contiguous() for bias in spec.biases]
     pairs = zip(spec.biases, parameters, strict=True)
     held = _Held([_bias(bias, parameter) for bias, parameter in pairs], parameters)
+    (batch, heads, num_queries, dim), (num_keys, value_dim) = q.shape, v.shape[2:]
     arguments = c.AttendArgument(
-        c.tensor(q),
-        c.tensor(k),
-        c.tensor(v),
-        c.tensor(out),
-        c.pointer(lse),
+        c.tensor(q, q.dtype, batch, heads, num_queries, dim),
+        c.tensor(k, q.dtype, batch, k.shape[1], num_keys, dim),
+        c.tensor(v, q.dtype, batch, v.shape[1], num_keys, value_dim),
+        c.tensor(out, q.dtype, batch, heads, num_queries, value_dim),
+        c.pointer(lse, torch.float32, batch, heads, num_queries),
         c.DTYPES[q.dtype],
         c.KINDS[spec.kind],
         num_threads(),
-        q.shape[0],
-        q.shape[2],
-        k.shape[2],
-        q.shape[3],
-        v.shape[3],
+        batch,
+        num_queries,
+        num_keys,
+        dim,
+        value_dim,
         spec.scale,
         spec.softcap or 0.0,
-        _seen(spec.seen),
+        _seen(spec.seen, batch, heads, num_queries, num_keys),
         len(parameters),
         held.biases,
     )
     return arguments, held
 
 
-def _seen(seen: shared.Seen) -> c.SelectionArgument:
+def _seen(seen: shared.Seen, batch: int, heads: int, num_queries: int, num_keys: int) -> c.SelectionArgument:
     if isinstance(seen, Band):
         return c.SelectionArgument(seen.low, seen.high)
-    assert isinstance(seen, Selection) and seen.tile == TILE
-    lists = (seen.tile_starts, seen.tile_ids, seen.mask_ids, seen.masks)
-    columns = (seen.column_starts, seen.column_ids, seen.column_masks, seen.q_slots, seen.k_slots)
-    pointers = (c.pointer(x) for x in (*lists, *columns))
-    num_slots = seen.num_k_tiles * seen.tile
-    return c.SelectionArgument(0, 0, seen.batches, seen.heads, seen.num_q_tiles, *pointers, num_slots)
+    if not isinstance(seen, Selection) or (seen.tile, seen.num_queries, seen.num_keys) != (TILE, num_queries, num_keys):
+        raise TypeError(f"a native kernel was to run tiles of {num_queries} x {num_keys} pairs, but was given {seen}")
+    if seen.batches not in (1, batch) or heads % seen.heads:
+        raise TypeError(f"a selection for {seen.batches} entries and {seen.heads} heads, but q has {batch} and {heads}")
+    q_tiles, k_tiles = _tiles(seen.q_slots, num_queries), _tiles(seen.k_slots, num_keys)
+    rows, tiles, columns = seen.batches * seen.heads * q_tiles, seen.num_tiles, seen.num_columns
+    pointers = (
+        c.pointer(seen.tile_starts, torch.int64, rows + 1),
+        c.pointer(seen.tile_ids, torch.int32, tiles),
+        c.pointer(seen.mask_ids, torch.int32, tiles),
+        c.pointer(seen.masks, torch.uint8, seen.masks.shape[0], TILE, TILE // 8),
+        c.pointer(seen.column_starts, torch.int64, rows + 1),
+        c.pointer(seen.column_ids, torch.int32, columns),
+        c.pointer(seen.column_masks, torch.uint8, columns, TILE // 8),
+        c.pointer(seen.q_slots, torch.int64, q_tiles * TILE),
+        c.pointer(seen.k_slots, torch.int64, k_tiles * TILE),
+    )
+    return c.SelectionArgument(0, 0, seen.batches, seen.heads, q_tiles, *pointers, k_tiles * TILE)
+
+
+def _tiles(slots: Tensor | None, length: int) -> int:
+    return -(-length // TILE) if slots is None else slots.numel() // TILE
 
 
 def _bias(bias: Bias, parameter: Tensor) -> c.BiasArgument:
-    argument = c.BiasArgument(data=parameter.data_ptr(), size=parameter.numel())
+    address = c.pointer(parameter, torch.float32, *parameter.shape)
+    argument = c.BiasArgument(data=address, size=parameter.numel())
     if isinstance(bias, Dense):
         sides = zip(parameter.shape, parameter.stride(), strict=True)
         argument.stride = c.Four(*(stride if size > 1 else 0 for size, stride in sides))

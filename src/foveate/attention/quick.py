@@ -20,6 +20,7 @@ from foveate.native.loader import library, num_threads
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band, band_of
 from foveate.patterns.layouts import Sequence
+from foveate.plain import is_plain
 
 TENSORS = "q" * 6 * 4  # q, k, v, out: address, heads, strides
 HEAD = struct.Struct(f"{TENSORS}q{'q' * 8}dd{'q' * 2}")
@@ -31,7 +32,7 @@ Kernel = Callable[[bytes], int]
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor | None:
     """Heads out (B, H, N, Dv) of a plain call; None if it is none."""
     kernel, band = _kernel(), _band(pattern)
-    if kernel is None or band is None or not _is_plain(q, k, v):
+    if kernel is None or band is None or not _is_served(q, k, v):
         return None
     batch, heads, num_queries, dim = q.shape
     k_batch, k_heads, num_keys, k_dim = k.shape
@@ -39,11 +40,14 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float
     fits = batch == k_batch == v_batch and dim == k_dim and num_keys == v_keys and 0 < dim <= WIDEST
     if not (fits and k_heads and v_heads and value_dim <= WIDEST) or heads % k_heads or heads % v_heads:
         return None
-    out = torch.empty((batch, heads, num_queries, value_dim), dtype=q.dtype)
+    out = torch.empty((batch, heads, num_queries, value_dim), dtype=q.dtype, device="cpu")
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if not all(addresses) or (addresses[0] | addresses[1] | addresses[2]) % q.element_size():
+        return None
     head = HEAD.pack(
-        q.data_ptr(), heads, *q.stride(),
-        k.data_ptr(), k_heads, *k.stride(),
-        v.data_ptr(), v_heads, *v.stride(),
+        addresses[0], heads, *q.stride(),
+        addresses[1], k_heads, *k.stride(),
+        addresses[2], v_heads, *v.stride(),
         out.data_ptr(), heads, *out.stride(),
         0, c.DTYPES[q.dtype], 0, num_threads(), batch, num_queries, num_keys, dim, value_dim,
         dim**-0.5 if scale is None else scale, 0.0,
@@ -53,8 +57,8 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float
     return out
 
 
-def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu):
+def _is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if not is_plain(q, k, v):
         return False
     if q.dtype not in c.DTYPES or not q.dtype is k.dtype is v.dtype or not q.dim() == k.dim() == v.dim() == 4:
         return False

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from foveate.patterns import Grid, Layout
+from foveate.plain import remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ def edges_of(layout: Layout | None, device: torch.device) -> Tensor:
     return layout.edges.to(device)
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def neighbours(dims: tuple[int, ...]) -> Tensor:
     nodes = torch.arange(Grid(*dims).length).view(dims)
     pairs = [

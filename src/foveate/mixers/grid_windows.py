@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from foveate.mixers.grid import GridMixer, Size, sides_of
 from foveate.mixers.registry import Paper, register
 from foveate.patterns import Grid, Layout, Pattern, window_partition
 from foveate.patterns.algebra import Index
+from foveate.plain import remembered
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,13 +94,13 @@ class Windows(NamedTuple):
     def join(self, x: Tensor, num_tokens: int) -> Tensor:
         """(B * W, H, L, D) to (B, H, N, D)."""
         by_slot = x.unflatten(0, (-1, self.tokens.shape[0])).transpose(1, 2).flatten(2, 3)
-        slot = torch.empty(num_tokens, dtype=torch.long)
+        slot = torch.empty(num_tokens, dtype=torch.long, device=self.tokens.device)
         inside = self.tokens.flatten() >= 0
         slot[self.tokens.flatten()[inside]] = torch.nonzero(inside).squeeze(1)
         return by_slot[:, :, slot.to(x.device)]
 
 
-@lru_cache(maxsize=32)
+@remembered(32)
 def windows_of(dims: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]) -> Windows:
     """Swin's windows of a grid that is padded to whole windows and then rolled back by ``shift``."""
     grid = torch.arange(math.prod(dims)).view(dims)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +12,12 @@ from foveate.mixers.base import Mixer
 from foveate.mixers.mamba import Branch
 from foveate.mixers.registry import Paper, register
 from foveate.patterns import Grid, Layout, Points
+from foveate.plain import remembered
 
 CHUNK = 4096  # points whose distances to all others are computed at once
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def nearest(layout: Points | Grid, count: int) -> Tensor:
     """The ``count`` points nearest to each, itself among them: (N, count), nearest first.
 

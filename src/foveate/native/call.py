@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection, Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from foveate.plain import is_plain
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"softmax": 0, "sigmoid": 1, "relu": 2}
@@ -91,15 +94,47 @@ class AttendArgument(Structure):
     )
 
 
-def tensor(x: Tensor) -> TensorArgument:
-    """Describe a tensor (batch, heads, tokens, channels); the caller keeps it alive."""
-    return TensorArgument(x.data_ptr(), x.shape[1], Four(*x.stride()))
+def tensor(x: Tensor, dtype: torch.dtype, *shape: int) -> TensorArgument:
+    """Describe a tensor (batch, heads, tokens, channels) of any strides; the caller keeps it alive."""
+    return TensorArgument(strided(x, (dtype,), shape), x.shape[1], Four(*x.stride()))
 
 
-def pointer(x: Tensor | None) -> int | None:
-    """The address of a contiguous tensor's first entry."""
-    assert x is None or x.is_contiguous()
-    return None if x is None else x.data_ptr()
+def pointer(x: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
+    """The address of a contiguous tensor's first entry; the caller keeps it alive."""
+    if x is None:
+        return None
+    if not x.is_contiguous():
+        raise TypeError(f"a native kernel reads this buffer in order, but its strides are {x.stride()}")
+    return strided(x, (dtype,), shape)
+
+
+def strided(x: Tensor, dtypes: Collection[torch.dtype], shape: Sequence[int]) -> int:
+    """The address of a tensor's first entry, once it is known to be memory of these numbers in this shape.
+
+    No address reaches a native kernel but through here (and the short ways of decoding steps, which look for
+    themselves): a kernel reads what it is told without a question. Not an assertion, which ``python -O`` leaves out.
+    """
+    if x.device.type != "cpu" or x.layout is not torch.strided or x.is_neg():
+        raise TypeError(f"a native kernel reads plain memory on a CPU, not a {x.layout} tensor on {x.device}")
+    if x.dtype not in dtypes or x.shape != tuple(shape):
+        wanted = f"{' or '.join(map(str, dtypes))} {tuple(shape)}"
+        raise TypeError(f"a native kernel was to read {wanted}, but was given {x.dtype} {tuple(x.shape)}")
+    address = x.data_ptr()
+    if x.numel() and (not address or x.untyped_storage().nbytes() < _last_byte(x)):
+        raise ValueError(f"a tensor {tuple(x.shape)} has lost its memory: its storage was freed or made smaller")
+    if address % x.element_size():
+        raise ValueError(f"a tensor is not aligned in memory to its numbers of {x.element_size()} bytes")
+    return address
+
+
+def misaligned(x: Tensor) -> bool:
+    """Whether a tensor's memory begins between its numbers, which kernels cannot read; of plain ones only."""
+    return not torch.compiler.is_compiling() and is_plain(x) and x.data_ptr() % x.element_size() != 0
+
+
+def _last_byte(x: Tensor) -> int:
+    entries = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return int((x.storage_offset() + entries) * x.element_size())
 
 
 def check(status: int) -> None:

@@ -80,7 +80,7 @@ def _pairs_saved(windows: Windows) -> float:
 
 def forward(windows: Windows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Heads out (B, H, N, Dv) and log row sums (B, H, N) in float32."""
-    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), torch.empty(q.shape[:3])
+    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
     call = _argument(windows, q, k, v, out, lse, scale)
     c.check(_library().foveate_neighborhood_forward(byref(call), byref(_windows(windows))))
     return out, lse
@@ -101,8 +101,9 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
     call = _argument(windows, q, k, v, out, lse, scale)
-    call.grad_out, call.grad_lse = c.tensor(grad_out), c.pointer(grad_lse)
-    call.dq, call.dk, call.dv = c.tensor(dq), c.tensor(dk), c.tensor(dv)
+    call.grad_out = c.tensor(grad_out, q.dtype, *out.shape)
+    call.grad_lse = c.pointer(grad_lse, torch.float32, *q.shape[:3])
+    call.dq, call.dk, call.dv = (c.tensor(x, q.dtype, *x.shape) for x in (dq, dk, dv))
     c.check(_library().foveate_neighborhood_backward(byref(call), byref(_windows(windows))))
     return dq, dk, dv
 
@@ -129,21 +130,20 @@ def _windows(windows: Windows) -> WindowsArgument:
 def _argument(
     windows: Windows, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> c.AttendArgument:
-    tokens = math.prod(windows.dims)
-    assert q.shape[2] == k.shape[2] == v.shape[2] == tokens
+    tokens, (batch, heads, _, dim), value_dim = math.prod(windows.dims), q.shape, v.shape[3]
     return c.AttendArgument(
-        q=c.tensor(q),
-        k=c.tensor(k),
-        v=c.tensor(v),
-        out=c.tensor(out),
-        lse=c.pointer(lse),
+        q=c.tensor(q, q.dtype, batch, heads, tokens, dim),
+        k=c.tensor(k, q.dtype, batch, k.shape[1], tokens, dim),
+        v=c.tensor(v, q.dtype, batch, v.shape[1], tokens, value_dim),
+        out=c.tensor(out, q.dtype, batch, heads, tokens, value_dim),
+        lse=c.pointer(lse, torch.float32, batch, heads, tokens),
         dtype=c.DTYPES[q.dtype],
         kind=c.KINDS["softmax"],
         threads=num_threads(),
-        batch=q.shape[0],
+        batch=batch,
         num_queries=tokens,
         num_keys=tokens,
-        dim=q.shape[3],
-        value_dim=v.shape[3],
+        dim=dim,
+        value_dim=value_dim,
         scale=scale,
     )

@@ -229,7 +229,7 @@ class _Masks:
         signature = settled_signature(pattern, _boxes(pairs, q_level, k_level))
         holes = _holes(self.q_slots)[pairs.q], _holes(self.k_slots)[pairs.k]
         _, number = torch.unique(mix_hash(signature, *holes), return_inverse=True)
-        first = torch.full((int(number.max()) + 1,), pairs.q.numel(), device=number.device)
+        first = torch.full((int(number.max()) + 1,), pairs.q.numel(), dtype=torch.long, device=number.device)
         order = torch.arange(number.numel(), device=number.device)
         return first.scatter_reduce(0, number, order, "amin"), number
 
@@ -293,7 +293,7 @@ class _Masks:
     def _compact(self, masks: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """The kept masks without repeats, and each mask's number among them."""
         table, inverse = _unique_rows(masks[keep].flatten(1))
-        renumber = torch.full((keep.numel(),), FULL, device=keep.device)
+        renumber = torch.full((keep.numel(),), FULL, dtype=torch.long, device=keep.device)
         renumber[keep] = inverse
         return table.view(-1, self.tile, self.tile // 8), renumber
 
@@ -304,7 +304,7 @@ def _unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows, torch.empty(0, dtype=torch.long, device=rows.device)
     words = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).contiguous().view(torch.int64)
     _, number = torch.unique(mix_hash(*words.unbind(1)), return_inverse=True)
-    first = torch.full((int(number.max()) + 1,), rows.shape[0], device=rows.device)
+    first = torch.full((int(number.max()) + 1,), rows.shape[0], dtype=torch.long, device=rows.device)
     first = first.scatter_reduce(0, number, torch.arange(rows.shape[0], device=rows.device), "amin")
     table = rows[first]
     if not torch.equal(table[number], rows):  # a hash collision: sort whole rows instead

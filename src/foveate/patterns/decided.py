@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ class BlockTable(Decided):
             return super().signature(boxes)
         into_word = (boxes.position.q_lo - self.q_start) % (self.rows_per_word * self.q_block)
         signature = mix_hash(into_word, boxes.position.k_lo % self.k_block)
-        for down, right in torch.cartesian_prod(torch.arange(high), torch.arange(wide)).tolist():
+        for down, right in product(range(high), range(wide)):
             place = torch.minimum(at.q_lo + down, at.q_hi), torch.minimum(at.k_lo + right, at.k_hi)
             signature = mix_hash(signature, self.read(boxes.batch, boxes.head, *place))
         return signature

@@ -97,9 +97,9 @@ def _scene(num_queries: int | None, num_keys: int | None, layout: Layout) -> Sce
 
 def _planes(mask: Tensor, grid: Grid, offset: int) -> list[Panel]:
     """What the query in the middle of the grid sees, or the first one after it; a panel for each plane."""
-    middle = int(grid.positions([torch.tensor(size // 2) for size in grid.dims]))
+    middle = int(grid.positions([torch.tensor(size // 2, dtype=torch.long, device="cpu") for size in grid.dims]))
     position = max(middle, offset)
-    at = [int(coordinate) for coordinate in grid.coordinates(torch.tensor(position))]
+    at = [int(coordinate) for coordinate in grid.coordinates(torch.tensor(position, dtype=torch.long, device="cpu"))]
     dims, (plane_of_query, row, column) = (1, 1, *grid.dims)[-3:], [0, 0, *at][-3:]
     where = f"what ({', '.join(map(str, at))}) sees"
     return [

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from foveate.plain import remembered
 
 
 @dataclass(frozen=True, eq=False)  # or layouts that hold tensors would all be equal: they have no fields of this class
@@ -180,11 +181,11 @@ def patch_shape(tile: int, num_axes: int) -> tuple[int, ...]:
     return tuple(sides)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _patch_slots(dims: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
     """Tokens patch by patch; patches that hang over the border keep empty slots to stay aligned."""
     counts = [-(-size // side) for size, side in zip(dims, patch, strict=True)]
-    padded = torch.arange(math.prod(dims)).view(dims)
+    padded = torch.arange(math.prod(dims), device="cpu").view(dims)
     for axis, (size, side, count) in enumerate(zip(dims, patch, counts, strict=True)):
         filler = list(padded.shape)
         filler[axis] = count * side - size
@@ -200,7 +201,7 @@ def morton_order(coords: Tensor, bits: int = 16) -> Tensor:
     low, high = coords.amin(0), coords.amax(0)
     cells = ((coords - low) / (high - low).clamp_min(1e-12) * (2**bits - 1)).long()
     num_axes = coords.shape[1]
-    code = torch.zeros(coords.shape[0], dtype=torch.long)
+    code = torch.zeros(coords.shape[0], dtype=torch.long, device="cpu")
     for bit in range(bits):
         for axis in range(num_axes):
             code |= (cells[:, axis] >> bit & 1) << (bit * num_axes + axis)

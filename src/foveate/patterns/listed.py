@@ -23,7 +23,7 @@ class Documents(Pattern):
 
     def number(self, position: Tensor) -> Tensor:
         """Document of each position; positions past the end belong to one more document."""
-        ends = torch.tensor(self.lengths, device=position.device).cumsum(0)
+        ends = torch.tensor(self.lengths, dtype=torch.long, device=position.device).cumsum(0)
         return torch.bucketize(position.contiguous(), ends, right=True)
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class GlobalTokens(Pattern):
 
     def rank(self, position: Tensor, right: bool = False) -> Tensor:
         """How many global positions lie before (right: at or before) each position."""
-        table = torch.tensor(self.positions, device=position.device)
+        table = torch.tensor(self.positions, dtype=torch.long, device=position.device)
         return torch.bucketize(position.contiguous(), table, right=right)
 
     def holds(self, position: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from foveate.native import loader
-from foveate.native.call import DTYPES, TensorArgument, tensor
+from foveate.native.call import DTYPES, TensorArgument, misaligned, pointer, strided, tensor
 from foveate.patterns.algebra import Pattern, Scene
 from foveate.patterns.program import Program
 from foveate.patterns.selection import Selection
+from foveate.plain import is_plain
 
 TILE = 64
 ALONE = 2**17  # pairs of tiles that one thread is quicker with than several
@@ -29,7 +30,7 @@ def select(pattern: Pattern, scene: Scene, device: torch.device | str) -> Select
     >>> selection is None or selection.num_tiles == 55
     True
     """
-    library = _library() if torch.device(device).type == "cpu" else None
+    library = _library() if torch.device(device).type == "cpu" and is_plain() else None
     program = None if library is None else Program.of(pattern)
     if library is None or program is None:
         return None
@@ -49,14 +50,15 @@ def select(pattern: Pattern, scene: Scene, device: torch.device | str) -> Select
 def pool(x: Tensor, block: int, lead: int) -> Tensor | None:
     """See :func:`foveate.patterns.choose.pool`; None where the kernels cannot do it, or there is nothing to do."""
     library = _library()
-    if library is None or x.device.type != "cpu" or x.dtype not in DTYPES or x.shape[2] == 0:
+    if library is None or not is_plain(x) or x.dtype not in DTYPES or misaligned(x) or x.numel() == 0:
         return None
     batch, heads, tokens, dim = x.shape
     blocks = -(-(lead + tokens) // block)
-    out = torch.empty(batch, heads, blocks, dim)
+    out = torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device="cpu")
     numbers = (DTYPES[x.dtype], batch, tokens, dim, block, lead, blocks)
     threads = 1 if x.numel() < FEW_WEIGHTS else loader.num_threads()
-    if library.foveate_pool(byref(tensor(x)), (c_int64 * 7)(*numbers), out.data_ptr(), threads):
+    described, address = tensor(x, x.dtype, *x.shape), pointer(out, torch.float32, *out.shape)
+    if library.foveate_pool(byref(described), (c_int64 * 7)(*numbers), address, threads):
         raise MemoryError("no memory to pool tokens in")
     return out
 
@@ -66,33 +68,39 @@ def choose_rows(
 ) -> bool:
     """See :func:`foveate.patterns.choose.choose_rows`; False where the kernels cannot do it."""
     library = _library()
-    if library is None or weights.device.type != "cpu" or weights.dtype != torch.float32:
+    if library is None or not is_plain(weights, out, own) or weights.dtype != torch.float32:
         return False
     weights = weights.contiguous()
     batches, heads, num_rows, num_columns = weights.shape
-    assert out.numel() == 0 or out.stride() == (heads * out.stride(1), out.stride(1), out.shape[3], 1)
+    if out.numel() == 0:
+        return True
+    assert out.stride() == (heads * out.stride(1), out.stride(1), out.shape[3], 1)
     sizes = (batches * heads, num_rows, num_columns, rows_per_word, out.shape[3], out.stride(1), budget, by_share)
     threads = 1 if weights.numel() < FEW_WEIGHTS else loader.num_threads()
-    own_address = None if own is None else own.data_ptr()
-    if library.foveate_choose(weights.data_ptr(), own_address, out.data_ptr(), (c_int64 * 8)(*sizes), threads):
+    addresses = (
+        pointer(weights, torch.float32, *weights.shape),
+        pointer(own, torch.int64, num_rows),
+        strided(out, (torch.int64,), (batches, heads, *out.shape[2:])),
+    )
+    if library.foveate_choose(*addresses, (c_int64 * 8)(*sizes), threads):
         raise MemoryError("no memory to choose blocks in")
     return True
 
 
 def _written(library: ctypes.CDLL, handle: int, sizes: tuple[int, int, int, int], undecided: int) -> Selection:
-    masks = torch.empty(undecided, TILE, TILE // 8, dtype=torch.uint8)
+    masks = torch.empty(undecided, TILE, TILE // 8, dtype=torch.uint8, device="cpu")
     totals = (c_int64 * 3)()
-    if library.foveate_select_evaluate(handle, masks.data_ptr(), totals):
+    if library.foveate_select_evaluate(handle, pointer(masks, torch.uint8, *masks.shape), totals):
         raise MemoryError("no memory for the masks of a selection")
     num_masks, num_tiles, num_columns = totals
     batches, heads, num_queries, num_keys = sizes
     rows = batches * heads * -(-num_queries // TILE)
-    starts = torch.empty(2, rows + 1, dtype=torch.long)
-    tiles = torch.empty(2, num_tiles, dtype=torch.int32)
-    columns = torch.empty(num_columns, dtype=torch.int32)
-    column_masks = torch.empty(num_columns, TILE // 8, dtype=torch.uint8)
+    starts = torch.empty(2, rows + 1, dtype=torch.int64, device="cpu")
+    tiles = torch.empty(2, num_tiles, dtype=torch.int32, device="cpu")
+    columns = torch.empty(num_columns, dtype=torch.int32, device="cpu")
+    column_masks = torch.empty(num_columns, TILE // 8, dtype=torch.uint8, device="cpu")
     lists = (starts[0], tiles[0], tiles[1], starts[1], columns, column_masks)
-    library.foveate_select_write(handle, *(each.data_ptr() for each in lists))
+    library.foveate_select_write(handle, *(pointer(each, each.dtype, *each.shape) for each in lists))
     masks = masks[:num_masks] if 8 * num_masks > undecided else masks[:num_masks].clone()
     return Selection(num_queries, num_keys, TILE, batches, heads, *lists[:3], masks, *lists[3:])
 

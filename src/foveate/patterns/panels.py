@@ -12,7 +12,7 @@ from torch.nn.functional import max_pool2d, pad
 
 COLUMNS = 64  # of a terminal
 HALF_BLOCKS = " ▄▀█"  # bit 0: lower cell, bit 1: upper cell
-BRAILLE_BITS = torch.tensor([[1, 8], [2, 16], [4, 32], [64, 128]])
+BRAILLE_BITS = torch.tensor([[1, 8], [2, 16], [4, 32], [64, 128]], dtype=torch.long, device="cpu")
 SIDE, GAP, LINE_HEIGHT, CHARACTER, WIDEST = 320, 24, 20, 7, 1100  # of an SVG, in pixels
 MARK = "#e8590c"  # orange is seen on light and dark
 

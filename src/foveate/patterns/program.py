@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foveate.native.call import pointer
 from foveate.patterns import compound, decided, listed, sequence
 from foveate.patterns.algebra import Pattern
 
@@ -69,16 +70,19 @@ class Program:
         self.code += leaf(self, pattern)
         return True
 
-    def address(self, tensor: Tensor) -> int:
+    def address(self, tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:
         """Where a tensor's entries lie, in order; it lives as long as the program."""
         self.tensors.append(tensor.contiguous())
-        return self.tensors[-1].data_ptr()
+        return pointer(self.tensors[-1], dtype, *shape) or 0
 
     def positions(self, values: tuple[int, ...]) -> list[int]:
-        return [self.address(torch.tensor(values)), len(values)]
+        listed = torch.tensor(values, dtype=torch.int64, device="cpu")
+        return [self.address(listed, torch.int64, len(values)), len(values)]
 
     def line(self, marks: Tensor, before: Tensor) -> list[int]:
-        return [self.address(marks), self.address(before), *marks.shape]
+        *sizes, length = marks.shape
+        ends = self.address(before, torch.int64, *sizes, length + 1)
+        return [self.address(marks, torch.bool, *marks.shape), ends, *marks.shape]
 
 
 def near(distance: int) -> int:
@@ -87,8 +91,8 @@ def near(distance: int) -> int:
 
 
 def _documents(program: Program, pattern: listed.Documents) -> list[int]:
-    ends = torch.tensor(pattern.lengths).cumsum(0)
-    return [Operation.DOCUMENTS, program.address(ends), ends.numel()]
+    ends = torch.tensor(pattern.lengths, dtype=torch.int64, device="cpu").cumsum(0)
+    return [Operation.DOCUMENTS, program.address(ends, torch.int64, len(pattern.lengths)), len(pattern.lengths)]
 
 
 def _random_blocks(program: Program, pattern: listed.RandomBlocks) -> list[int]:
@@ -102,7 +106,8 @@ def _key_padding(program: Program, pattern: listed.KeyPadding) -> list[int]:
 
 def _block_table(program: Program, pattern: decided.BlockTable) -> list[int]:
     places = (near(pattern.q_block), near(pattern.k_block), pattern.q_start, pattern.rows_per_word)
-    return [Operation.BLOCK_TABLE, program.address(pattern.table), *pattern.table.shape, *places]
+    table = program.address(pattern.table, torch.int64, *pattern.table.shape)
+    return [Operation.BLOCK_TABLE, table, *pattern.table.shape, *places]
 
 
 COMPOUNDS = {

@@ -24,8 +24,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Out and the last tail, both in x's dtype."""
     argument, held = _argument(x, weight, bias, tail, silu, lengths)
-    out, last = x.new_empty(x.shape), torch.empty(tail.shape)
-    argument.out, argument.last = c.stream(out), last.data_ptr()
+    out, last = x.new_empty(x.shape), c.buffer(x, *tail.shape)
+    argument.out, argument.last = c.stream(out, *x.shape), pointer(last, torch.float32, *tail.shape)
     check(c.kernels().foveate_conv_forward(ctypes.byref(argument)))
     del held
     return out, last.to(x.dtype)
@@ -44,10 +44,12 @@ def backward(
     """Gradients of x, weight, bias and tail."""
     argument, held = _argument(x, weight, bias, tail, silu, lengths)
     last, dx = c.plain(grad_last), x.new_empty(x.shape)
-    d_weight, d_tail = torch.empty(weight.shape), torch.empty(tail.shape)
-    d_bias = None if bias is None else torch.empty(bias.shape)
-    argument.grad_out, argument.grad_last, argument.dx = c.stream(grad_out), pointer(last), c.stream(dx)
-    argument.d_weight, argument.d_bias, argument.d_first = map(pointer, (d_weight, d_bias, d_tail))
+    d_weight, d_tail = c.buffer(x, *weight.shape), c.buffer(x, *tail.shape)
+    d_bias = None if bias is None else c.buffer(x, *bias.shape)
+    argument.grad_out, argument.dx = c.stream(grad_out, *x.shape), c.stream(dx, *x.shape)
+    argument.grad_last = pointer(last, torch.float32, *tail.shape)
+    addresses = (None if t is None else pointer(t, torch.float32, *t.shape) for t in (d_weight, d_bias, d_tail))
+    argument.d_weight, argument.d_bias, argument.d_first = addresses
     check(c.kernels().foveate_conv_backward(ctypes.byref(argument)))
     del held
     return dx, d_weight.to(weight.dtype), c.like(d_bias, bias), d_tail.to(tail.dtype)
@@ -56,10 +58,14 @@ def backward(
 def _argument(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, silu: bool, lengths: Lengths
 ) -> tuple[c.ConvArgument, list[Tensor | None]]:
+    (batch, length, channels), width = x.shape, weight.shape[1]
+    sequences = batch if lengths is None else len(lengths)
     held = [*map(c.plain, (weight, bias, tail)), c.starts_of(lengths)]
-    taps, added, first, starts = map(pointer, held)
-    sizes = (tail.shape[0], x.shape[1], x.shape[2], weight.shape[1], silu, num_threads())
-    return c.ConvArgument(c.stream(x), c.Stream(), taps, added, first, None, starts, *sizes), held
+    shapes = (channels, width), (channels,), (sequences, channels, width - 1)
+    taps, added, first = (pointer(t, torch.float32, *wanted) for t, wanted in zip(held, shapes, strict=False))
+    starts = pointer(held[-1], torch.int64, sequences + 1)
+    sizes = (sequences, length, channels, width, silu, num_threads())
+    return c.ConvArgument(c.stream(x, *x.shape), c.Stream(), taps, added, first, None, starts, *sizes), held
 
 
 class Conv(torch.autograd.Function):

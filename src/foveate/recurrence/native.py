@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.native.call import DTYPES
+from foveate.native.call import DTYPES, misaligned
 from foveate.native.loader import library, status
 from foveate.recurrence import native_call
 from foveate.recurrence.layout import Tokens
@@ -26,7 +26,7 @@ def refuse(tokens: Tokens, *, causal: bool) -> str | None:
     for name, x in (("q", tokens.q), ("k", tokens.k), ("v", tokens.v)):
         if x.dtype not in DTYPES:
             return f"it has float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
-        if not torch.compiler.is_compiling() and x.data_ptr() % x.element_size():
+        if misaligned(x):
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
     if tokens.q.size(3) > WIDEST:
         return f"it takes up to {WIDEST} channels a key, not {tokens.q.size(3)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from functools import lru_cache
@@ -12,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.native.call import DTYPES, OUT_OF_RANGE, Four, check, pointer
+from foveate.native.call import DTYPES, OUT_OF_RANGE, Four, check, pointer, strided
 from foveate.native.loader import library, num_threads
+from foveate.plain import remembered
 
 
 class RowsArgument(Structure):
@@ -77,8 +79,9 @@ def forward(
     checkpoints = state.new_empty(num_checkpoints(q, lengths) if keeps else 0, *state.shape[1:])
     call = _call(inputs, state, lengths, scale, reads_before)
     state = state.contiguous()
-    call.out, call.initial, call.final = rows(out), state.data_ptr(), final.data_ptr()
-    call.checkpoints = checkpoints.data_ptr() if keeps else None
+    call.out = rows(out, *q.shape[:3], v.shape[3])
+    call.initial, call.final = (pointer(x, torch.float32, *_states(inputs, lengths)) for x in (state, final))
+    call.checkpoints = pointer(checkpoints, torch.float32, *checkpoints.shape) if keeps else None
     checked(_library().foveate_recur_forward(ctypes.byref(call)))
     return out, final, checkpoints
 
@@ -96,12 +99,14 @@ def backward(
     """Gradients of q, k, v, decay, beta, a, b (empty where not given) and of the first state, in float32."""
     grads = gradients(inputs, state)
     call = _call(inputs, state, lengths, scale, reads_before)
-    call.checkpoints, call.grad_out = checkpoints.data_ptr(), rows(grad_out)
+    marked = num_checkpoints(inputs.q, lengths), *state.shape[1:]
+    call.checkpoints = pointer(checkpoints, torch.float32, *marked)
+    call.grad_out = rows(grad_out, *inputs.q.shape[:3], inputs.v.shape[3])
     for name, grad in zip(_GRADS[1:], grads[:-1], strict=True):
         if grad.dim() == 4:
-            setattr(call, name, rows(grad))
+            setattr(call, name, rows(grad, *grad.shape))
     grad_state = grad_state.contiguous()
-    call.grad_final, call.dinitial = pointer(grad_state), pointer(grads[-1])
+    call.grad_final, call.dinitial = (pointer(x, torch.float32, *state.shape) for x in (grad_state, grads[-1]))
     checked(_library().foveate_recur_backward(ctypes.byref(call)))
     return grads
 
@@ -117,32 +122,41 @@ def gradients(inputs: Inputs, state: Tensor) -> tuple[Tensor, ...]:
     return state.new_empty(inputs.q.shape), *per_state, state.new_empty(state.shape)
 
 
-def rows(x: Tensor) -> RowsArgument:
+def rows(x: Tensor, *shape: int) -> RowsArgument:
     """Describe a tensor (batch, heads, tokens, channels), sizes of 1 as spread; the caller keeps it alive."""
+    wanted = [1 if have == 1 else want for have, want in zip(x.shape, shape, strict=True)]
     stride = (step if size > 1 else 0 for size, step in zip(x.shape, x.stride(), strict=True))
-    return RowsArgument(x.data_ptr(), DTYPES[x.dtype], x.shape[1], Four(*stride))
+    return RowsArgument(strided(x, DTYPES, wanted), DTYPES[x.dtype], x.shape[1], Four(*stride))
+
+
+def _states(inputs: Inputs, lengths: Sequence[int] | None) -> tuple[int, int, int, int]:
+    """(sequences, states, D, Dv): query heads that share all their keys, values and gates share a state."""
+    heads = math.lcm(*(x.shape[1] for x in inputs[1:] if x is not None))
+    sequences = inputs.q.shape[0] if lengths is None else len(lengths)
+    return sequences, heads, inputs.q.shape[3], inputs.v.shape[3]
 
 
 def _call(
     inputs: Inputs, state: Tensor, lengths: Sequence[int] | None, scale: float, reads_before: bool
 ) -> RecurArgument:
-    q, k, v = inputs[:3]
-    call = RecurArgument(q=rows(q), k=rows(k), v=rows(v), scale=scale, reads_before=reads_before)
-    for name, gate in zip(_GATES, inputs[3:], strict=True):
-        if gate is not None:
-            setattr(call, name, rows(gate))
+    (batch, _, length, dim), value_dim = inputs.q.shape, inputs.v.shape[3]
+    call = RecurArgument(scale=scale, reads_before=reads_before)
+    widths = (dim, dim, value_dim, 1 if inputs.decay is None else inputs.decay.shape[3], 1, dim, dim)
+    for name, x, width in zip(("q", "k", "v", *_GATES), inputs, widths, strict=True):
+        if x is not None:
+            setattr(call, name, rows(x, batch, x.shape[1], length, width))
     if lengths is not None:
         call.held = _starts(tuple(lengths))
-        call.starts = call.held.data_ptr()
-    call.sequences, call.states, call.tokens = state.shape[0], state.shape[1], q.shape[2]
-    call.dim, call.value_dim, call.threads = q.shape[3], v.shape[3], num_threads()
-    call.decay_channels = 1 if inputs.decay is None else inputs.decay.shape[3]
+        call.starts = pointer(call.held, torch.int64, len(lengths) + 1)
+    call.sequences, call.states = state.shape[:2]
+    call.tokens, call.dim, call.value_dim, call.threads = length, dim, value_dim, num_threads()
+    call.decay_channels = widths[3]
     return call
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _starts(lengths: tuple[int, ...]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)])
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device="cpu")
 
 
 def num_checkpoints(q: Tensor, lengths: Sequence[int] | None) -> int:

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
 from itertools import permutations, product
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from foveate.patterns import Grid, Layout
+from foveate.plain import remembered
 
-P = ParamSpec("P")
-T = TypeVar("T")
 Run = Callable[[Tensor], Tensor]
-
-
-def remembered(make: Callable[P, T]) -> Callable[P, T]:
-    """Make each order once; a compiled graph cannot reach into a cache, and makes its own."""
-    kept = lru_cache(maxsize=256)(make)
-
-    @wraps(make)
-    def made(*args: P.args, **options: P.kwargs) -> T:
-        return make(*args, **options) if torch.compiler.is_compiling() else kept(*args, **options)  # type: ignore[arg-type]
-
-    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +83,17 @@ def scan_orders(run: Run | Sequence[Run], x: Tensor, orders: Sequence[Order]) ->
     return torch.stack(outs).sum(0) if len(outs) > 1 else outs[0]
 
 
-@remembered
+@remembered(256)
 def raster(layout: Layout) -> Order:
     """Tokens as they lie: row by row, frame by frame.
 
     >>> raster(Grid(2, 3)).index
     tensor([0, 1, 2, 3, 4, 5])
     """
-    return Order(torch.arange(length_of(layout)))
+    return Order(torch.arange(length_of(layout), device="cpu"))
 
 
-@remembered
+@remembered(256)
 def axes_order(grid: Grid, axes: tuple[int, ...]) -> Order:
     """Tokens with ``axes[0]`` changing slowest and ``axes[-1]`` fastest.
 
@@ -128,7 +114,7 @@ def column_major(grid: Grid) -> Order:
     return axes_order(grid, tuple(reversed(range(grid.num_axes))))
 
 
-@remembered
+@remembered(256)
 def reverse(order: Order) -> Order:
     """The same path walked backwards.
 
@@ -188,7 +174,7 @@ def zigzag(grid: Grid) -> tuple[Order, ...]:
     )
 
 
-@remembered
+@remembered(256)
 def serpentine(grid: Grid, axes: tuple[int, ...], corner: tuple[bool, ...]) -> Order:
     """One zigzag: ``axes`` from slowest to fastest, starting at the far end of each axis where ``corner`` is True.
 
@@ -207,7 +193,7 @@ def snake(numbers: Tensor) -> Tensor:
     return torch.cat([part.flip(0) if place % 2 else part for place, part in enumerate(slices)])
 
 
-@remembered
+@remembered(256)
 def windows(grid: Grid, sides: int | tuple[int, ...], *, by_column: bool = False) -> Order:
     """Window after window, row by row inside each (LocalMamba, arXiv 2403.09338); windows at the border are cut.
 
@@ -219,11 +205,11 @@ def windows(grid: Grid, sides: int | tuple[int, ...], *, by_column: bool = False
     sizes = sides if isinstance(sides, tuple) else (sides,) * grid.num_axes
     if len(sizes) != grid.num_axes or min(sizes) < 1:
         raise ValueError(f"windows of {grid} have {grid.num_axes} sides of at least 1; got {sides}")
-    at = grid.coordinates(torch.arange(grid.length))
+    at = grid.coordinates(torch.arange(grid.length, device="cpu"))
     turn = reversed if by_column else list
     outer = turn([axis // size for axis, size in zip(at, sizes, strict=True)])
     inner = turn([axis % size for axis, size in zip(at, sizes, strict=True)])
-    index = torch.arange(grid.length)
+    index = torch.arange(grid.length, device="cpu")
     for key in reversed([*outer, *inner]):  # stable sorts, the least significant key first
         index = index[key[index].argsort(stable=True)]
     return Order(index)
@@ -231,7 +217,7 @@ def windows(grid: Grid, sides: int | tuple[int, ...], *, by_column: bool = False
 
 def numbered(grid: Grid) -> Tensor:
     """The grid's tokens, numbered."""
-    return torch.arange(grid.length).view(grid.dims)
+    return torch.arange(grid.length, device="cpu").view(grid.dims)
 
 
 def length_of(layout: Layout) -> int:

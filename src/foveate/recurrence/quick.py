@@ -18,6 +18,7 @@ from torch import Tensor
 from foveate.native.call import DTYPES
 from foveate.native.loader import library, num_threads
 from foveate.options import FORCED
+from foveate.plain import is_plain
 from foveate.recurrence.native import WIDEST
 from foveate.recurrence.native_call import RecurArgument
 
@@ -42,7 +43,7 @@ def recur_plain(
 ) -> tuple[Tensor, Tensor] | None:
     """Out and the last state of a plain call; None if it is none."""
     kernel, gates = _kernel(), (decay, beta, *(low_rank or (None, None)))
-    if len(gates) != len(GATES) or kernel is None or FORCED.get() or not _is_plain(q, k, v, *gates, state):
+    if len(gates) != len(GATES) or kernel is None or FORCED.get() or not _is_served(q, k, v, *gates, state):
         return None
     batch, heads, length, dim = q.shape
     k_batch, k_heads, k_length, k_dim = k.shape
@@ -59,8 +60,8 @@ def recur_plain(
     if 0 in shared or heads % states or (state is not None and state.shape != (batch, states, dim, value_dim)):
         return None
     channels = dim if decay is not None and decay.dim() == 4 else 1
-    out = torch.empty((batch, heads, length, value_dim), dtype=v.dtype)
-    final = torch.empty((batch, states, dim, value_dim))
+    out = torch.empty((batch, heads, length, value_dim), dtype=v.dtype, device="cpu")
+    final = torch.empty((batch, states, dim, value_dim), dtype=torch.float32, device="cpu")
     head = HEAD.pack(
         q.data_ptr(), DTYPES[q.dtype], heads, *q.stride(),
         k.data_ptr(), DTYPES[k.dtype], k_heads, *k.stride(),
@@ -74,15 +75,18 @@ def recur_plain(
     return (out, final) if kernel(head + TAIL) == 0 else None
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all are tensors on CPU of dtypes that kernels read, and none wants a gradient; the state comes last."""
+def _is_served(*tensors: Tensor | None) -> bool:
+    """Whether all are plain tensors of dtypes that kernels read, and none wants a gradient; the state comes last."""
+    if not is_plain(*tensors):
+        return False
     wants = torch.is_grad_enabled()
     for x in tensors:
         if x is None:
             continue
-        if type(x) is not Tensor or not x.is_cpu or x.dtype not in DTYPES or (wants and x.requires_grad):
+        if x.dtype not in DTYPES or (wants and x.requires_grad):
             return False
-        if x.data_ptr() % x.element_size():
+        address = x.data_ptr()
+        if not address or address % x.element_size():
             return False
     state = tensors[-1]
     if state is not None and not (state.dtype is torch.float32 and state.is_contiguous()):

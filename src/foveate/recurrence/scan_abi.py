@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from foveate.native.call import DTYPES, Four
+from foveate.native.call import DTYPES, Four, strided
 from foveate.native.loader import library
 
 SEGMENT = 64  # tokens from one mark to the next
@@ -47,11 +47,11 @@ class ConvArgument(Structure):
     )
 
 
-def stream(x: Tensor | None) -> Stream:
+def stream(x: Tensor | None, *shape: int) -> Stream:
     """Describe a tensor; the caller keeps it alive."""
     if x is None:
         return Stream()
-    return Stream(x.data_ptr(), DTYPES[x.dtype], Four(*x.stride()))
+    return Stream(strided(x, DTYPES, shape), DTYPES[x.dtype], Four(*x.stride()))
 
 
 def plain(x: Tensor | None) -> Tensor | None:
@@ -59,9 +59,14 @@ def plain(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().float().contiguous()
 
 
+def buffer(like: Tensor, *shape: int) -> Tensor:
+    """Room for numbers that a kernel writes: float32, wherever default dtypes and devices stand."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
 def starts_of(lengths: Sequence[int] | None) -> Tensor | None:
     """Where packed sequences start, and the last ends."""
-    return None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    return None if lengths is None else torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
 
 
 def num_marks(x: Tensor, state: Tensor) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.native.call import DTYPES
+from foveate.native.call import DTYPES, misaligned
 from foveate.native.loader import library, status
 from foveate.recurrence import conv_native, scan_native, scan_ops
 from foveate.recurrence.scan_inputs import ConvInputs, Inputs, LinearInputs, ScanInputs
@@ -20,7 +20,7 @@ def refuse(inputs: Inputs) -> str | None:
     for name, x in inputs.tensors().items():
         if x.dtype not in DTYPES:
             return f"it has float32, bfloat16 and float16, not {name}'s {str(x.dtype).removeprefix('torch.')}"
-        if not torch.compiler.is_compiling() and x.data_ptr() % x.element_size():
+        if misaligned(x):
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
     if isinstance(inputs, ConvInputs) and inputs.weight.shape[1] > conv_native.WIDEST:
         return f"it takes up to {conv_native.WIDEST} taps, not {inputs.weight.shape[1]}"

@@ -47,13 +47,14 @@ def call_of(inputs: ScanInputs | LinearInputs, state: Tensor, lengths: Sequence[
 
 def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Out, the last state, and marks for the backward pass (none unless ``keep``)."""
-    out, last = call.x.new_empty(call.x.shape), call.state.new_empty(call.state.shape)
-    marks = torch.zeros(call.marks_shape(keep))  # packed sequences leave some places unused
+    out, last = call.x.new_empty(call.x.shape), c.buffer(call.x, *call.state.shape)
+    marks = c.buffer(call.x, *call.marks_shape(keep)).zero_()  # packed sequences leave some places unused
     argument, held = _argument(call)
-    argument.out, argument.last, argument.marks = c.stream(out), last.data_ptr(), marks.data_ptr() if keep else None
+    argument.out, argument.last = c.stream(out, *call.x.shape), pointer(last, torch.float32, *last.shape)
+    argument.marks = pointer(marks, torch.float32, *marks.shape) if keep else None
     check(c.kernels().foveate_scan_forward(ctypes.byref(argument)))
     del held
-    return out, last, marks
+    return out, last.to(call.state.dtype), marks
 
 
 def backward(call: Call, marks: Tensor, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,32 +62,41 @@ def backward(call: Call, marks: Tensor, grad_out: Tensor, grad_last: Tensor) -> 
     if not marks.numel():
         marks = forward(call, keep=True)[2]
     argument, held = _argument(call)
-    dx, ddt, dB, dC, dz = (
-        None if t is None else t.new_empty(t.shape) for t in (call.x, call.dt, call.B, call.C, call.z)
-    )
+    streams = call.x, call.dt, call.z, call.B, call.C
+    grads = [None if t is None else t.new_empty(t.shape) for t in streams]
     parameters = call.A, call.D, call.dt_bias
-    sums = [None if t is None else torch.empty(t.shape) for t in parameters]
-    d_state, grad_last = torch.empty(call.state.shape), grad_last.contiguous()
-    argument.marks, argument.grad_out, argument.grad_last = marks.data_ptr(), c.stream(grad_out), grad_last.data_ptr()
-    argument.dx, argument.ddt, argument.dz = c.stream(dx), c.stream(ddt), c.stream(dz)
-    argument.db, argument.dc = c.stream(dB), c.stream(dC)
-    argument.d_rates, argument.d_skip, argument.d_bias = map(pointer, sums)
-    argument.d_first = d_state.data_ptr()
+    sums = [None if t is None else c.buffer(call.x, *t.shape) for t in parameters]
+    d_state, grad_last = c.buffer(call.x, *call.state.shape), grad_last.contiguous()
+    argument.marks = pointer(marks, torch.float32, *call.marks_shape(True))
+    argument.grad_out = c.stream(grad_out, *call.x.shape)
+    described = [c.Stream() if t is None else c.stream(t, *t.shape) for t in grads]
+    argument.dx, argument.ddt, argument.dz, argument.db, argument.dc = described
+    addresses = (None if t is None else pointer(t, torch.float32, *t.shape) for t in (*sums, d_state))
+    argument.d_rates, argument.d_skip, argument.d_bias, argument.d_first = addresses
+    argument.grad_last = pointer(grad_last, torch.float32, *call.state.shape)
     check(c.kernels().foveate_scan_backward(ctypes.byref(argument)))
     del held
-    dA, dD, d_bias = map(c.like, sums, parameters)
+    (dx, ddt, dz, dB, dC), (dA, dD, d_bias) = grads, map(c.like, sums, parameters)
     return dx, ddt, dA, dB, dC, dD, dz, d_bias, d_state
 
 
 def _argument(call: Call) -> tuple[c.ScanArgument, list[Tensor | None]]:
-    channels = call.x.shape[2]
-    A = torch.ones(channels, 1) if call.A is None else call.A
-    held = [*map(c.plain, (A, call.D, call.dt_bias, call.state)), c.starts_of(call.lengths)]
-    rates, skip, bias, first, starts = map(pointer, held)
-    streams = (c.stream(t) for t in (call.x, call.dt, call.z, call.B, call.C, None))
-    groups = (1 if t is None else t.shape[2] for t in (call.B, call.C))
-    sizes = (call.state.shape[0], call.x.shape[1], channels, A.shape[1], *groups, call.softplus, num_threads())
-    return c.ScanArgument(*streams, rates, skip, bias, first, None, None, starts, *sizes), held
+    batch, length, channels = shape = call.x.shape
+    A = call.x.new_ones(channels, 1) if call.A is None else call.A
+    sequences, states = batch if call.lengths is None else len(call.lengths), A.shape[1]
+    parameters = [*map(c.plain, (A, call.D, call.dt_bias, call.state)), c.starts_of(call.lengths)]
+    state_shape = (sequences, channels) if call.A is None else (sequences, channels, states)
+    shapes = (channels, states), (channels,), (channels,), state_shape
+    rates, skip, bias, first = (
+        pointer(x, torch.float32, *wanted) for x, wanted in zip(parameters, shapes, strict=False)
+    )
+    starts = pointer(parameters[-1], torch.int64, sequences + 1)
+    groups = [1 if t is None else t.shape[2] for t in (call.B, call.C)]
+    streams = [c.stream(t, *shape) for t in (call.x, call.dt, call.z)]
+    pairs = zip((call.B, call.C), groups, strict=True)
+    streams += [c.stream(t, batch, length, count, states) for t, count in pairs]
+    sizes = (sequences, length, channels, states, *groups, call.softplus, num_threads())
+    return c.ScanArgument(*streams, c.Stream(), rates, skip, bias, first, None, None, starts, *sizes), parameters
 
 
 class Scan(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.native import call as c
 from foveate.native.loader import library, num_threads
 from foveate.options import FORCED
+from foveate.plain import is_plain
 from foveate.recurrence.scan_abi import ScanArgument
 
 HEAD = struct.Struct("q" * (6 * 6 + 7 + 8))  # x, dt, z, B, C, out: address, dtype, strides; parameters; sizes
@@ -41,8 +42,8 @@ def scan_token(
     if impl not in ("auto", "native") or FORCED.get() not in (None, "native") or torch.compiler.is_compiling():
         return None
     streams, parameters = (x, dt, B, C) if z is None else (x, dt, B, C, z), (A, D, dt_bias, state)
-    plain = all(map(_is_stream, streams)) and all(map(_is_parameter, parameters))
-    if not (plain and _are_tokens(x, dt, z) and A.dim() == 2):
+    served = is_plain(*streams, *parameters) and all(map(_is_stream, streams)) and all(map(_is_parameter, parameters))
+    if not (served and _are_tokens(x, dt, z) and A.dim() == 2):
         return None
     batch, _, channels = x.shape
     states = A.shape[-1]
@@ -52,9 +53,9 @@ def scan_token(
     kernel = _kernel()
     if not (fits and batch and channels and states and all(groups)) or kernel is None:
         return None
-    first = torch.zeros(shapes[-1]) if state is None else state
-    out = torch.empty((batch, 1, channels), dtype=x.dtype)
-    last = torch.empty((batch, channels, states))
+    first = torch.zeros(shapes[-1], dtype=torch.float32, device="cpu") if state is None else state
+    out = torch.empty((batch, 1, channels), dtype=x.dtype, device="cpu")
+    last = torch.empty((batch, channels, states), dtype=torch.float32, device="cpu")
     described = (_described(t) for t in (x, dt, z, B, C, out))
     addresses = (0 if p is None else p.data_ptr() for p in (A, D, dt_bias, first))
     sizes = (batch, 1, channels, states, *groups, softplus, num_threads())
@@ -71,8 +72,11 @@ def _are_tokens(x: Tensor, dt: Tensor, z: Tensor | None) -> bool:
 
 
 def _is_stream(x: Tensor) -> bool:
-    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return plain and x.is_cpu and x.dtype in c.DTYPES and not (x.requires_grad and torch.is_grad_enabled())
+    """Whether a plain tensor is one that the kernel reads and no gradient is wanted of."""
+    if x.dtype not in c.DTYPES or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    address = x.data_ptr()
+    return address != 0 and address % x.element_size() == 0
 
 
 def _is_parameter(x: Tensor | None) -> bool:

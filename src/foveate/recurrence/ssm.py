@@ -58,7 +58,7 @@ def hippo_rates(count: int) -> Tensor:
 
     Papers: Gu et al., HiPPO, arXiv 2008.07669; S4D-LegS in 2206.11893.
     """
-    order = (torch.arange(2 * count, dtype=torch.float64) + 0.5).sqrt()
+    order = (torch.arange(2 * count, dtype=torch.float64, device=torch.get_default_device()) + 0.5).sqrt()
     skew = torch.outer(order, order).triu(1)
     imaginary = torch.linalg.eigvalsh(1j * (skew - skew.T))[count:]
     return torch.complex(torch.full_like(imaginary, -0.5), imaginary).to(torch.complex64)
