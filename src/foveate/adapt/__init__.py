@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foveate.adapt.named import as_core
-from foveate.adapt.swap import Swap, replace_attention, use
+from foveate.adapt.swap import Swap, replace_attention, swaps, use
 
 if TYPE_CHECKING:
     from foveate.adapt.recurrent import accelerate as accelerate
 
-__all__ = ["Swap", "accelerate", "as_core", "replace_attention", "use"]
+__all__ = ["Swap", "accelerate", "as_core", "replace_attention", "swaps", "use"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from foveate.adapt.named import as_core
+from foveate.adapt.placed import Token
 from foveate.patterns import Pattern
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from foveate.adapt.layers import Layers
     from foveate.mixers.core import Core
 
 
@@ -34,18 +37,35 @@ class Change:
 class Swap(Change):
     """A mechanism at work inside a model: which core, how often it was called, and the way back."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, token: Token) -> None:
         super().__init__()
-        self.core = core
-        self.calls = 0
+        self.token = token
+
+    @property
+    def core(self) -> Core:
+        return self.token.core
+
+    @property
+    def calls(self) -> int:
+        """How often a layer attended with it; calls inside compiled graphs are not counted."""
+        return self.token.calls
 
 
-def use(model: nn.Module, core: Core | Pattern | str, *, name: str = "foveate", **options: Any) -> Swap:
+def use(
+    model: nn.Module,
+    core: Core | Pattern | str,
+    *,
+    layers: Layers | None = None,
+    heads: Iterable[int] | None = None,
+    cross: bool = False,
+    name: str = "foveate",
+    **options: Any,
+) -> Swap:
     """Let a model attend with another mechanism from now on; no parameter of it is touched.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from foveate import sinks, window
-    >>> small = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> small = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     >>> model = LlamaForCausalLM(small)
     >>> swap = use(model, window(512) | sinks(4))
     >>> model.config._attn_implementation
@@ -53,12 +73,20 @@ def use(model: nn.Module, core: Core | Pattern | str, *, name: str = "foveate", 
     >>> swap.undo()
     >>> model.config._attn_implementation
     'sdpa'
+    >>> last = use(model, window(64), layers=[-1], heads=range(1))  # the first head of the last layer
+
+    Swaps of one layer lie on one another: the latest counts. They may be undone in any order; what is left is the
+    effect of the others. Copies and pickles of the model attend as it does.
 
     Args:
-        model: a transformers model (or a PEFT model around one) that asks transformers for its attention.
+        model: a transformers model, a part of one such as a layer, or a wrapper around one (PEFT).
         core: a core, a pattern, the name of a mechanism of the catalogue that needs no training, or a pattern
             written out, such as "window(512) & causal | sinks(4)". What the model itself allows (causality,
             its sliding windows, padding) always stays in force.
+        layers: numbers of the layers meant (of each stack, where the model has several; negative ones count from
+            the end), or a slice; all by default. The others attend to all that their model lets them see.
+        heads: numbers of the query heads meant; all by default.
+        cross: whether cross-attention, with its keys from an encoder, is meant too.
         name: under which transformers will know it.
         options: passed on where ``core`` is a name.
 
@@ -67,20 +95,55 @@ def use(model: nn.Module, core: Core | Pattern | str, *, name: str = "foveate", 
 
     Raises:
         TypeError: a model of a kind that no adapter knows.
-        ValueError: a model that cannot be switched, in words.
+        ValueError: a model that cannot be switched, or would not heed the switch, in words; no such layers or heads.
     """
     from foveate.adapt import transformers
 
-    swap = Swap(as_core(core, **options))
-    transformers.install(model, swap, name)
+    swap = Swap(Token(as_core(core, **options), _head_numbers(heads)))
+    try:
+        transformers.install(model, swap, name, layers, cross)
+    except BaseException:
+        swap.undo()
+        raise
     return swap
 
 
+def _head_numbers(heads: Iterable[int] | None) -> tuple[int, ...] | None:
+    if heads is None:
+        return None
+    numbers = tuple(sorted(set(heads)))
+    if not numbers or any(not isinstance(head, int) or head < 0 for head in numbers):
+        raise ValueError(f"heads are numbers from 0; got {list(numbers)}")
+    return numbers
+
+
+def swaps(model: nn.Module) -> list[Swap]:
+    """The swaps at work in a model, the latest last; of a copied or loaded model too, whose maker's handles are gone.
+
+    >>> import copy
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from foveate import window
+    >>> small = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(small)
+    >>> swap = use(model, window(16))
+    >>> twin = copy.deepcopy(model)
+    >>> [found.core.pattern for found in swaps(twin)]
+    [window(16)]
+    >>> swaps(twin)[0].undo()
+    >>> swaps(twin), len(swaps(model))
+    ([], 1)
+    """
+    from foveate.adapt import transformers
+
+    found = [Swap(token) for token in transformers.tokens_in(model)]
+    for swap in found:
+        swap.on_undo(partial(transformers.take_out, model, swap.token))
+    return found
+
+
 @contextmanager
-def replace_attention(
-    model: nn.Module, core: Core | Pattern | str, *, name: str = "foveate", **options: Any
-) -> Iterator[Swap]:
-    """Like :func:`use`, for the length of a ``with`` block, however it ends.
+def replace_attention(model: nn.Module, core: Core | Pattern | str, **options: Any) -> Iterator[Swap]:
+    """Like :func:`use`, with its options, for the length of a ``with`` block, however it ends.
 
     >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -92,7 +155,7 @@ def replace_attention(
     >>> swap.calls
     1
     """
-    swap = use(model, core, name=name, **options)
+    swap = use(model, core, **options)
     try:
         yield swap
     finally:

@@ -15,28 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.adapt.pattern_mask import PatternMask
 from foveate.patterns import Pattern, causal, full, key_padding, window
 from foveate.patterns.algebra import Index
 
 IndexFunction = Callable[..., Tensor]
-
-
-class PatternMask(Tensor):
-    """A pattern that models carry about as their (B, 1, N, M) mask; it takes no memory.
-
-    ``num_keys`` is the number of leading keys to attend to: a static cache has empty slots behind them.
-    """
-
-    pattern: Pattern
-    num_keys: int
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def contiguous(self, *args: Any, **kwargs: Any) -> PatternMask:
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> PatternMask:
-        return self
 
 
 def pattern_mask(
@@ -46,17 +29,20 @@ def pattern_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: IndexFunction | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | PatternMask | None = None,
     cache_position: Tensor | None = None,
+    device: Any = "cpu",
     **unused: Any,
 ) -> PatternMask:
     """The mask function for transformers, which until 5.0 told q's place by ``cache_position``."""
+    if isinstance(attention_mask, PatternMask):
+        return attention_mask
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     assert q_length is not None and mask_function is not None
     place = Place(batch_size, q_length, kv_length, int(q_offset), kv_offset)
     pattern, num_keys = _pattern(mask_function, place)
-    return _carry(_with_padding(pattern, attention_mask, kv_offset, num_keys), num_keys, place)
+    return _carry(_with_padding(pattern, attention_mask, kv_offset, num_keys), num_keys, place, device)
 
 
 @dataclass(frozen=True)
@@ -157,8 +143,6 @@ def _with_padding(pattern: Pattern, mask: Tensor | None, first_key: int, num_key
     return key_padding(mask) if pattern == full else pattern & key_padding(mask)
 
 
-def _carry(pattern: Pattern, num_keys: int, place: Place) -> PatternMask:
+def _carry(pattern: Pattern, num_keys: int, place: Place, device: Any) -> PatternMask:
     shape = (place.batch_size, 1, place.num_queries, place.num_slots)
-    mask = torch.ones((), dtype=torch.bool).expand(shape).as_subclass(PatternMask)
-    mask.pattern, mask.num_keys = pattern, num_keys
-    return mask
+    return PatternMask(pattern, num_keys, shape, device)

@@ -65,9 +65,21 @@ class PatternCore:
         scale: float | None = None,
         softcap: float | None = None,
         layout: Layout | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
         pattern = joined(self.pattern, within)
-        return attend(q, k, v, pattern, bias=bias, weights=weights, scale=scale, softcap=softcap, layout=layout)
+        return attend(
+            q,
+            k,
+            v,
+            pattern,
+            bias=bias,
+            weights=weights,
+            scale=scale,
+            softcap=softcap,
+            layout=layout,
+            dropout=dropout,
+        )
 
 
 def joined(pattern: Pattern, within: Pattern) -> Pattern:
