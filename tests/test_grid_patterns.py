@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from foveate import attend
 from foveate.patterns import (
     Grid,
     Pattern,
@@ -18,6 +19,7 @@ from foveate.patterns import (
     Scene,
     Sequence,
     neighborhood,
+    sta,
     strips,
     window_partition,
     within,
@@ -33,8 +35,8 @@ def pairs_where(dims: tuple[int, ...], sees) -> Tensor:
     return torch.tensor([[sees(q, k) for k in tokens(dims)] for q in tokens(dims)])
 
 
-def near(q: int, k: int, length: int, kernel: int, dilation: int, stride: int, causal: bool) -> bool:
-    """One axis of Generalized Neighborhood Attention, case by case as arXiv 2504.16922 tells it."""
+def near(q: int, k: int, length: int, kernel: int, dilation: int, stride: int, causal: bool, clamp: bool) -> bool:
+    """One axis of Generalized Neighborhood Attention, case by case as arXiv 2504.16922 tells it; clamped or not."""
     if q % dilation != k % dilation:
         return False
     group = list(range(q % dilation, length, dilation))
@@ -48,9 +50,9 @@ def near(q: int, k: int, length: int, kernel: int, dilation: int, stride: int, c
     place = stride // 2
     leader = sharing[place] if place < len(sharing) else sharing[-1]
     window = list(range(leader - kernel // 2, leader - kernel // 2 + kernel))
-    while window[0] < 0:
+    while clamp and window[0] < 0:
         window = [i + 1 for i in window]
-    while window[-1] >= len(group):
+    while clamp and window[-1] >= len(group):
         window = [i - 1 for i in window]
     return other in window
 
@@ -63,12 +65,13 @@ def neighborhoods(draw) -> tuple[Pattern, tuple[int, ...], list[tuple]]:
     axes = []
     for _ in range(num_axes):
         length = draw(st.integers(2, longest))
-        kernel = draw(st.integers(2, length))
-        dilation = draw(st.integers(1, length // kernel))
+        clamp = draw(st.booleans())
+        kernel = draw(st.integers(2, length if clamp else length + 3))
+        dilation = draw(st.integers(1, length // kernel if clamp else length + 1))
         stride = draw(st.integers(1, kernel))
-        axes.append((length, kernel, dilation, stride, draw(st.booleans())))
-    dims, kernels, dilations, strides, causals = zip(*axes, strict=True)
-    pattern = neighborhood(kernels, dilation=dilations, stride=strides, causal=causals)
+        axes.append((length, kernel, dilation, stride, draw(st.booleans()), clamp))
+    dims, kernels, dilations, strides, causals, clamps = zip(*axes, strict=True)
+    pattern = neighborhood(kernels, dilation=dilations, stride=strides, causal=causals, clamp=clamps)
     return pattern, dims, axes
 
 
@@ -88,6 +91,18 @@ def _by_axis(q: tuple[int, ...], k: tuple[int, ...], axes: list[tuple]) -> list[
     return [(at_q, at_k, *settings) for at_q, at_k, settings in zip(q, k, axes, strict=True)]
 
 
+@pytest.mark.parametrize("clamp", [False, (True, False)])
+def test_attention_over_windows_that_are_not_clamped(clamp) -> None:
+    """Where clamped windows run kernels of their own."""
+    q, k, v = torch.randn(3, 1, 2, 480, 8)
+    pattern, grid = neighborhood(5, clamp=clamp), Grid(20, 24)
+    rows = [(True, False)[axis] if isinstance(clamp, tuple) else clamp for axis in range(2)]
+    settings = [(length, 5, 1, 1, False, row) for length, row in zip(grid.dims, rows, strict=True)]
+    mask = pairs_where(grid.dims, lambda q, k: all(near(*at) for at in _by_axis(q, k, settings)))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(attend(q, k, v, pattern, layout=grid), expected)
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_every_query_sees_exactly_kernel_keys(stride: int) -> None:
     mask = neighborhood((3, 5), stride=stride).mask(72, layout=Grid(8, 9))[0, 0]
@@ -99,6 +114,53 @@ def test_one_value_means_every_axis() -> None:
     one = neighborhood(3, dilation=2, stride=2, causal=True)
     each = neighborhood((3, 3), dilation=(2, 2), stride=[2, 2], causal=(True, True))  # type: ignore[arg-type]
     assert torch.equal(one.mask(48, layout=grid), each.mask(48, layout=grid))
+
+
+@pytest.mark.parametrize(
+    ("dims", "tile", "window"),
+    [((23,), 4, 3), ((24,), 4, 2), ((24,), 4, 6), ((9, 14), (3, 2), (2, 5)), ((10, 12), 4, (1, 2)),
+     ((5, 6, 7), (2, 3, 2), (2, 1, 3)), ((4, 8, 8), (2, 4, 4), (2, 2, 1))],
+)  # fmt: skip
+@pytest.mark.parametrize("reorder", [True, False])
+def test_sta_shows_whole_tiles_around_the_query_s_own(dims, tile, window, reorder: bool) -> None:
+    """As many tiles along each axis at every query, odd or even, shifted inward at the borders."""
+    tiles, counts = ((each if isinstance(each, tuple) else (each,) * len(dims)) for each in (tile, window))
+
+    def along(q: int, k: int, length: int, side: int, count: int) -> bool:
+        shown = list(range(q // side - count // 2, q // side - count // 2 + count))
+        while shown[0] < 0:
+            shown = [number + 1 for number in shown]
+        while shown[-1] * side >= length:
+            shown = [number - 1 for number in shown]
+        return k // side in shown
+
+    settings = [(length, side, count) for length, side, count in zip(dims, tiles, counts, strict=True)]
+    expected = pairs_where(dims, lambda q, k: all(along(*at) for at in _by_axis(q, k, settings)))
+    scene = Scene(len(expected), len(expected), Grid(*dims))
+    assert torch.equal(sta(tile, window).mask(len(expected), layout=scene.layout)[0, 0], expected)
+    assert torch.equal(
+        build(sta(tile, window).resolve(scene), scene, tile=8, reorder=reorder).to_dense()[0, 0], expected
+    )
+
+
+def test_sta_of_odd_counts_and_whole_tiles_is_attention_gyms() -> None:
+    """Its mask for two dims: tiles at most window // 2 from a centre that is kept off the borders."""
+    dims, side, counts = (12, 20), 4, (3, 5)
+    x, y = torch.meshgrid(*(torch.arange(size) // side for size in dims), indexing="ij")
+    centres = [
+        at.clamp(count // 2, size // side - 1 - count // 2)
+        for at, size, count in zip((x, y), dims, counts, strict=True)
+    ]
+    expected = torch.ones(240, 240, dtype=torch.bool)
+    for centre, at, count in zip(centres, (x, y), counts, strict=True):
+        expected &= (centre.reshape(-1, 1) - at.reshape(1, -1)).abs() <= count // 2
+    assert torch.equal(sta(side, counts).mask(240, layout=Grid(*dims))[0, 0], expected)
+
+
+def test_sta_over_its_own_tiles_runs_whole_tiles_only() -> None:
+    q = torch.empty(1).expand(1, 1, 4096, 1)
+    selection = sta(8, (3, 2)).select(q, q, Grid(64, 64))
+    assert len(selection.masks) == 0 and selection.num_tiles == 64 * 6
 
 
 def shifted_windows(dims: tuple[int, int], window: int, shift: int) -> Tensor:
@@ -183,6 +245,12 @@ def test_a_patch_order_makes_far_fewer_tiles_and_few_masks() -> None:
         (lambda: neighborhood(3).mask(9, layout=Points(torch.rand(9, 2))), "needs layout=Grid"),
         (lambda: neighborhood(3).mask(10, layout=Grid(3, 3)), "10"),
         (lambda: neighborhood(3).mask(10, 9, layout=Grid(3, 3)), "10 queries for 9 keys"),
+        (lambda: neighborhood(3, clamp=1), "True or False"),  # type: ignore[arg-type]
+        (lambda: neighborhood(4, clamp=(True, False)).mask(30, layout=Grid(3, 10)), "at most 3"),
+        (lambda: sta(0, 3), "tile of at least 1"),
+        (lambda: sta(4, 0), "window of at least 1"),
+        (lambda: sta((4, 4, 4), (3, 3)), "different numbers of axes"),
+        (lambda: sta(4, 3).mask(64, layout=Grid(8, 8)), "shows 3 tiles of 4 tokens, but an axis of Grid.8, 8. has 2"),
         (lambda: window_partition(0), "window of at least 1"),
         (lambda: window_partition(4, shift=4), "shift below its window"),
         (lambda: window_partition(4, shift=-1), "shift of at least 0"),

@@ -48,7 +48,7 @@ def windows_of(pattern: Pattern, layout: Layout, num_queries: int) -> Windows | 
     """
     if not isinstance(pattern, Neighborhood) or not isinstance(layout, Grid) or num_queries != layout.length:
         return None
-    rules = [rule for rule in pattern.rules(layout.dims) if isinstance(rule, Near) and rule.stride == 1]
+    rules = [rule for rule in pattern.rules(layout.dims) if isinstance(rule, Near) and rule.stride == 1 and rule.clamp]
     if len(rules) < layout.num_axes:
         return None
     columns = zip(*((rule.size, rule.kernel, rule.dilation, rule.causal) for rule in rules), strict=True)

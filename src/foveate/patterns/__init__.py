@@ -8,7 +8,7 @@ from foveate.patterns.diffusion import block_diffusion
 from foveate.patterns.dynamic import mass_blocks, topk_blocks, topk_keys, vertical_slash
 from foveate.patterns.flex import to_block_mask
 from foveate.patterns.functions import mask_mod
-from foveate.patterns.grid import neighborhood, strips, window_partition
+from foveate.patterns.grid import neighborhood, sta, strips, window_partition
 from foveate.patterns.layouts import Grid, Layout, Packed, Points, Sequence
 from foveate.patterns.listed import documents, global_tokens, key_padding, random_blocks
 from foveate.patterns.lsh import lsh
@@ -63,6 +63,7 @@ __all__ = [
     "shared_prefix",
     "sinks",
     "spans",
+    "sta",
     "strided",
     "strips",
     "to_block_mask",

@@ -67,7 +67,8 @@ class SameRegion:
 class Near:
     """The window of keys shared by a stride group of queries, among keys of one dilation group.
 
-    Inside a dilation group tokens are numbered ``coordinate // dilation``.
+    Inside a dilation group tokens are numbered ``coordinate // dilation``. A window that is clamped is moved
+    inward where it would reach over a border; else what reaches over it is lost.
     """
 
     size: int
@@ -75,6 +76,7 @@ class Near:
     dilation: int
     stride: int
     causal: bool
+    clamp: bool = True
 
     def leader(self, number: Tensor) -> Tensor:
         """The query whose window the stride group of this one takes, were the axis endless."""
@@ -85,6 +87,9 @@ class Near:
         leader = self.leader(number).clamp(max=length - 1)
         if self.causal:
             return leader - self.kernel + 1, number
+        if not self.clamp:
+            first = leader - self.kernel // 2
+            return first, first + self.kernel - 1
         first = (leader - self.kernel // 2).clamp_min(0).clamp(max=length - self.kernel)
         return first, first + self.kernel - 1
 
@@ -120,7 +125,41 @@ class Near:
         """Whether no border shifts the window of any query of the range."""
         shortest, _ = self.lengths
         leader_hi = self.leader(at.q_hi // self.dilation)
-        if self.causal:
+        if self.causal or not self.clamp:
             return leader_hi < shortest
         first_lo = self.leader(at.q_lo // self.dilation) - self.kernel // 2
         return (first_lo >= 0) & (leader_hi - self.kernel // 2 + self.kernel <= shortest)
+
+
+@dataclass(frozen=True)
+class SlidingTiles:
+    """A window of ``count`` tiles of ``tile`` tokens around the query's own, moved inward at the borders."""
+
+    size: int
+    tile: int
+    count: int
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.size // self.tile)
+
+    def first(self, q: Tensor) -> Tensor:
+        """The first tile that a query sees."""
+        return (q // self.tile - self.count // 2).clamp(0, self.num_tiles - self.count)
+
+    def visible(self, q: Tensor, k: Tensor) -> Tensor:
+        first, tile = self.first(q), k // self.tile
+        return (first <= tile) & (tile < first + self.count)
+
+    def bounds(self, at: Interval) -> Bounds:
+        least, most = self.first(at.q_lo), self.first(at.q_hi)
+        k_lo, k_hi = at.k_lo // self.tile, at.k_hi // self.tile
+        some = (least <= k_hi) & (k_lo < most + self.count)
+        return Bounds(some, every=(most <= k_lo) & (k_hi < least + self.count))
+
+    def signature(self, q: Tensor, k: Tensor, at: Interval) -> Tensor:
+        """Away from the borders only the phase and the distance matter."""
+        before = self.count // 2
+        last = self.num_tiles - self.count + before
+        free = (at.q_lo // self.tile >= before) & (at.q_hi // self.tile <= last)
+        return mix_hash(free.long(), torch.where(free, q % self.tile, q), torch.where(free, q - k, k))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Bounds, Boxes, Index, Interval, Pattern, Scene, mix_hash
-from foveate.patterns.axis_rules import AxisRule, Near, SameRegion, Whole
+from foveate.patterns.axis_rules import AxisRule, Near, SameRegion, SlidingTiles, Whole
 from foveate.patterns.layouts import Grid, Layout
 from foveate.patterns.per_axis import check_equal_axes, flags, is_whole, pairs, per_axis, spread
 
@@ -85,11 +85,12 @@ class Neighborhood(OnGrid):
     dilation: int | tuple[int, ...]
     stride: int | tuple[int, ...]
     causal: bool | tuple[bool, ...]
+    clamp: bool | tuple[bool, ...] = True
 
     @property
     def text(self) -> str:  # type: ignore[override]
         settings = [str(self.kernel)]
-        for name, default in (("dilation", 1), ("stride", 1), ("causal", False)):
+        for name, default in (("dilation", 1), ("stride", 1), ("causal", False), ("clamp", True)):
             value = getattr(self, name)
             if value != default:
                 settings.append(f"{name}={value}")
@@ -100,11 +101,11 @@ class Neighborhood(OnGrid):
         return not (all(self.causal) if isinstance(self.causal, tuple) else self.causal)
 
     def rules(self, dims: tuple[int, ...]) -> tuple[AxisRule, ...]:
-        settings = (self.kernel, self.dilation, self.stride, self.causal)
+        settings = (self.kernel, self.dilation, self.stride, self.causal, self.clamp)
         columns = (spread(self, setting, dims) for setting in settings)
         rules = tuple(Near(*axis) for axis in zip(dims, *columns, strict=True))
         for rule in rules:
-            if rule.kernel * rule.dilation > rule.size:
+            if rule.kernel * rule.dilation > rule.size and rule.clamp:
                 raise ValueError(
                     f"{self} spans {rule.kernel} x {rule.dilation} tokens, more than an axis of"
                     f" {Grid(*dims)}: kernel * dilation may be at most {rule.size}"
@@ -118,13 +119,16 @@ def neighborhood(
     dilation: int | tuple[int, ...] = 1,
     stride: int | tuple[int, ...] = 1,
     causal: bool | tuple[bool, ...] = False,
+    clamp: bool | tuple[bool, ...] = True,
 ) -> Pattern:
     """The ``kernel`` nearest keys along each axis of a grid, shifted inward at the borders.
 
     Every query sees exactly ``kernel`` keys along each axis that is not causal. Each argument is one value,
     or one for each axis. ``dilation`` splits an axis into interleaved groups that see only themselves.
     ``stride`` lets so many neighbouring queries share the window of one of them. Along a ``causal`` axis a
-    query sees the last ``kernel`` keys up to its own coordinate, fewer at the border.
+    query sees the last ``kernel`` keys up to its own coordinate, fewer at the border. Without ``clamp`` the
+    window is not shifted inward: it stays centred, and a query near the border sees fewer keys, as in a
+    convolution with zero padding.
 
     Hassani et al., Neighborhood Attention Transformer, arXiv 2204.07143; Hassani and Shi, Dilated
     Neighborhood Attention Transformer, arXiv 2209.15001; Hassani et al., Generalized Neighborhood Attention,
@@ -139,16 +143,62 @@ def neighborhood(
             [0, 0, 1, 1, 1]], dtype=torch.int32)
 
     Raises ValueError for a kernel below 2, a stride above the kernel, and, once the grid is known, where
-    ``kernel * dilation`` exceeds an axis or the number of axes differs.
+    ``kernel * dilation`` exceeds an axis that is clamped, or the number of axes differs.
     """
     kernel = per_axis("neighborhood", "kernel", kernel, least=2)
     dilation = per_axis("neighborhood", "dilation", dilation)
     stride = per_axis("neighborhood", "stride", stride)
-    causal = flags("neighborhood", "causal", causal)
-    check_equal_axes("neighborhood", kernel, dilation, stride, causal)
+    causal, clamp = flags("neighborhood", "causal", causal), flags("neighborhood", "clamp", clamp)
+    check_equal_axes("neighborhood", kernel, dilation, stride, causal, clamp)
     if any(step > width for width, step in pairs(kernel, stride)):
         raise ValueError(f"neighborhood takes a stride of at most its kernel {kernel}; got {stride}")
-    return Neighborhood(kernel, dilation, stride, causal)
+    return Neighborhood(kernel, dilation, stride, causal, clamp)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SlidingTileWindow(OnGrid):
+    tile: int | tuple[int, ...]
+    window: int | tuple[int, ...]
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return f"sta({self.tile}, {self.window})"
+
+    def rules(self, dims: tuple[int, ...]) -> tuple[AxisRule, ...]:
+        tiles, counts = spread(self, self.tile, dims), spread(self, self.window, dims)
+        rules = tuple(SlidingTiles(*axis) for axis in zip(dims, tiles, counts, strict=True))
+        for rule in rules:
+            if rule.count > rule.num_tiles:
+                raise ValueError(
+                    f"{self} shows {rule.count} tiles of {rule.tile} tokens, but an axis of {Grid(*dims)} has"
+                    f" {rule.num_tiles}"
+                )
+        return rules
+
+
+def sta(tile: int | tuple[int, ...], window: int | tuple[int, ...]) -> Pattern:
+    """Sliding tile attention: all queries of a tile see the same ``window`` tiles around it, whole ones.
+
+    Both arguments are one value, or one for each axis: the tokens of a tile, and how many tiles a query sees,
+    its own included. The window is shifted inward at the borders, so that it always shows as many; of an even
+    count one more lies before the query's tile than after it, as in :func:`neighborhood`. The last tile of an axis may be
+    short. Zhang et al., Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507.
+
+    >>> from foveate import Grid
+    >>> sta(2, 2).mask(6, layout=Grid(6))[0, 0].int()
+    tensor([[1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1, 1],
+            [0, 0, 1, 1, 1, 1]], dtype=torch.int32)
+
+    Raises ValueError for a tile or window below 1, and, once the grid is known, where an axis has fewer tiles
+    than the window.
+    """
+    tile, window = per_axis("sta", "tile", tile), per_axis("sta", "window", window)
+    check_equal_axes("sta", tile, window)
+    return SlidingTileWindow(tile, window)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
