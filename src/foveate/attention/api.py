@@ -55,8 +55,8 @@ def attend(
             G and Gv each divide H: query head h reads key head ``h // (H / G)``; nothing is repeated in memory.
             Query i sits at key position ``i + M - N``: the last query meets the last key.
         pattern: which pairs are visible; a row that sees no key gives zeros.
-        bias: added to the logits: a tensor that broadcasts to (B, H, N, M), ``alibi(slopes)`` or
-            ``relative_table(table, dims)``; differentiable.
+        bias: added to the logits: a tensor that broadcasts to (B, H, N, M), ``alibi(slopes)``,
+            ``relative_table(table, dims)`` or ``log_decay(log_gates)``; differentiable.
         weights: "softmax", "sigmoid", "relu", or ``softmax(sink=...)``, ``sigmoid(bias=...)``, ``relu(bias=...)``.
         scale: factor on q k^T; D ** -0.5 by default.
         softcap: c in ``c * tanh(logits / c)``, applied before the bias.

@@ -118,6 +118,44 @@ class RelativeTable(Bias):
         _check_heads("the relative table", self.parameter, heads)
 
 
+@dataclass(frozen=True, eq=False)
+class LogDecay(Bias):
+    """``c_i - c_j`` with c the running sums (B or 1, H or 1, M) of log gates. Query 0 sits at position ``offset``."""
+
+    offset: int = 0
+
+    def values(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        sums = self.parameter.flatten()
+        return sums[self._entry(batch, head, q + self.offset)] - sums[self._entry(batch, head, k)]
+
+    def add_grad(self, total: Tensor, grad: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> None:
+        for place, summed, sign in ((q + self.offset, -1, 1), (k, -2, -1)):
+            of_token = grad.sum(summed, keepdim=True).to(total.dtype)
+            entry = self._entry(batch, head, place).expand(of_token.shape)
+            total.index_add_(0, entry.reshape(-1), of_token.reshape(-1), alpha=sign)
+
+    def _entry(self, batch: Index, head: Index, place: Tensor) -> Tensor:
+        batches, heads, length = self.parameter.shape
+        row = (batch if batches > 1 else 0) * heads + (head if heads > 1 else 0)
+        return row * length + place
+
+    def as_dense(self, num_queries: int) -> tuple[Dense, ...]:
+        """Row and column terms that add up to it in float32: whole numbers first, whose differences are exact."""
+        sums = self.parameter
+        whole = sums.detach().round()
+        rows = slice(self.offset, self.offset + num_queries)
+        parts = (part.float() for part in (whole, sums - whole))
+        return tuple(Dense(x) for part in parts for x in (part[:, :, rows, None], -part[:, :, None]))
+
+    def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
+        fits = self.parameter.shape[0] in (1, batch) and self.parameter.shape[1] in (1, heads)
+        if not fits or self.parameter.shape[2] != num_keys or num_queries > num_keys:
+            raise ValueError(
+                f"log_decay takes a gate for each key, (B, H, M) = {(batch, heads, num_keys)}, and queries that are"
+                f" among them; got gates {tuple(self.parameter.shape)} and {num_queries} queries"
+            )
+
+
 def alibi(slopes: Tensor) -> Alibi:
     """Linear bias ``-slope_h * |distance|``, a slope per query head, of either sign.
 
@@ -156,6 +194,30 @@ def relative_table(table: Tensor, dims: tuple[int, ...] | None = None) -> Relati
         raise ValueError(f"a relative table over {axes} axes needs dims, the grid's {axes} sizes; got {dims}")
     reach = tuple(side // 2 for side in table.shape[1:])
     return RelativeTable(table.flatten(1), (dims or ()) if axes > 1 else (), reach)
+
+
+def log_decay(log_gates: Tensor) -> LogDecay:
+    """Forgetting attention: a key counts less by every forget gate after it; ``log_gates`` (B, H, M) are at most 0.
+
+    Adds ``c_i - c_j`` to the logit of query i and key j, with c the running sums of the log gates: the gates of
+    tokens j + 1 to i. B and H may be 1. Differentiable; patterns beside it may not see the future. While
+    decoding, give the gates of all M keys.
+
+    Lin et al., Forgetting Transformer: Softmax Attention with a Forget Gate, arXiv 2503.02130.
+
+    >>> from foveate import attend, causal
+    >>> q = k = torch.zeros(1, 1, 3, 4)
+    >>> gates = torch.tensor([0.5, 0.5, 0.25]).log().view(1, 1, 3)
+    >>> attend(q, k, torch.eye(3).view(1, 1, 3, 3), causal, bias=log_decay(gates))[0, 0, 2] * 11
+    tensor([1., 2., 8.])
+
+    Raises ValueError for gates of another shape, TypeError for what is no float tensor.
+    """
+    if not isinstance(log_gates, Tensor) or not log_gates.is_floating_point():
+        raise TypeError(f"log_decay takes a float tensor (B, H, M) of log gates; got {type(log_gates).__name__}")
+    if log_gates.dim() != 3:
+        raise ValueError(f"log_decay takes log gates (B, H, M); got {tuple(log_gates.shape)}")
+    return LogDecay(log_gates.cumsum(-1, dtype=torch.float64))
 
 
 def _check_heads(what: str, values: Tensor, heads: int) -> None:

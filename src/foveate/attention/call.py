@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from foveate.attention.bias import Alibi, Bias, Dense, PerHead, RelativeTable
+from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, RelativeTable
 from foveate.attention.dropout import Dropout, as_dropout
 from foveate.attention.weights import Kind, Weights, as_weights
 from foveate.patterns.algebra import Pattern
@@ -73,6 +73,8 @@ def prepare(
     weights, layout, heads = as_weights(weights), layout or Sequence(), q.shape[1]
     layout.check(k.shape[2])
     biases = _biases(bias, weights, q, k)
+    if isinstance(bias, LogDecay) and pattern.sees_future:
+        raise ValueError(f"log_decay looks back only, but {pattern} shows later keys: join it with & causal")
     if pattern.batches not in (1, q.shape[0]):
         raise ValueError(f"{pattern} is for a batch of {pattern.batches}, but q has {q.shape[0]}")
     if heads % pattern.heads:
@@ -114,12 +116,14 @@ def _biases(bias: Tensor | Bias | None, weights: Weights, q: Tensor, k: Tensor) 
     biases: list[Bias] = []
     if isinstance(bias, Tensor):
         biases.append(Dense(bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias))
-    elif isinstance(bias, (Alibi, RelativeTable)):
+    elif isinstance(bias, (Alibi, LogDecay, RelativeTable)):
         biases.append(replace(bias, offset=k.shape[2] - q.shape[2]))
     elif isinstance(bias, Bias):
         biases.append(bias)
     elif bias is not None:
-        raise TypeError(f"bias must be a tensor, alibi(...) or relative_table(...); got {type(bias).__name__}")
+        raise TypeError(
+            f"bias must be a tensor, alibi(...), relative_table(...) or log_decay(...); got {type(bias).__name__}"
+        )
     if weights.bias is not None:
         biases.append(PerHead(weights.bias.to(q.device)))
     for one in biases:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from foveate.attention import spec as shared
-from foveate.attention.bias import Alibi, Bias, Dense, PerHead, RelativeTable
+from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
 from foveate.attention.spec import TILE, WIDEST, Spec
@@ -38,7 +39,7 @@ def refuse(call: Call) -> str | None:
         if c.misaligned(x):
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
     for bias in call.biases:
-        if type(bias) not in (Dense, PerHead, Alibi, RelativeTable):
+        if type(bias) not in (Dense, PerHead, Alibi, RelativeTable, LogDecay):
             return f"it does not know the bias {type(bias).__name__}"
     return _absence()
 
@@ -50,7 +51,13 @@ def _absence() -> str | None:
 
 def run(call: Call) -> Partial:
     """Select, then attend."""
+    if any(isinstance(bias, LogDecay) for bias in call.biases):
+        call = replace(call, biases=tuple(term for bias in call.biases for term in _terms(bias, call.num_queries)))
     return shared.run(call, "native", cast(shared.Kernels, sys.modules[__name__]))
+
+
+def _terms(bias: Bias, num_queries: int) -> tuple[Bias, ...]:
+    return bias.as_dense(num_queries) if isinstance(bias, LogDecay) else (bias,)
 
 
 def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> shared.Seen:

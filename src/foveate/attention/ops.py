@@ -73,7 +73,7 @@ def _bias(text: str, parameter: Tensor, offset: int) -> Bias:
     if name == "RelativeTable":
         dims, reach = ast.literal_eval(shape[0].replace("] [", "], ["))
         return kind(parameter, tuple(dims), tuple(reach), offset)
-    return kind(parameter, offset) if name == "Alibi" else kind(parameter)
+    return kind(parameter, offset) if name in ("Alibi", "LogDecay") else kind(parameter)
 
 
 def _spec(

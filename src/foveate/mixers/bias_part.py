@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from foveate.attention import Bias
-from foveate.attention.bias import Alibi, Dense, RelativeTable
+from foveate.attention.bias import Alibi, Dense, LogDecay, RelativeTable
 from foveate.patterns.algebra import Index
 
 
@@ -20,11 +20,14 @@ class PartOfBias(Bias):
     step: int
     first_key: int
 
-    def index(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        return self.whole.index(batch, head, self.first_query + self.step * q, k + self.first_key)
+    def values(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        return self.whole.values(batch, head, *self._moved(q, k))
 
-    def factor(self, q: Tensor, k: Tensor) -> Tensor | None:
-        return self.whole.factor(self.first_query + self.step * q, k + self.first_key)
+    def add_grad(self, total: Tensor, grad: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> None:
+        self.whole.add_grad(total, grad, batch, head, *self._moved(q, k))
+
+    def _moved(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first_query + self.step * q, k + self.first_key
 
 
 def part_of_bias(bias: Bias | None, first_query: int, *, step: int = 1, first_key: int = 0) -> Bias | None:
@@ -36,4 +39,4 @@ def placed(bias: Tensor | Bias | None, offset: int) -> Bias | None:
     """A bias that knows that query 0 sits at position ``offset`` of the keys."""
     if isinstance(bias, Tensor):
         return Dense(bias[(None,) * (4 - bias.dim())])
-    return replace(bias, offset=offset) if isinstance(bias, (Alibi, RelativeTable)) else bias
+    return replace(bias, offset=offset) if isinstance(bias, (Alibi, LogDecay, RelativeTable)) else bias

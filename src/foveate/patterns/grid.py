@@ -181,8 +181,8 @@ def sta(tile: int | tuple[int, ...], window: int | tuple[int, ...]) -> Pattern:
 
     Both arguments are one value, or one for each axis: the tokens of a tile, and how many tiles a query sees,
     its own included. The window is shifted inward at the borders, so that it always shows as many; of an even
-    count one more lies before the query's tile than after it, as in :func:`neighborhood`. The last tile of an axis may be
-    short. Zhang et al., Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507.
+    count one more lies before the query's tile than after it, as in :func:`neighborhood`. The last tile of an
+    axis may be short. Zhang et al., Fast Video Generation with Sliding Tile Attention, arXiv 2502.04507.
 
     >>> from foveate import Grid
     >>> sta(2, 2).mask(6, layout=Grid(6))[0, 0].int()
