@@ -123,7 +123,7 @@ def through_a_file(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_a_file])
-@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_copies_attend_as_the_model_does_and_have_their_own_way_back(copied: Any, name: str) -> None:
     model = make("llama") if name == "llama" else bloom()
     ids = ids_of(19)

@@ -46,7 +46,7 @@ class Layer:
 
 def attention_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
     """The attention layers that can be served, and the names and classes of those that cannot."""
-    from foveate.adapt.classes import stand_in
+    from foveate.adapt.classes import REASONS, stand_in
 
     served: list[Layer] = []
     others: list[str] = []
@@ -60,7 +60,8 @@ def attention_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
         if ours is not None and config is not None:
             served.append(Layer(name, module, config, ours))
         elif attends_itself(module):
-            others.append(f"{name} ({type(module).__name__})")
+            reason = REASONS.get(type(module).__name__)
+            others.append(f"{name} ({type(module).__name__}{f': {reason}' if reason else ''})")
     return served, others
 
 
