@@ -86,7 +86,7 @@ def draw(share: int = 1, batch: int = 2, heads: int = 3, length: int = 37) -> Dr
         "a": -removed,
         "b": removed * torch.rand((*shape, dim), dtype=torch.float64),
         "u": normal(heads * share, dim),
-        "retention": (1 - 2.0 ** (-5 - counted)).float().log().double(),
+        "retention": (1 - 2.0 ** (-5 - counted)).log(),
         "lightning": -(8 / (heads * share)) * (1 - 2 / 7) * counted,
     }
 
@@ -153,8 +153,8 @@ def both(name: str, drawn: Drawn, count: int, offsets: list[int] | None = None, 
 
 
 def assert_same(got: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
-    torch.testing.assert_close(got[0], wanted[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-10, atol=1e-10)
     if wanted[1] is None:
         assert got[1] is None
     else:
-        torch.testing.assert_close(got[1], wanted[1], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got[1], wanted[1], rtol=1e-10, atol=1e-10)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compat_inputs import CASES, chosen, draw, plain, states_for, with_option
+from compat_inputs import CASES, FIXED, chosen, draw, plain, states_for, with_option
 from torch.nn.functional import logsigmoid, softplus
 
 from foveate.compat import fla
@@ -115,6 +115,33 @@ def test_hgrn_is_a_scan(packed: bool) -> None:
     assert fla.chunk_hgrn(x, g)[1] is None
 
 
+# ---- deprecated arguments --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", with_option("transpose_state_layout"))
+def test_the_old_name_of_state_v_first_warns(name: str) -> None:
+    drawn = draw()
+    states = states_for(drawn, 2)
+    call = {**chosen(drawn, CASES[name][0]), "output_final_state": True, "initial_state": states.mT.contiguous()}
+    wanted = getattr(fla, name)(**call, state_v_first=True)
+    with pytest.warns(DeprecationWarning, match="state_v_first") as caught:
+        got = getattr(fla, name)(**call, transpose_state_layout=True)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", with_option("head_first"))
+def test_head_first_warns_and_is_refused(name: str) -> None:
+    drawn = draw()
+    call = chosen(drawn, CASES[name][0]) | FIXED.get(name, {})
+    with pytest.warns(DeprecationWarning, match=r"head_first.*\[B, T, H, D\]") as caught:
+        got = getattr(fla, name)(**call, head_first=False)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert torch.equal(got[0], getattr(fla, name)(**call)[0])
+    with pytest.raises(NotImplementedError, match="transpose"):
+        getattr(fla, name)(**call, head_first=True)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------
 
 Q, TWO, WHOLE = torch.randn(1, 12, 2, 4), torch.randn(2, 12, 2, 4), torch.tensor([0, 12])
@@ -155,6 +182,9 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception]]] = [
     ("use_beta_sigmoid", lambda: fla.chunk_gdn(Q, Q, Q, TOKEN, -TOKEN, allow_neg_eigval=True), ValueError),
     ("layer_idx counts", lambda: fla.chunk_lightning_attn(Q, Q, Q, layer_idx=7, num_layers=7), ValueError),
     ("S alone", lambda: fla.chunk_linear_attn(Q, Q, Q, initial_state=(Q, Q), normalize=False), ValueError),
+    ("must be a tensor", lambda: fla.chunk_retention(Q, Q, Q, cu_seqlens=[0, 12]), TypeError),
+    ("whole numbers", lambda: fla.chunk_retention(Q, Q, Q, cu_seqlens=WHOLE.bool()), ValueError),
+    ("at least one head", lambda: fla.chunk_retention(Q[:, :, :0], Q[:, :, :0], Q[:, :, :0]), ValueError),
     ("only one of them", lambda: fla.fused_recurrent_gla(Q, Q, Q, **BOTH_NAMES), ValueError),
 ]  # fmt: skip
 

@@ -1,12 +1,15 @@
-"""foveate.compat.fla against flash-linear-attention itself: its signatures and its naive functions."""
+"""foveate.compat.fla against flash-linear-attention's own naive functions."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import inspect
+import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,33 +21,8 @@ from foveate.compat import fla
 def installed() -> Path:
     spec = importlib.util.find_spec("fla")
     if spec is None or spec.origin is None:
-        pytest.skip("flash-linear-attention is not installed (pip install 'foveate[peers]')")
+        pytest.skip("flash-linear-attention is not installed (pip install 'foveate[dev]')")
     return Path(spec.origin).parent / "ops"
-
-
-def their_signatures() -> dict[str, ast.arguments]:
-    found = {}
-    for path in installed().rglob("*.py"):
-        if "backends" not in path.parts:
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
-                if isinstance(node, ast.FunctionDef):
-                    found[node.name] = node.args
-    return found
-
-
-def test_every_argument_of_theirs_is_one_of_ours_in_its_place_with_its_default() -> None:
-    theirs = their_signatures()
-    for name in fla.__all__:
-        arguments = theirs.get(name) or theirs[getattr(fla, name).__name__]  # some have a short name too
-        names = [argument.arg for argument in arguments.args]
-        ours = inspect.signature(getattr(fla, name)).parameters
-        if not names:  # deprecated ones that only raise
-            continue
-        by_place = [x for x, parameter in ours.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-        assert by_place == names, name
-        defaults = [ast.literal_eval(x) for x in arguments.defaults]
-        given = [ours[x].default for x in names[len(names) - len(defaults) :]]
-        assert given == defaults, name
 
 
 def naive(folder: str, file: str = "naive") -> ModuleType:
@@ -116,3 +94,109 @@ def test_hgrn_agrees_with_theirs() -> None:
     for ours in (fla.chunk_hgrn, fla.fused_recurrent_hgrn):
         for got, wanted in zip(ours(x, g, state, True), call(x, g, state.clone(), True), strict=True):
             torch.testing.assert_close(got, wanted)
+
+
+# ---- the other recurrences and attentions ----------------------------------------------------------------------
+
+
+def functions(path: str, *names: str, **given: Any) -> list[Callable[..., Any]]:
+    """Functions of a file whose other contents need triton: their definitions alone, with what they call given."""
+    einops = pytest.importorskip("einops", reason="their naive functions need einops")
+    tree = ast.parse((installed() / path).read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    space: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "repeat": einops.repeat} | given
+    exec(compile(tree, path, "exec"), space)
+    return [space[name] for name in names]
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.randn(shape) for shape in shapes]
+
+
+def close(got: Any, wanted: Any) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_forgetting_attention_agrees_with_theirs() -> None:
+    q, k, v, g = tensors((2, 19, 4, 5), (2, 19, 2, 5), (2, 19, 2, 7), (2, 19, 4))
+    call = naive("forgetting_attn").naive_forgetting_attn
+    for window in (None, 6):
+        close(fla.parallel_forgetting_attn(q, k, v, -g.abs(), 0.3, window), call(q, k, v, -g.abs(), 0.3, window))
+
+
+@pytest.mark.parametrize("length", [19, 60])
+def test_polynomials_agree_with_theirs(length: int) -> None:
+    q, k, v = tensors((2, length, 3, 6), (2, length, 3, 6), (2, length, 3, 7))
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    for norm in (True, False):
+        wanted = naive("based").naive_parallel_based(*turned, use_norm=norm).transpose(1, 2)
+        close(fla.parallel_based(q, k, v, use_norm=norm), wanted)
+        close(fla.fused_chunk_based(q, k, v, use_norm=norm), wanted)
+        wanted = naive("rebased").naive_parallel_rebased(*turned, use_norm=norm).transpose(1, 2)
+        got = fla.parallel_rebased(q, k, v, 1e-6, use_normalize=norm)
+        torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_comba_agrees_with_theirs() -> None:
+    drawn = {name: x.float() for name, x in draw().items()}
+    q, k, v, g, beta, state = (*(drawn[name] for name in ("q", "k", "v", "g", "beta")), states_for(drawn, 2).float())
+    p = k * torch.rand(2, 37, 3, 1)
+    wanted = naive("comba").naive_recurrent_comba(q, k, v, p, beta, g, 0.3, state.clone(), True)
+    close(fla.chunk_comba(q, k, v, p, g, beta, 0.3, state, True), wanted)
+    close(fla.fused_recurrent_comba(q, k, p, v, g, beta, 0.3, state, True), wanted)
+
+
+def test_gdn2_agrees_with_theirs() -> None:
+    drawn = {name: x.float() for name, x in draw().items()}
+    q, k, v, g, state = (*(drawn[name] for name in ("q", "k", "v", "gk")), states_for(drawn, 2).float())
+    b, w = torch.rand_like(k), torch.rand_like(v)
+    wanted = naive("gdn2").naive_recurrent_gdn2(q, k, v, g, b, w, 0.3, state.clone(), True)
+    close(fla.chunk_gdn2(q, k, v, g, b, w, 0.3, state, True), wanted)
+    close(fla.fused_recurrent_gdn2(q, k, v, g, b, w, scale=0.3, initial_state=state, output_final_state=True), wanted)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_delta_products_agree_with_theirs(packed: bool) -> None:
+    long = {name: x.float() for name, x in draw(length=40).items()}
+    q, g, count = long["q"][:, :20], long["g"][:, :20], 3 if packed else 2
+    parts = [q, long["k"], long["v"], g, long["beta"]]
+    parts = [x[:1] for x in parts] if packed else parts
+    state = states_for(long, count).float()
+    offsets = torch.tensor([0, 7, 11, 20]) if packed else None
+    call = naive("gated_delta_product").naive_recurrent_gated_delta_product
+    wanted = call(*parts, 0.3, offsets, state.clone(), True, 2)
+    close(fla.chunk_gated_delta_product(*parts, 2, 0.3, state, True, cu_seqlens=offsets), wanted)
+
+
+def test_gates_agree_with_theirs() -> None:
+    gate, bounded = functions("kda/gate.py", "naive_kda_gate", "naive_kda_lowerbound_gate")
+    raw, A_log, bias = tensors((2, 7, 3, 5), (3,), (15,))
+    close(fla.fused_kda_gate(raw, A_log, bias), gate(raw, A_log, bias))
+    close(fla.fused_kda_gate(raw, A_log, bias, -4.0), bounded(raw, A_log, bias, -4.0))
+    (gate,) = functions("gated_delta_rule/gate.py", "naive_gdn_gate")
+    close(fla.fused_gdn_gate(raw[..., 0], A_log, bias[:3]), gate(raw[..., 0], A_log, bias[:3]))
+
+
+def mean_pooling(x: torch.Tensor, block: int, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    lengths = [x.shape[1]] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    return torch.stack([part.mean(1) for piece in x.split(lengths, 1) for part in piece.split(block, 1)], 1)
+
+
+def chunk_offsets(cu_seqlens: torch.Tensor, block: int) -> torch.Tensor:
+    return torch.tensor([0, *(math.ceil(n / block) for n in cu_seqlens.diff().tolist())]).cumsum(0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_nsa_agrees_with_theirs(packed: bool) -> None:
+    names = "naive_nsa_selection", "naive_nsa_compression", "naive_nsa_topk", "naive_nsa"
+    given = {"mean_pooling": mean_pooling, "prepare_chunk_offsets": chunk_offsets}
+    call = functions("nsa/naive.py", *names, **given)[-1]
+    batch, heads = 1 if packed else 2, 32
+    q, k, v = tensors((batch, 30, heads, 5), (batch, 30, 2, 5), (batch, 30, 2, 5))
+    g_cmp, g_slc = torch.rand(2, batch, 30, heads)
+    options = {"block_counts": 4, "block_size": 4, "cu_seqlens": torch.tensor([0, 9, 30]) if packed else None}
+    o, chosen = call(q, k, v, g_cmp, g_slc, **options, return_block_indices=True)
+    got, ours = fla.naive_nsa(q, k, v, g_cmp, g_slc, **options, return_block_indices=True)
+    assert torch.equal(ours.sort(-1).values, chosen.sort(-1).values)
+    close(got, o)
+    assert torch.equal(got, fla.parallel_nsa(q, k, v, g_cmp, g_slc, **options))

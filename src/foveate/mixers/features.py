@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from foveate.mixers.linear import LinearTransformer
 from foveate.mixers.recurrent import Lengths, Memory, widened
 from foveate.mixers.registry import Paper, register
 from foveate.recurrence import recur
+from foveate.recurrence.polynomial import polynomial_features
 
 
 def taylor(x: Tensor) -> Tensor:
@@ -26,10 +26,7 @@ def taylor(x: Tensor) -> Tensor:
     >>> torch.allclose((taylor(x) * taylor(y)).sum(-1), 1 + s + s**2 / 2)
     True
     """
-    x = x * x.shape[-1] ** -0.25
-    first, second = torch.triu_indices(x.shape[-1], x.shape[-1], 1, device=x.device)
-    crossed = x[..., first] * x[..., second]
-    return torch.cat([torch.ones_like(x[..., :1]), x, x.square() / math.sqrt(2), crossed], dim=-1)
+    return polynomial_features(x * x.shape[-1] ** -0.25, 1, 1, 0.5)
 
 
 @register(

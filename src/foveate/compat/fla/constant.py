@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.compat.fla.layout import Decay, Result, Sequences, refuse, run, v_first
+from foveate.compat.fla.layout import LAYOUT, Decay, Result, Sequences, refuse, run, v_first
+from foveate.recurrence.layout import state_dtype
 
 
 def chunk_retention(
@@ -18,7 +19,7 @@ def chunk_retention(
     cu_seqlens: Tensor | None = None,
     *,
     chunk_size: int | None = None,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """Retention: head h fades by 1 - 2^(-5 - h) a token.
 
@@ -34,7 +35,7 @@ def chunk_retention(
     """
     refuse(head_first=head_first)
     sequences = Sequences(initial_state, output_final_state, cu_seqlens)
-    return run(q, k, v, sequences, decay=_retention(v), scale=scale)
+    return run(q, k, v, sequences, decay=_retention(q, k, v), scale=scale)
 
 
 def fused_chunk_retention(
@@ -66,7 +67,7 @@ def fused_recurrent_retention(
     """`chunk_retention` with the arguments of the token-by-token form."""
     first = v_first(state_v_first, transpose_state_layout)
     sequences = Sequences(initial_state, output_final_state, cu_seqlens, None, reverse, first)
-    return run(q, k, v, sequences, decay=_retention(v), scale=scale)
+    return run(q, k, v, sequences, decay=_retention(q, k, v), scale=scale)
 
 
 def parallel_retention(
@@ -94,7 +95,7 @@ def chunk_lightning_attn(
     cu_seqlens: Tensor | None = None,
     *,
     chunk_size: int | None = None,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """Lightning attention: head h fades by exp(-8 h / H (1 - layer_idx / num_layers)) a token.
 
@@ -109,7 +110,7 @@ def chunk_lightning_attn(
     """
     refuse(head_first=head_first)
     sequences = Sequences(initial_state, output_final_state, cu_seqlens)
-    return run(q, k, v, sequences, decay=_lightning(v, layer_idx, num_layers), scale=scale)
+    return run(q, k, v, sequences, decay=_lightning(q, k, v, layer_idx, num_layers), scale=scale)
 
 
 def fused_recurrent_lightning_attn(
@@ -126,16 +127,21 @@ def fused_recurrent_lightning_attn(
 ) -> Result:
     """`chunk_lightning_attn` with the arguments of the token-by-token form."""
     sequences = Sequences(initial_state, output_final_state, cu_seqlens, None, reverse)
-    return run(q, k, v, sequences, decay=_lightning(v, layer_idx, num_layers), scale=scale)
+    return run(q, k, v, sequences, decay=_lightning(q, k, v, layer_idx, num_layers), scale=scale)
 
 
-def _retention(v: Tensor) -> Decay:
-    heads = torch.arange(v.shape[2], dtype=torch.float, device=v.device)
-    return Decay("g_gamma", torch.log1p(-(2.0 ** (-5.0 - heads))), "head")
+def _retention(q: Tensor, k: Tensor, v: Tensor) -> Decay:
+    return Decay("g_gamma", torch.log1p(-(2.0 ** (-5.0 - _heads(q, k, v)))), "head")
 
 
-def _lightning(v: Tensor, layer: int, num_layers: int) -> Decay:
+def _lightning(q: Tensor, k: Tensor, v: Tensor, layer: int, num_layers: int) -> Decay:
     if not 0 <= layer < num_layers:
         raise ValueError(f"layer_idx counts from 0 to num_layers - 1 = {num_layers - 1}, got {layer}")
-    heads = torch.arange(v.shape[2], dtype=torch.float, device=v.device)
-    return Decay("g_gamma", -8 / v.shape[2] * (1 - layer / num_layers) * heads, "head")
+    return Decay("g_gamma", -8 / v.shape[2] * (1 - layer / num_layers) * _heads(q, k, v), "head")
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The numbers of the heads in the dtype of the arithmetic."""
+    if v.dim() != 4 or v.shape[2] == 0:
+        raise ValueError(f"v must be [B, T, HV, V] with at least one head, got {tuple(v.shape)}; {LAYOUT}")
+    return torch.arange(v.shape[2], dtype=state_dtype(q, k, v), device=v.device)

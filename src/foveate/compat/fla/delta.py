@@ -21,7 +21,7 @@ def chunk_delta_rule(
     cu_seqlens_cpu: Tensor | None = None,
     *,
     chunk_size: int | None = None,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """The delta rule, S_t = S_{t-1} + beta_t k_t (v_t - k_t^T S_{t-1})^T, with keys of about unit length.
 
@@ -58,7 +58,7 @@ def fused_recurrent_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """`chunk_delta_rule` with the arguments of the token-by-token form; beta is 1 by default."""
     refuse(head_first=head_first)
@@ -94,7 +94,7 @@ def chunk_gated_delta_rule(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     chunk_size: int | None = None,
-    head_first: bool = False,
+    head_first: bool | None = None,
     transpose_state_layout: bool | None = None,
 ) -> Result:
     """The gated delta rule: the state fades by exp(g_t), then takes in what it did not recall of v_t.
@@ -242,10 +242,9 @@ def chunk_kda(
         use_beta_sigmoid_in_kernel,
         allow_neg_eigval,
         lower_bound,
-        state_v_first,
+        v_first(state_v_first, transpose_state_layout),
         cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
-        transpose_state_layout=transpose_state_layout,
     )
 
 

@@ -19,7 +19,7 @@ def chunk_gla(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     *,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """Gated linear attention, S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T. HGRN-2 is this with k = 1 - exp(g).
 
@@ -56,7 +56,7 @@ def fused_recurrent_gla(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
-    head_first: bool = False,
+    head_first: bool | None = None,
     transpose_state_layout: bool | None = None,
 ) -> Result:
     """`chunk_gla` under the names of the token-by-token form; ``reverse`` runs from the last token to the first.
@@ -88,7 +88,7 @@ def chunk_simple_gla(
     cu_seqlens_cpu: Tensor | None = None,
     *,
     chunk_size: int | None = None,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """Gated attention with one log-decay a token and head, g [B, T, H], or a head, g_gamma [H]; Mamba-2 has it.
 

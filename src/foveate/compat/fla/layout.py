@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -13,6 +14,8 @@ from foveate.recurrence import recur
 from foveate.recurrence.layout import state_dtype
 
 LAYOUT = "tensors are [B, T, H, D]: batch, tokens, heads, dim"
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -135,7 +138,9 @@ def lengths_of(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
     >>> lengths_of(torch.tensor([0, 3, 3, 7]), 7)
     [3, 0, 4]
     """
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens must be a tensor of whole numbers (N + 1,), got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in WHOLE or len(cu_seqlens) < 2:
         raise ValueError(
             f"cu_seqlens must be whole numbers (N + 1,), 0 first and the number of tokens last, got "
             f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
@@ -149,6 +154,8 @@ def lengths_of(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
 
 def refuse(**options: object) -> None:
     """Refuse each option that was given, by name: ``refuse(gv=None)`` passes."""
+    if options.get("head_first") is False:
+        warnings.warn(f"head_first is deprecated: {LAYOUT}; leave it out", DeprecationWarning, stacklevel=3)
     for name, value in options.items():
         if value is not None and value is not False:
             raise NotImplementedError(f"{name} is not supported by foveate.compat.fla: {WHY[name]}")
@@ -170,4 +177,5 @@ def v_first(state_v_first: bool, transpose_state_layout: bool | None) -> bool:
         return state_v_first
     if state_v_first:
         raise ValueError("transpose_state_layout is the old name of state_v_first; pass only one of them")
+    warnings.warn("transpose_state_layout is deprecated: it is now state_v_first", DeprecationWarning, stacklevel=3)
     return transpose_state_layout

@@ -24,7 +24,7 @@ def chunk_linear_attn(
     normalize: bool = True,
     cu_seqlens: Tensor | None = None,
     *,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> tuple[Tensor, States | None]:
     """Linear attention; ``normalize`` divides by q_t^T z_t, z_t being the sum of the keys so far.
 
@@ -56,7 +56,7 @@ def fused_recurrent_linear_attn(
     normalize: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> tuple[Tensor, States | None]:
     """`chunk_linear_attn` with the arguments and defaults of the token-by-token form."""
     refuse(head_first=head_first)

@@ -21,7 +21,7 @@ def chunk_rwkv6(
     cu_seqlens_cpu: Tensor | None = None,
     *,
     chunk_size: int | None = None,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """RWKV-6: o_t = scale r_t^T (S_{t-1} + (u * k_t) v_t^T), S_t = Diag(exp(w_t)) S_{t-1} + k_t v_t^T.
 
@@ -52,7 +52,7 @@ def fused_recurrent_rwkv6(
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """`chunk_rwkv6` with the arguments of the token-by-token form."""
     refuse(head_first=head_first)
@@ -78,7 +78,7 @@ def chunk_dplr_delta_rule(
     cp_context: object | None = None,
     lower_bound: float | None = None,
     *,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """Diagonal plus low rank: S_t = Diag(exp(gk_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T.
 
@@ -113,7 +113,7 @@ def fused_recurrent_dplr_delta_rule(
     reverse: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """`chunk_dplr_delta_rule` with the arguments of the token-by-token form."""
     refuse(head_first=head_first)
@@ -134,7 +134,7 @@ def chunk_iplr_delta_rule(
     cu_seqlens_cpu: Tensor | None = None,
     *,
     chunk_size: int | None = None,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """Identity plus low rank: `chunk_dplr_delta_rule` of a state that does not fade. chunk_size changes no result."""
     refuse(head_first=head_first)
@@ -176,7 +176,7 @@ def chunk_rwkv7(
     lower_bound: float | None = None,
     *,
     log_w: Tensor | None = None,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """RWKV-7: `chunk_dplr_delta_rule` under its own letters, with scale 1.
 
@@ -209,7 +209,7 @@ def fused_recurrent_rwkv7(
     cu_seqlens: Tensor | None = None,
     *,
     log_w: Tensor | None = None,
-    head_first: bool = False,
+    head_first: bool | None = None,
 ) -> Result:
     """`chunk_rwkv7` with the arguments and defaults of the token-by-token form: scale K^-0.5, the state returned."""
     w, k, v, a, b = _given(w=w if log_w is None else _only(w, log_w), k=k, v=v, a=a, b=b)
