@@ -14,7 +14,7 @@ def fields_of(thing: object) -> dict[str, Any]:
 
     >>> from foveate import sinks
     >>> fields_of(sinks(4))
-    {'n': 4}
+    {'count': 4}
     """
     state = object.__getstate__(thing)  # type: ignore[attr-defined]
     kind: Any = type(thing)
