@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.patterns.sequence import ByDistance
 from foveate.testing import check_mixer
 
@@ -32,8 +32,9 @@ class Fibonacci(ByDistance):
 
 @register(
     "fibonacci",
-    paper=Paper("You", "Attention at Fibonacci distances", "0000.00000"),
-    family="sparse",
+    papers=None,
+    reference=Reference("You", "Attention at Fibonacci distances", "0000.00000"),
+    family="static-sparse",
     formula="o_i = sum_j softmax_j(q_i k_j / sqrt(d)) v_j over i - j in {0, 1, 2, 3, 5, 8, ...}",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     core=lambda: PatternCore(Fibonacci()),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from foveate.attention import attend
 from foveate.mixers.attention import AttentionMixer, KeyValues
 from foveate.mixers.base import Mixer, Stepped
-from foveate.mixers.registry import Feature, Paper, Row
+from foveate.mixers.registry import Feature, Reference, Row
 from foveate.options import FORCED
 from foveate.patterns import Layout, Packed, Pattern, causal, full
 
@@ -23,8 +23,8 @@ def claiming(*features: Feature) -> Callable[[type[Mixer]], type[Mixer]]:
     """Give a mixer a row without adding it to the catalogue."""
 
     def add(mixer: type[Mixer]) -> type[Mixer]:
-        paper = Paper("Nobody", "Nothing", "0000.00000")
-        mixer.row = Row(mixer.__name__, paper, "none", "none", frozenset(features), mixer)
+        nobody = Reference("Nobody", "Nothing", "0000.00000")
+        mixer.row = Row(mixer.__name__, (), "none", "none", frozenset(features), mixer, reference=nobody)
         return mixer
 
     return add

@@ -66,7 +66,7 @@ def mechanism(text: str) -> tuple[Row, dict[str, Any]] | None:
     name, options = _call(text.strip())
     if name is None:
         return None
-    if name not in {row.name for row in registry.rows()} and name in constructors():
+    if name in constructors() and name not in registry.names():
         return None
     return registry.row(name), {key: _value(node, text) for key, node in options.items()}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -14,17 +16,23 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from foveate.cli.screen import out
+from foveate.catalogue.index import USES
+from foveate.cli.screen import complain, out
 
 if TYPE_CHECKING:
+    from foveate.catalogue.index import Entry
+    from foveate.catalogue.papers import Reference
     from foveate.mixers.registry import Row
     from foveate.patterns import Layout, Pattern
 
-LIST_HELP = """List the mechanisms of the catalogue.
+LIST_HELP = """List the mechanisms of the catalogue, by what they are for.
 
 [bold]Examples[/bold]
 
   foveate list
+  foveate list --for image
+  foveate list --for causal-lm --training-free
+  foveate list "delta rule" --linear-state
   foveate list --family linear
   foveate list --json | jq -r '.[] | select(.training_free) | .name'
 """
@@ -42,16 +50,27 @@ DRAWN_TOKENS = 32
 
 
 def list_mechanisms(
+    text: Annotated[str | None, typer.Argument(help="Only mechanisms that name, summary or paper say this of.")] = None,
+    use: Annotated[str | None, typer.Option("--for", help=f"Only mechanisms for this: {', '.join(USES)}.")] = None,
     family: Annotated[str | None, typer.Option(help="Only mechanisms of this family.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of a table.")] = False,
+    training_free: Annotated[
+        bool, typer.Option("--training-free", help="Only those that a pretrained model can use as it is.")
+    ] = False,
+    linear_state: Annotated[
+        bool, typer.Option("--linear-state", help="Only those that decode with a state of fixed size, not keys.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array instead of tables.")] = False,
 ) -> None:
-    from foveate.mixers.registry import rows
+    from foveate.catalogue.index import catalogue
 
-    found = _of_family(rows(), family)
+    there = catalogue()
+    found = Choice(text, _known_use(use), _known_family(family), training_free, linear_state).of(there.entries)
     if as_json:
-        typer.echo(json.dumps([facts(row) for row in found], indent=2, ensure_ascii=False))
+        typer.echo(json.dumps([facts(entry) for entry in found], indent=2, ensure_ascii=False))
     else:
-        out().print(_table(found))
+        _print_groups(found)
+    for broken in there.broken:
+        complain(f"Not listed: {broken}")
 
 
 def show(
@@ -76,18 +95,66 @@ def show(
     console.print(Padding(_costs(found), (0, 0, 0, 2), expand=False))
 
 
-def facts(row: Row) -> dict[str, Any]:
-    """A row of the catalogue, ready for JSON."""
+def facts(entry: Entry) -> dict[str, Any]:
+    """A mechanism of the catalogue, ready for JSON."""
+    source = entry.source
     return {
-        "name": row.name,
-        "title": row.paper.title,
-        "authors": row.paper.authors,
-        "arxiv": row.paper.arxiv,
-        "family": row.family,
-        "supports": sorted(row.supports),
-        "formula": row.formula,
-        "training_free": row.core is not None,
+        "name": entry.name,
+        "title": source.title,
+        "authors": source.authors,
+        "id": source.id,
+        "url": source.url,
+        "papers": list(entry.papers),
+        "family": entry.family,
+        "for": list(entry.uses),
+        "supports": list(entry.supports),
+        "training_free": entry.training_free,
+        "linear_state": entry.linear_state,
+        "summary": entry.summary,
+        "formula": entry.formula,
+        "notes": entry.notes,
     }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which mechanisms are listed: those that meet every wish."""
+
+    text: str | None = None
+    use: str | None = None
+    family: str | None = None
+    training_free: bool = False
+    linear_state: bool = False
+
+    def of(self, entries: Iterable[Entry]) -> list[Entry]:
+        return [entry for entry in entries if self.wants(entry)]
+
+    def wants(self, entry: Entry) -> bool:
+        return (
+            (self.use is None or self.use in entry.uses)
+            and self.family in (None, entry.family)
+            and entry.training_free >= self.training_free
+            and entry.linear_state >= self.linear_state
+            and (self.text or "").lower() in _said_of(entry)
+        )
+
+
+def _said_of(entry: Entry) -> str:
+    source = entry.source
+    words = (entry.name, entry.family, entry.summary, entry.notes, source.title, source.authors, source.id)
+    return "\n".join((*words, *entry.papers)).lower()
+
+
+def _known_use(use: str | None) -> str | None:
+    if use is not None and use not in USES:
+        raise ValueError(f"--for is one of {', '.join(USES)}; got {use!r}")
+    return use
+
+
+def _known_family(family: str | None) -> str | None:
+    from foveate.catalogue.papers import check_family
+
+    return None if family is None else check_family(family)
 
 
 class Drawn(NamedTuple):
@@ -134,33 +201,68 @@ def _draw(console: Console, drawn: Drawn, path: Path | None) -> None:
         console.print(f"\nThe drawing is in {path}", soft_wrap=True)
 
 
-def _of_family(rows: list[Row], family: str | None) -> list[Row]:
-    families = sorted({row.family for row in rows})
-    if family is not None and family not in families:
-        raise ValueError(f"no family is called {family!r}; there are {', '.join(families)}")
-    return [row for row in rows if family in (None, row.family)]
+GROUPS = {
+    "image": "Images",
+    "video": "Video",
+    "points": "Point clouds",
+    "graph": "Graphs",
+    "series": "Audio and time series",
+    "pretrained": "Text: in the place of a pretrained model's attention, without training",
+    "state": "Text: a state of fixed size instead of keys and values",
+    "causal-lm": "Text: other causal language models",
+    "encoder": "Encoders",
+}
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table(box=None, pad_edge=False, title_justify="left", title=f"{len(rows)} mechanisms")
-    for heading in ("mechanism", "family", "what it does", "paper"):
+def _group(entry: Entry) -> str:
+    """What a mechanism is for in the first place: its paper's own domain, or how it serves text."""
+    from foveate.catalogue.index import DOMAINS
+    from foveate.catalogue.papers import Paper
+
+    source = entry.source
+    domain = DOMAINS.get(source.domain) if isinstance(source, Paper) else None
+    if domain is not None:
+        return domain
+    if "causal-lm" not in entry.uses:
+        return entry.uses[0]
+    return "pretrained" if entry.training_free else "state" if entry.linear_state else "causal-lm"
+
+
+def _print_groups(found: list[Entry]) -> None:
+    console = out()
+    console.print(f"{len(found)} mechanisms", highlight=False)
+    grouped = {group: [entry for entry in found if _group(entry) == group] for group in GROUPS}
+    for group, entries in grouped.items():
+        if entries:
+            console.print(_table(GROUPS[group], entries))
+
+
+def _table(title: str, entries: list[Entry]) -> Table:
+    table = Table(box=None, pad_edge=False, title_justify="left", title=f"\n{title}")
+    for heading in ("mechanism", "what it does", "also for", "family", "paper"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "mechanism")
-    for row in rows:
-        table.add_row(row.name, row.family, Text(row.summary), row.paper.arxiv)
+    for entry in entries:
+        also = ", ".join(use for use in entry.uses if use != _group(entry))
+        table.add_row(entry.name, Text(entry.summary), also, entry.family, entry.source.id)
     return table
 
 
 def _head(row: Row) -> Text:
+    papers = "".join(f"  {_cited(source)}\n" for source in row.papers or (row.source,))
     lines = [
         (f"{row.name}\n", "bold"),
         (f"{row.summary}\n\n", ""),
         (f"  {row.formula}\n\n", "cyan"),
-        (f"  {row.paper.authors}, {row.paper.title}\n  {row.paper.url}\n\n", ""),
+        (f"{papers}\n", ""),
         (f"  family {row.family}; supports {', '.join(sorted(row.supports))}\n", "dim"),
         (f"  {_use(row)}", "dim"),
         (f"\n\n  {row.notes}" if row.notes else "", ""),
     ]
     return Text.assemble(*lines)
+
+
+def _cited(source: Reference) -> str:
+    return "\n  ".join(filter(None, (", ".join(filter(None, (source.authors, source.title))), source.url)))
 
 
 def _use(row: Row) -> str:

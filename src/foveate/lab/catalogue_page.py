@@ -1,4 +1,4 @@
-"""docs/catalogue.md, from the registry: `python -m foveate.lab.catalogue_page docs/catalogue.md`."""
+"""docs/catalogue.md, from the index: `python -m foveate.lab.catalogue_page docs/catalogue.md`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from foveate.mixers.registry import Row, rows
+from foveate.catalogue.index import Entry, catalogue
+from foveate.catalogue.papers import Reference, papers
 
 HEAD = """# The catalogue
 
 {count} mechanisms in {families} families. Each is a registered mixer that passes the conformance suite
-(`foveate check NAME`); `foveate show NAME` draws it and counts its costs. This page is made from the registry
+(`foveate check NAME`); `foveate show NAME` draws it and counts its costs. This page is made from the index
 by `make docs`.
 
 *Training-free* mechanisms can take the place of the attention in a pretrained model:
@@ -27,20 +28,27 @@ def render() -> str:
     >>> render().splitlines()[0]
     '# The catalogue'
     """
-    families = [(name, list(group)) for name, group in groupby(rows(), key=lambda row: row.family)]
-    head = HEAD.format(count=len(rows()), families=len(families))
+    entries = catalogue().entries
+    families = [(name, list(group)) for name, group in groupby(entries, key=lambda entry: entry.family)]
+    head = HEAD.format(count=len(entries), families=len(families))
     return "\n".join([head, *(_section(name, group) for name, group in families)])
 
 
-def _section(family: str, group: Iterable[Row]) -> str:
-    lines = [_line(COLUMNS), _line("---" for _ in COLUMNS), *(_line(_cells(row)) for row in group)]
+def _section(family: str, group: Iterable[Entry]) -> str:
+    lines = [_line(COLUMNS), _line("---" for _ in COLUMNS), *(_line(_cells(entry)) for entry in group)]
     return "\n".join([f"## {family}", "", *lines, ""])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    paper = f"{row.paper.authors}, *{row.paper.title}*, [{row.paper.arxiv}]({row.paper.url})"
-    does = f"{row.summary}<br>`{row.formula}`"
-    return f"`{row.name}`", does, ", ".join(sorted(row.supports)), "yes" if row.core else "no", paper
+def _cells(entry: Entry) -> tuple[str, ...]:
+    sources: list[Reference] = [papers()[key] for key in entry.papers] or [entry.source]
+    does = f"{entry.summary}<br>`{entry.formula}`"
+    free = "yes" if entry.training_free else "no"
+    return f"`{entry.name}`", does, ", ".join(entry.supports), free, "<br>".join(map(_cited, sources))
+
+
+def _cited(source: Reference) -> str:
+    link = f"[{source.id}]({source.url})" if source.id else ""
+    return ", ".join(filter(None, (source.authors, f"*{source.title}*", link)))
 
 
 def _line(cells: Iterable[str]) -> str:

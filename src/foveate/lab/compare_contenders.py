@@ -28,7 +28,7 @@ def enlist(mechanisms: Sequence[str] | None, *, heads: int, kv_heads: int) -> tu
     ``mechanisms`` are names of the catalogue, names with options as in "streaming_llm(window=256)", or patterns
     written out; None means all of the catalogue. An unknown name is a ValueError.
     """
-    names = [row.name for row in registry.rows()] if mechanisms is None else list(dict.fromkeys(mechanisms))
+    names = registry.names() if mechanisms is None else list(dict.fromkeys(mechanisms))
     candidates: list[Candidate] = []
     refused: list[Refusal] = []
     for name in names:
@@ -71,5 +71,6 @@ def _about(text: str, core: Core, row: registry.Row | None) -> Contender:
     note = AHEAD if core.pattern.chooses_ahead else ""
     if row is None:
         return Contender(text, str(core.pattern), snippet, note, family="pattern")
-    paper = f"{row.paper.authors.rstrip('.')}. {row.paper.title}"
-    return Contender(text, str(core.pattern), snippet, note, row.family, paper, row.paper.url, row.formula)
+    source = row.source
+    paper = f"{source.authors.rstrip('.')}. {source.title}"
+    return Contender(text, str(core.pattern), snippet, note, row.family, paper, source.url, row.formula)

@@ -92,7 +92,7 @@ def _unique(values: Iterable[Value]) -> list[Value]:
 
 def usual() -> list[str]:
     """The mixers that are compared unless others are named."""
-    known = {row.name for row in registry.rows()}
+    known = registry.names()
     return [name for name in USUAL if name in known]
 
 

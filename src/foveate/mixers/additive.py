@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from foveate.mixers.base import Mixer, divided, split_heads
 from foveate.mixers.over_tokens import softmax_over_tokens
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Layout
 
 
@@ -30,8 +30,7 @@ class AdditiveMixer(Mixer):
 
 @register(
     "fastformer",
-    paper=Paper("Wu, Wu, Qi, Huang, Xie", "Fastformer: Additive Attention Can Be All You Need", "2108.09084"),
-    family="linear",
+    papers=("Fastformer",),
     formula="q = Σ_i softmax_i(w·q_i/√d) q_i, p_i = q * k_i, k = Σ_i softmax_i(u·p_i/√d) p_i, o_i = W(k * q_i) + q_i",
     supports={"noncausal", "padding"},
     notes="Values share the queries' projection and the scores see all heads' channels, as in the paper and its code.",
@@ -67,12 +66,7 @@ class Fastformer(AdditiveMixer):
 
 @register(
     "swiftformer",
-    paper=Paper(
-        "Shaker, Maaz, Rasheed, Khan, Yang, Khan",
-        "SwiftFormer: Efficient Additive Attention for Transformer-based Real-time Mobile Vision Applications",
-        "2303.15446",
-    ),
-    family="linear",
+    papers=("SwiftFormer",),
     formula="a = α / ‖α‖₂, α_i = w·q_i / √d, g = Σ_i a_i q_i, o_i = W₂(W₁(g * k_i) + q_i), ‖q_i‖ = ‖k_i‖ = 1",
     supports={"noncausal", "padding", "grid"},
     notes="Positions do not matter to it: a layout changes nothing. foveate.models.vision.swiftformer is built of it.",

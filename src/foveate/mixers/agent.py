@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from foveate.attention import Bias, Weights, attend
 from foveate.attention.weights import as_weights
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Grid, Layout, Pattern, full
 
 POOLS: dict[int, Callable[..., Tensor]] = {
@@ -89,12 +89,7 @@ class AgentCore:
 
 @register(
     "agent_attention",
-    paper=Paper(
-        "Han et al.",
-        "Agent Attention: On the Integration of Softmax and Linear Attention",
-        "2312.08874",
-    ),
-    family="lowrank-pool",
+    papers=("Agent Attention",),
     formula="O = softmax(Q Aᵀ / √d + B₂) softmax(A Kᵀ / √d + B₁) V + DWConv(V), A = pool(Q)",
     supports={"noncausal", "grid"},
     core=AgentCore,

@@ -11,7 +11,7 @@ from torch.nn.functional import layer_norm, silu
 from foveate.mixers.base import divided, join_heads
 from foveate.mixers.linear import LightningAttention2
 from foveate.mixers.recurrent import Inputs, Lengths, Memory, Projected, RecurrentMixer, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.mixers.rotary import rotate
 
 
@@ -44,7 +44,8 @@ def places(length: int, lengths: Lengths = None) -> Tensor:
 
 @register(
     "retention",
-    paper=Paper(
+    papers=None,
+    reference=Reference(
         "Sun, Dong, Huang, Ma, Xia, Xue, Wang, Wei",
         "Retentive Network: A Successor to Transformer for Large Language Models",
         "2307.08621",
@@ -97,12 +98,7 @@ class Retention(Placed):
 
 @register(
     "lightning_attention",
-    paper=Paper(
-        "Qin, Sun, Li, Shen, Sun, Zhong",
-        "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention",
-        "2405.17381",
-    ),
-    family="linear",
+    papers=("Lightning-Attention-TNL",),
     formula="S_t = λ_h S_{t-1} + k_t v_t^T, o_t = norm(q_t^T S_t) * u_t",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="The block is TNL's. Its attention is that of Lightning Attention-2, and so is the code.",
@@ -118,12 +114,7 @@ class LightningAttention(LightningAttention2):
 
 @register(
     "transnormer_llm",
-    paper=Paper(
-        "Qin, Li, Sun, Sun, Shen, Han, Wei, Lv, Luo, Qiao, Zhong",
-        "Scaling TransNormer to 175 Billion Parameters",
-        "2307.14995",
-    ),
-    family="linear",
+    papers=("TransNormerLLM",),
     formula="o_t = norm(sum_{s<=t} λ_h^(t-s) sum_c q_tc k_sc cos((t - s) θ_c) v_s) * u_t",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(

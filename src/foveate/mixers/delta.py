@@ -13,7 +13,7 @@ from foveate.mixers.attention import AttentionMixer, KeyValues, visible_pairs
 from foveate.mixers.base import Stepped, join_heads
 from foveate.mixers.bias_part import part_of_bias, placed
 from foveate.mixers.core import Core, PatternCore, joined
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.window import streaming_core
 from foveate.patterns import Layout, Packed, Pattern, Scene, Sequence, causal, full
 from foveate.patterns.part import Parts
@@ -91,12 +91,7 @@ class DeltaState(NamedTuple):
 
 @register(
     "delta_attention",
-    paper=Paper(
-        "Willette, Lee, Hwang",
-        "Delta Attention: Fast and Accurate Sparse Attention Inference by Delta Correction",
-        "2505.11254",
-    ),
-    family="static-sparse",
+    papers=("Delta Attention",),
     formula="o_i = sparse_i + (full_j - sparse_j), j = γ ⌊i / γ⌋",
     supports={"causal", "decode", "gqa"},
     core=delta_core,

@@ -11,19 +11,14 @@ from torch.nn.functional import normalize, pad, softplus
 from foveate.mixers.base import join_heads, split_heads
 from foveate.mixers.gated import fresh_rates, small_steps
 from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.mixers.short_conv import ShortConv
 from foveate.recurrence import Recurrent
 
 
 @register(
     "deltanet",
-    paper=Paper(
-        "Yang, Wang, Zhang, Shen, Kim",
-        "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
-        "2406.06484",
-    ),
-    family="linear",
+    papers=("DeltaNet",),
     formula="S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, |k_t| = 1",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
@@ -67,12 +62,7 @@ def unit(x: Tensor) -> Tensor:
 
 @register(
     "efla",
-    paper=Paper(
-        "Lei, Zhang, Poria",
-        "Error-Free Linear Attention is a Free Lunch: Exact Solution from Continuous-Time Dynamics",
-        "2512.12602",
-    ),
-    family="linear",
+    papers=("EFLA",),
     formula="S_t = (I - a_t k_t k_t^T) S_{t-1} + a_t k_t v_t^T, a_t = (1 - exp(-beta_t λ_t)) / λ_t, λ_t = |k_t|^2",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="Keys keep their length, which decides how far the state moves; the rest is DeltaNet's.",
@@ -106,7 +96,8 @@ def exact_strength(beta: Tensor, k: Tensor) -> Tensor:
 
 @register(
     "kda",
-    paper=Paper("Kimi Team", "Kimi Linear: An Expressive, Efficient Attention Architecture", "2510.26692"),
+    papers=None,
+    reference=Reference("Kimi Team", "Kimi Linear: An Expressive, Efficient Attention Architecture", "2510.26692"),
     family="linear",
     formula="S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T",
     supports={"causal", "padding", "packed", "decode", "gqa"},
@@ -150,7 +141,8 @@ class Steps(Inputs):
 
 @register(
     "delta_product",
-    paper=Paper(
+    papers=None,
+    reference=Reference(
         "Siems, Carstensen, Zela, Hutter, Pontil, Grazzi",
         "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products",
         "2502.10297",

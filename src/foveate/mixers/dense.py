@@ -12,7 +12,7 @@ from foveate.mixers.attention import AttentionMixer, KeyValues
 from foveate.mixers.base import join_heads
 from foveate.mixers.chunked import ChunkedCore
 from foveate.mixers.core import PatternCore
-from foveate.mixers.registry import Feature, Paper, register
+from foveate.mixers.registry import Feature, register
 from foveate.patterns import Layout, Packed, Pattern, causal, full
 
 EVERYTHING: set[Feature] = {"causal", "noncausal", "cross", "padding", "packed", "grid", "decode", "gqa"}
@@ -20,12 +20,7 @@ EVERYTHING: set[Feature] = {"causal", "noncausal", "cross", "padding", "packed",
 
 @register(
     "flash_attention",
-    paper=Paper(
-        "Dao, Fu, Ermon, Rudra, Ré",
-        "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
-        "2205.14135",
-    ),
-    family="exact-io",
+    papers=("FlashAttention",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j, over tiles of keys with a running maximum and sum",
     supports=EVERYTHING,
     core=PatternCore,
@@ -44,8 +39,7 @@ class FlashAttention(AttentionMixer):
 
 @register(
     "memory_efficient_attention",
-    paper=Paper("Rabe, Staats", "Self-attention Does Not Need O(n^2) Memory", "2112.05682"),
-    family="exact-io",
+    papers=("Memory-efficient attention (Rabe-Staats)",),
     formula="o_i = Σ_c e^{m_c - m} n_c / Σ_c e^{m_c - m} s_c, over chunks c of √n keys",
     supports=EVERYTHING,
     core=ChunkedCore,
@@ -70,12 +64,7 @@ class MemoryEfficientAttention(AttentionMixer):
 
 @register(
     "sigmoid_attention",
-    paper=Paper(
-        "Ramapuram et al.",
-        "Theory, Analysis, and Best Practices for Sigmoid Self-Attention",
-        "2409.04431",
-    ),
-    family="normalizer-sink",
+    papers=("Sigmoid-Attention",),
     formula="o_i = Σ_j σ(q_i·k_j / √d - log n) v_j",
     supports={"causal", "noncausal", "padding", "packed", "decode", "gqa"},
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from foveate.mixers.base import Mixer
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.scans import BidirectionalMamba
 from foveate.patterns import Layout
 
@@ -50,13 +50,7 @@ def check_chunk(size: int) -> int:
 
 @register(
     "dual_path_mamba",
-    paper=Paper(
-        "Jiang, Han, Mesgarani",
-        "Dual-path Mamba: Short and Long-term Bidirectional Selective Structured State Space Models for Speech "
-        "Separation",
-        "2403.18257",
-    ),
-    family="recurrent-ssm",
+    papers=("Dual-path Mamba",),
     formula="c = segment(x), c += bimamba(c along a chunk), c += bimamba'(c across chunks), out = overlap_add(c) - x",
     supports={"noncausal"},
     notes="Where chunks lie depends on the first token, so padding in front of a sequence would change its result.",

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from foveate.mixers.base import Stepped, divided, split_heads
 from foveate.mixers.linear import LinearTransformer
 from foveate.mixers.recurrent import Lengths, Memory, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.recurrence import recur
 from foveate.recurrence.polynomial import polynomial_features
 
@@ -31,12 +31,7 @@ def taylor(x: Tensor) -> Tensor:
 
 @register(
     "based_linear",
-    paper=Paper(
-        "Arora, Eyuboglu, Zhang, Timalsina, Alberti, Zinsley, Zou, Rudra, Ré",
-        "Simple linear attention language models balance the recall-throughput tradeoff",
-        "2402.18668",
-    ),
-    family="hybrid",
+    papers=("BASED",),
     formula="o_i = sum_j (1 + s_ij + s_ij^2 / 2) v_j / sum_j (1 + s_ij + s_ij^2 / 2), s_ij = q_i^T k_j / sqrt(D)",
     supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
     notes="The linear half of BASED, whose models interleave it with softmax attention in small windows.",
@@ -61,12 +56,7 @@ class BasedLinear(LinearTransformer):
 
 @register(
     "jrt_rnn",
-    paper=Paper(
-        "Arora, Timalsina, Singhal, Spector, Eyuboglu, Zhao, Rao, Rudra, Ré",
-        "Just read twice: closing the recall gap for recurrent language models",
-        "2407.05483",
-    ),
-    family="linear",
+    papers=("JRT-RNN",),
     formula="o_i = φ(q_i)^T (S_i + P) / φ(q_i)^T (z_i + p), P = sum_{j<=M} φ(k'_j) v'_j^T, p = sum_{j<=M} φ(k'_j)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="S_i and z_i are Based's causal sums. The paper also repeats the context in the prompt: that needs no mixer.",

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.mixers.base import Stepped
 from foveate.mixers.over_tokens import TINY, count, hide
 from foveate.mixers.recurrent import Lengths, RecurrentMixer, wide, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.recurrence import recur
 
 
@@ -88,12 +88,7 @@ def flow_attention(
 
 @register(
     "flow_attention",
-    paper=Paper(
-        "Wu, Wu, Xu, Wang, Long",
-        "Flowformer: Linearizing Transformers with Conservation Flows",
-        "2202.06258",
-    ),
-    family="linear",
+    papers=("Flowformer / Flow-Attention",),
     formula="o_i = σ(Î_i N/M) Σ_j φ(q_i)·φ(k_j)/I_i · M softmax_j(Ô_j) v_j; Î, Ô: flows while the other side's are 1",
     supports={"causal", "noncausal", "cross", "padding", "packed", "decode"},
     notes="Ô is limited to 1 before the softmax, as in the authors' code.",

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid, normalize, silu, softplus
 
 from foveate.mixers.base import divided, join_heads, split_heads
 from foveate.mixers.recurrent import Inputs, RecurrentMixer, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 
 
 class GatedNorm(nn.Module):
@@ -29,12 +29,7 @@ class GatedNorm(nn.Module):
 
 @register(
     "gla",
-    paper=Paper(
-        "Yang, Wang, Shen, Panda, Kim",
-        "Gated Linear Attention Transformers with Hardware-Efficient Training",
-        "2312.06635",
-    ),
-    family="linear",
+    papers=("GLA",),
     formula="S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T, alpha_t = sigmoid(W_2 W_1 x_t + b)^(1/16)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="The norm of each head is an RMS norm, as in the authors' code; the paper writes a layer norm.",
@@ -89,8 +84,7 @@ def small_steps(size: int) -> Tensor:
 
 @register(
     "gated_deltanet",
-    paper=Paper("Yang, Kautz, Hatamizadeh", "Gated Delta Networks: Improving Mamba2 with Delta Rule", "2412.06464"),
-    family="linear",
+    papers=("Gated DeltaNet",),
     formula="S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="Padding lies at the ends of a sequence: inside it, the short convolutions would read it as zeros.",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from foveate.attention import attend, relative_table
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore, joined
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Grid, Layout, Pattern, neighborhood
 
 Size = int | tuple[int, ...]
@@ -71,8 +71,7 @@ def neighborhood_core(*, kernel: Size = 13) -> PatternCore:
 
 @register(
     "neighborhood_attention",
-    paper=Paper("Hassani, Walton, Li, Li, Shi", "Neighborhood Attention Transformer", "2204.07143"),
-    family="neighborhood",
+    papers=("NAT / NATTEN",),
     formula="o_i = Σ_{j ∈ ρ(i)} softmax_j(q_i·k_j / √d + b(i - j)) v_j, ρ(i): the k × k nearest tokens",
     supports={"noncausal", "padding", "grid", "gqa"},
     core=neighborhood_core,
@@ -109,8 +108,7 @@ def dilated_neighborhood_core(*, kernel: Size = 13, dilation: Size = 2) -> Patte
 
 @register(
     "dilated_neighborhood_attention",
-    paper=Paper("Hassani, Shi", "Dilated Neighborhood Attention Transformer", "2209.15001"),
-    family="neighborhood",
+    papers=("DiNAT (DiNA)",),
     formula="o_i = Σ_{j ∈ ρ_δ(i)} softmax_j(q_i·k_j / √d + b(i - j)) v_j, ρ_δ(i): k × k nearest, j ≡ i mod δ",
     supports={"noncausal", "padding", "grid", "gqa"},
     core=dilated_neighborhood_core,
@@ -157,12 +155,7 @@ def generalized_neighborhood_core(
 
 @register(
     "generalized_neighborhood_attention",
-    paper=Paper(
-        "Hassani et al.",
-        "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
-        "2504.16922",
-    ),
-    family="neighborhood",
+    papers=("GNA",),
     formula="o_i = Σ_{j ∈ ρ(r(i))} softmax_j(q_i·k_j / √d) v_j, r(i): the one that stands for i's group",
     supports={"noncausal", "padding", "grid", "gqa"},
     core=generalized_neighborhood_core,

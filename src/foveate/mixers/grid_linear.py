@@ -13,7 +13,7 @@ from foveate.mixers.linear import elu_plus_one
 from foveate.mixers.local_conv import LocalConv
 from foveate.mixers.over_tokens import TINY, count, hide, softmax_over_tokens
 from foveate.mixers.recurrent import wide, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.short_conv import ShortConv
 from foveate.patterns import Grid, Layout
 from foveate.recurrence import recur
@@ -80,8 +80,7 @@ class Sums(NamedTuple):
 
 @register(
     "mala",
-    paper=Paper("Fan, Huang, Ai, He", "Rectifying Magnitude Neglect in Linear Attention", "2507.00698"),
-    family="linear",
+    papers=("MALA",),
     formula="o_i = Σ_j (β_i s_ij - γ_i) v_j, s_ij = φ(q_i)·φ(k_j) / N√d, S_i = Σ_j s_ij, β_i = 1 + 1/S_i, γ_i = S_i/N",
     supports={"causal", "noncausal", "padding", "grid", "decode"},
     notes=(
@@ -167,8 +166,7 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
 
 @register(
     "rala",
-    paper=Paper("Fan, Huang, He", "Breaking the Low-Rank Dilemma of Linear Attention", "2411.07635"),
-    family="linear",
+    papers=("RALA / RAVLT",),
     formula="o_i = g(x_i) * φ(q_i)ᵀ Σ_j α_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j α_j φ(k_j), α = N softmax_j(φ̄(q)·φ(k_j) / √d)",
     supports={"noncausal", "padding", "grid"},
     notes=(

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from foveate.attention import Bias, attend, relative_table
 from foveate.mixers.core import PatternCore
 from foveate.mixers.grid import GridMixer, Size, sides_of
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Grid, Layout, Pattern, window_partition
 from foveate.patterns.algebra import Index
 from foveate.plain import remembered
@@ -165,12 +165,7 @@ def window_partition_core(*, window: Size = 16, shift: Size = 0) -> PatternCore:
 
 @register(
     "flash_window_attention",
-    paper=Paper(
-        "Zhang",
-        "Flash Window Attention: speedup the attention computation for Swin Transformer",
-        "2501.06480",
-    ),
-    family="exact-io",
+    papers=("FlashWindowAttention",),
     formula="o_i = Σ_{j ∈ W(i)} softmax_j(q_i·k_j / √d + b(i - j)) v_j, W(i): the window that holds i",
     supports={"noncausal", "padding", "grid", "gqa"},
     core=window_partition_core,

@@ -13,7 +13,7 @@ from foveate.mixers.core import PatternCore
 from foveate.mixers.decayed import Placed
 from foveate.mixers.linear import LinearTransformer
 from foveate.mixers.recurrent import Inputs, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.rotary import rotate
 from foveate.patterns import Layout, full
 
@@ -49,12 +49,7 @@ class HedgehogMaps(nn.Module):
 
 @register(
     "hedgehog",
-    paper=Paper(
-        "Zhang, Bhatia, Kumbong, Ré",
-        "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",
-        "2402.04347",
-    ),
-    family="linear",
+    papers=("Hedgehog",),
     formula="o_i = φ(q_i)^T sum_j ψ(k_j) v_j^T / φ(q_i)^T sum_j ψ(k_j), φ(x) = [exp(Wx + b), exp(-Wx - b)]",
     supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
     notes="mimic trains the maps on queries and keys of a softmax attention; linearised starts from its projections.",

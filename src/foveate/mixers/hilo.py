@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from foveate.attention import attend
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Grid, Layout, Pattern, full, window_partition
 
 POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -52,8 +52,7 @@ class Group(nn.Module):
 
 @register(
     "hilo",
-    paper=Paper("Pan, Cai, Zhuang", "Fast Vision Transformers with HiLo Attention", "2205.13189"),
-    family="multiscale-window",
+    papers=("HiLo / LITv2",),
     formula="[attend(Q_h, K_h, V_h) inside windows, attend(Q_l, K_l(x̄), V_l(x̄))], x̄: the mean of each window",
     supports={"noncausal", "grid"},
 )

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
 from foveate.mixers.over_tokens import hide, softmax_over_tokens
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Layout
 
 Inverse = Literal["exact", "pseudo"]
@@ -44,12 +44,7 @@ def unbound(q: Tensor, spectrum: Tensor, inverse: Inverse) -> Tensor:
 
 @register(
     "hrrformer",
-    paper=Paper(
-        "Alam, Raff, Biderman, Oates, Holt",
-        "Recasting Self-Attention with Holographic Reduced Representations",
-        "2305.19534",
-    ),
-    family="linear",
+    papers=("Hrrformer",),
     formula="β = Σ_j k_j ⊛ v_j, v̂_i = q_i⁻¹ ⊛ β, o_i = softmax_i(cos(v_i, v̂_i)) v_i",
     supports={"noncausal", "padding"},
     notes="The softmax runs over all tokens, so there is no causal form.",

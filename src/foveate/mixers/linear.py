@@ -12,7 +12,7 @@ from torch.nn.functional import pad, rms_norm, silu
 from foveate.attention import alibi_slopes
 from foveate.mixers.base import join_heads
 from foveate.mixers.recurrent import Inputs, RecurrentMixer, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -26,12 +26,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 
 @register(
     "linear_transformer",
-    paper=Paper(
-        "Katharopoulos, Vyas, Pappas, Fleuret",
-        "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
-        "2006.16236",
-    ),
-    family="linear",
+    papers=("Linear Transformer",),
     formula="o_i = phi(q_i)^T sum_j phi(k_j) v_j^T / phi(q_i)^T sum_j phi(k_j)",
     supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
 )
@@ -81,12 +76,7 @@ def averaged(heads: Tensor) -> Tensor:
 
 @register(
     "lightning_attention_2",
-    paper=Paper(
-        "Qin, Sun, Li, Shen, Sun, Zhong",
-        "Lightning Attention-2: A Free Lunch for Handling Unlimited Sequence Lengths in Large Language Models",
-        "2401.04658",
-    ),
-    family="linear",
+    papers=("Lightning-Attention-2",),
     formula="S_t = lambda_h S_{t-1} + k_t v_t^T, o_t = norm(q_t^T S_t) * u_t",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(

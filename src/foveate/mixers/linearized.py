@@ -11,19 +11,13 @@ from torch import Tensor
 from foveate.mixers.base import Stepped, join_heads, split_heads
 from foveate.mixers.linear import LinearTransformer, averaged
 from foveate.mixers.recurrent import Lengths, Memory
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.short_conv import ShortConv
 
 
 @register(
     "linearized_llm",
-    paper=Paper(
-        "You, Fu, Wang, Yazdanbakhsh, Lin",
-        "When Linear Attention Meets Autoregressive Decoding: "
-        "Towards More Effective and Efficient Linearized Large Language Models",
-        "2406.07368",
-    ),
-    family="linear",
+    papers=("Linearized-LLM",),
     formula="o_i = φ(q_i)^T sum_{j<=i} φ(k_j) v_j^T / φ(q_i)^T sum_{j<=i} φ(k_j) + sum_{r<w} c_r * v_{i-r}",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(

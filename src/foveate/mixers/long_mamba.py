@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foveate.mixers.base import Stepped
 from foveate.mixers.mamba import Chosen, Mamba, Memory
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.stateful import Lengths, StatefulMixer
 
 BLOCK = 1024  # tokens whose notes are gathered at once
@@ -26,12 +26,7 @@ class Decimated(NamedTuple):
 
 @register(
     "decimamba",
-    paper=Paper(
-        "Ben-Kish, Zimerman, Abu-Hussein, Cohen, Globerson, Wolf, Giryes",
-        "DeciMamba: Exploring the Length Extrapolation Potential of Mamba",
-        "2406.14528",
-    ),
-    family="recurrent-ssm",
+    papers=("DeciMamba",),
     formula="out = scan(u_t for t among the P greatest mean_c Δ_tc, in order), 0 elsewhere",
     supports={"causal", "padding"},
     notes=(
@@ -222,8 +217,7 @@ def recalled_by(query: Tensor, found: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 @register(
     "memmamba",
-    paper=Paper("Wang, Chen, Yan, Lu, Sun", "MemMamba: Rethinking Memory Patterns in State Space Model", "2510.03279"),
-    family="hybrid",
+    papers=("MemMamba",),
     formula="h' = h + mamba(h) + F_tok(attend(h_t, notes of the layer)) + F_lay(attend(h_t, notes of all layers))",
     supports={"causal", "padding", "decode"},
     notes=(

@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 
 from foveate.mixers.base import Stepped
 from foveate.mixers.recurrent import wide, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.mixers.short_conv import ShortConv
 from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
 from foveate.recurrence.scan import Scanned, scan
@@ -167,7 +167,8 @@ class Branch(nn.Module):
 
 @register(
     "mamba",
-    paper=Paper("Gu, Dao", "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752"),
+    papers=None,
+    reference=Reference("Gu, Dao", "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752"),
     family="recurrent-ssm",
     formula="h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t^T h_t + D u_t, out = W (y * silu(z))",
     supports={"causal", "padding", "packed", "decode"},

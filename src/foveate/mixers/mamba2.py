@@ -10,7 +10,7 @@ from torch.nn.functional import rms_norm, silu, softplus
 
 from foveate.mixers.base import Stepped, divided, join_heads, split_heads
 from foveate.mixers.recurrent import wide, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.mixers.short_conv import ShortConv
 from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
 from foveate.recurrence import recur
@@ -35,7 +35,8 @@ class Duals(NamedTuple):
 
 @register(
     "mamba2",
-    paper=Paper(
+    papers=None,
+    reference=Reference(
         "Dao, Gu",
         "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
         "2405.21060",

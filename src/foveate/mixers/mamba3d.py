@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 from foveate.mixers.base import Mixer
 from foveate.mixers.mamba import Branch
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Grid, Layout, Points
 from foveate.plain import remembered
 
@@ -57,12 +57,7 @@ class LocalNormPooling(nn.Module):
 
 @register(
     "mamba3d",
-    paper=Paper(
-        "Han, Tang, Wang, Li",
-        "Mamba3D: Enhancing Local Features for 3D Point Cloud Analysis via State Space Model",
-        "2404.14966",
-    ),
-    family="recurrent-ssm",
+    papers=("Mamba3D",),
     formula="h = x + pool(x over k nearest), out = h - x + W ((scan(u) + flip(scan'(flip(u)))) * silu(z))",
     supports={"noncausal", "grid"},
     notes=(

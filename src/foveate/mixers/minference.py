@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from foveate.mixers.attention import AttentionMixer, visible_pairs
 from foveate.mixers.core import PatternCore, joined
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.sparse import JUMPS, pairs_of_width
 from foveate.mixers.window import recent
 from foveate.patterns import Pattern, causal, per_head, sinks
@@ -15,11 +15,6 @@ from foveate.patterns.compound import PerHead
 from foveate.patterns.dynamic import BlockChoice, topk_blocks, vertical_slash
 from foveate.patterns.dynamic import VerticalSlash as VerticalSlashPattern
 
-PAPER = Paper(
-    "Jiang et al.",
-    "MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
-    "2407.02490",
-)
 AHEAD = "its choice for early queries looks at later ones"
 
 
@@ -56,8 +51,7 @@ def _a_shape(count: int, window: int) -> Pattern:
 
 @register(
     "minference_a_shape",
-    paper=PAPER,
-    family="dynamic-sparse",
+    papers=("MInference",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j < s or i - w < j ≤ i",
     supports={"causal", "decode", "gqa"},
     core=a_shape_core,
@@ -74,8 +68,7 @@ class AShape(AttentionMixer):
 
 @register(
     "minference_vertical_slash",
-    paper=PAPER,
-    family="dynamic-sparse",
+    papers=("MInference",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j ∈ V or i - j ∈ S, V and S from the last 64 queries",
     supports={"causal", "gqa"},
     core=vertical_slash_core,
@@ -107,8 +100,7 @@ class VerticalSlash(AttentionMixer):
 
 @register(
     "minference_block_sparse",
-    paper=PAPER,
-    family="dynamic-sparse",
+    papers=("MInference",),
     formula="o_i = Σ_{j ∈ B_i} softmax_j(q_i·k_j / √d) v_j, B_i: top-k blocks by mean(q_block)·mean(k_block)",
     supports={"causal", "gqa"},
     core=block_sparse_core,
@@ -160,8 +152,7 @@ def minference_core(
 
 @register(
     "minference",
-    paper=PAPER,
-    family="dynamic-sparse",
+    papers=("MInference",),
     formula="o_i^h = Σ_j softmax_j(q_i·k_j / √d) v_j over the pattern found offline for head h",
     supports={"causal", "gqa"},
     core=minference_core,

@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm, logsigmoid, pad
 
 from foveate.mixers.base import Stepped, join_heads
 from foveate.mixers.recurrent import Inputs, Lengths, Memory, RecurrentMixer, wide, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.recurrence.stabilise import NOTHING, Stabilised, stabilise
 
 LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gradient
@@ -18,7 +18,8 @@ LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gr
 
 @register(
     "mlstm",
-    paper=Paper(
+    papers=None,
+    reference=Reference(
         "Beck, Pöppel, Spanring, Auer, Prudnikova, Kopp, Klambauer, Brandstetter, Hochreiter",
         "xLSTM: Extended Long Short-Term Memory",
         "2405.04517",

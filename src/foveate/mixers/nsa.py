@@ -11,7 +11,7 @@ from foveate.attention import attend
 from foveate.attention.partial import sum_of
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
 from foveate.mixers.nsa_branches import BlockSelector, Compressor, Finished, num_blocks
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.sparse import JUMPS, pairs_of_width
 from foveate.mixers.window import recent
 from foveate.patterns import Layout
@@ -43,12 +43,7 @@ class NSAState(NamedTuple):
 
 @register(
     "nsa",
-    paper=Paper(
-        "Yuan et al.",
-        "Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention",
-        "2502.11089",
-    ),
-    family="dynamic-sparse",
+    papers=("NSA",),
     formula="o_i = Σ_c σ(W_c x_i) attend(q_i, K^c, V^c), c ∈ {compressed blocks, selected blocks, window}",
     supports={"causal", "decode", "gqa"},
 )

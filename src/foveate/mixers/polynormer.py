@@ -12,7 +12,7 @@ from foveate.mixers.base import Mixer, divided, join_heads, split_heads
 from foveate.mixers.graph import Graph, edge_attention, edges_of
 from foveate.mixers.over_tokens import TINY
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Grid, Layout
 from foveate.recurrence import recur
 
@@ -83,12 +83,7 @@ class GlobalLayer(nn.Module):
 
 @register(
     "polynormer",
-    paper=Paper(
-        "Deng, Yue, Zhang",
-        "Polynormer: Polynomial-Expressive Graph Transformer in Linear Time",
-        "2403.01232",
-    ),
-    family="linear",
+    papers=("Polynormer",),
     formula="x ← A(x) * (U x + β), A: attention on edges in the first layers, kernel attention on all nodes in others",
     supports={"noncausal", "grid"},
     notes=(

@@ -1,33 +1,36 @@
-"""The registry: one row per mechanism, with its paper and what it supports."""
+"""The registry: one row per mechanism, with its papers and what it supports.
+
+A mechanism's module is imported when its row is asked for; what there is, the index says without importing any.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from foveate.catalogue.papers import Paper, Reference, check_family, paper
 
 if TYPE_CHECKING:
     from foveate.mixers.base import Mixer
     from foveate.mixers.core import Core
 
+__all__ = [
+    "Feature",
+    "Paper",
+    "Reference",
+    "Row",
+    "mixer",
+    "names",
+    "register",
+    "registered",
+    "row",
+    "rows",
+    "unregister",
+]
+
 Feature = Literal["causal", "noncausal", "cross", "padding", "packed", "grid", "decode", "gqa"]
-
-
-@dataclass(frozen=True)
-class Paper:
-    """Authors, title exactly as published, and arXiv id."""
-
-    authors: str
-    title: str
-    arxiv: str
-
-    @property
-    def url(self) -> str:
-        return f"https://arxiv.org/abs/{self.arxiv}"
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,24 @@ class Row:
     """A mechanism of the literature.
 
     ``mixer`` builds the module (dim, heads, options); ``core`` builds the training-free form, None where the
-    mechanism has parameters of its own.
+    mechanism has parameters of its own. ``papers`` are those of the catalogue that it keeps, or helps to keep;
+    ``reference`` says where a mechanism comes from whose paper the catalogue does not have.
     """
 
     name: str
-    paper: Paper
+    papers: tuple[Paper, ...]
     family: str
     formula: str
     supports: frozenset[Feature]
     mixer: Callable[..., Mixer]
     core: Callable[..., Core] | None = None
     notes: str = ""
+    reference: Reference | None = None
+
+    @property
+    def source(self) -> Reference:
+        """Where the mechanism comes from: its first paper, or its reference."""
+        return self.papers[0] if self.papers else self.reference or Reference("", "", "")
 
     @property
     def summary(self) -> str:
@@ -59,19 +69,39 @@ _ROWS: dict[str, Row] = {}
 def register(
     name: str,
     *,
-    paper: Paper,
-    family: str,
+    papers: tuple[str, ...] | None,
     formula: str,
     supports: set[Feature],
+    reference: Reference | None = None,
+    family: str | None = None,
     core: Callable[..., Core] | None = None,
     notes: str = "",
 ) -> Callable[[type[Mixer]], type[Mixer]]:
-    """Class decorator that adds a mixer to the catalogue."""
+    """Class decorator that adds a mixer to the catalogue.
+
+    Args:
+        name: what users write for it.
+        papers: keys of the papers that it keeps (``foveate rows`` lists them), the one it is named after first: its
+            family is the mechanism's. None for a mechanism whose paper the catalogue does not have, which says
+            instead
+        reference: authors, title and id, and
+        family: one of the catalogue's.
+        formula: what it computes, in a line.
+        supports: what it claims, and `check_mixer` then tries.
+        core: builds the training-free form, if it has one.
+        notes: anything else a user should know.
+
+    Raises ValueError for an unknown paper, family or feature, and for a name that another class has.
+    """
+    found = _papers(name, papers, reference, family)
+    family = found[0].family if found else check_family(family or "")
+    unknown = set(supports) - set(get_args(Feature))
+    if unknown:
+        raise ValueError(f"{name} supports {_listed(unknown)}, which is none of {_listed(get_args(Feature))}")
 
     def add(mixer: type[Mixer]) -> type[Mixer]:
-        if name in _ROWS and _ROWS[name].mixer.__qualname__ != mixer.__qualname__:
-            raise ValueError(f"two mechanisms are registered as {name!r}")
-        row = Row(name, paper, family, formula, frozenset(supports), mixer, core, notes)
+        _refuse_taken(name, mixer)
+        row = Row(name, found, family, formula, frozenset(supports), mixer, core, notes, reference)
         mixer.row = row
         _ROWS[name] = row
         return mixer
@@ -79,37 +109,89 @@ def register(
     return add
 
 
-@cache
-def _load() -> None:
-    package = import_module("foveate.mixers")
-    for module in iter_modules(package.__path__):
-        import_module(f"foveate.mixers.{module.name}")
+def _papers(
+    name: str, keys: tuple[str, ...] | None, reference: Reference | None, family: str | None
+) -> tuple[Paper, ...]:
+    """The papers of these keys, where keys and reference go together."""
+    if isinstance(keys, str):
+        raise TypeError(f"papers is a tuple of keys; write papers=({keys!r},) for {name}")
+    if keys is None:
+        if reference is None or family is None:
+            raise ValueError(f"{name} names no paper of the catalogue: pass reference=Reference(...) and family=...")
+        return ()
+    if not keys:
+        raise ValueError(f"{name} names no paper: pass papers=None with a reference and a family")
+    if reference is not None or family is not None:
+        raise ValueError(f"{name} names papers of the catalogue: these say its family and where it comes from")
+    return tuple(paper(key) for key in keys)
+
+
+def _refuse_taken(name: str, mixer: type[Mixer]) -> None:
+    """Only the class that has a name may have it again, as when its module is run anew."""
+    from foveate.catalogue.index import indexed, is_current
+
+    entry = indexed().get(name)
+    if name in _ROWS:
+        owner: Any = _ROWS[name].mixer
+        taken = (owner.__module__, owner.__qualname__)
+    elif entry is not None and is_current(entry.module):
+        taken = (entry.module, entry.cls)
+    else:
+        return
+    if taken != (mixer.__module__, mixer.__qualname__):
+        theirs, ours = ".".join(taken), f"{mixer.__module__}.{mixer.__qualname__}"
+        raise ValueError(f"the name {name!r} is taken by {theirs}: register {ours} under another")
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(sorted(words))
 
 
 def rows() -> list[Row]:
-    """All rows, by family and name.
+    """All rows, by family and name. Imports every mechanism; a warning names files that cannot be imported.
 
     >>> any(row.name == "moba" for row in rows())
     True
     """
-    _load()
+    from foveate.catalogue.index import load, modules
+
+    for broken in filter(None, map(load, modules())):
+        warnings.warn(str(broken), RuntimeWarning, stacklevel=2)
     return sorted(_ROWS.values(), key=lambda row: (row.family, row.name))
 
 
-def row(name: str) -> Row:
-    """The row of that name.
+def registered() -> tuple[Row, ...]:
+    """The rows of what has been imported so far."""
+    return tuple(_ROWS.values())
 
-    >>> row("moba").paper.arxiv
+
+def unregister(name: str) -> None:
+    """Take a row away again."""
+    del _ROWS[name]
+
+
+def names() -> list[str]:
+    """The names of all mechanisms, by family and name. Imports none of them.
+
+    >>> "moba" in names()
+    True
+    """
+    from foveate.catalogue.index import catalogue
+
+    return [entry.name for entry in catalogue().entries]
+
+
+def row(name: str) -> Row:
+    """The row of that name. Imports that mechanism, and no other.
+
+    >>> row("moba").papers[0].id
     '2502.13189'
 
     Raises ValueError for an unknown name, offering the nearest ones.
     """
-    _load()
-    if name not in _ROWS:
-        near = difflib.get_close_matches(name.lower(), _ROWS, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"no mechanism is called {name!r}{hint} (`foveate list` shows all)")
-    return _ROWS[name]
+    from foveate.catalogue.index import entry
+
+    return _ROWS[name] if name in _ROWS else entry(name).load()
 
 
 def mixer(name: str, dim: int, **options: Any) -> Mixer:

@@ -12,7 +12,7 @@ from foveate.mixers.base import Mixer, divided, join_heads, split_heads
 from foveate.mixers.local_conv import LocalConv
 from foveate.mixers.over_tokens import TINY, hide
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Layout
 from foveate.recurrence import recur
 
@@ -75,8 +75,7 @@ class LocalConcentration(nn.Module):
 
 @register(
     "l2vit",
-    paper=Paper("Zheng", "The Linear Attention Resurrection in Vision Transformer", "2501.16182"),
-    family="linear",
+    papers=("L2ViT",),
     formula="a_i = τ Σ_j w_ij v_j / max(Σ_j w_ij, 100), w_ij = relu(q_i)·relu(k_j), o = a + DW(BN(gelu(DW(norm(a)))))",
     supports={"noncausal", "grid"},
     notes=(
@@ -125,12 +124,7 @@ class L2ViTAttention(ReluMixer):
 
 @register(
     "lit",
-    paper=Paper(
-        "Wang et al.",
-        "LiT: Delving into a Simplified Linear Diffusion Transformer for Image Generation",
-        "2501.12976",
-    ),
-    family="linear",
+    papers=("LiT",),
     formula="o_i = Σ_j w_ij v_j / Σ_j w_ij + DWConv(v)_i, w_ij = relu(q_i)·relu(k_j), few heads",
     supports={"noncausal", "padding", "grid"},
     notes="foveate.adapt.lit puts it into a trained diffusion transformer, which keeps all other weights.",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from foveate.mixers.base import Mixer
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.scans import require_grid
 from foveate.patterns import Grid, Layout
 from foveate.recurrence.bi_wkv import bi_wkv
@@ -51,12 +51,7 @@ class OmniShift(nn.Module):
 
 @register(
     "restore_rwkv",
-    paper=Paper(
-        "Yang, Li, Zhang, Zhao, Wei, Xu",
-        "Restore-RWKV: Efficient and Effective Medical Image Restoration with RWKV",
-        "2407.11087",
-    ),
-    family="recurrent-ssm",
+    papers=("Restore-RWKV",),
     formula=(
         "v <- biwkv(k, v) along rows, v <- biwkv(k, v) along columns, o = W(sigmoid(r) * v), "
         "biwkv_t = (sum_{i != t} e^(k_i - (|t-i|-1) w/T) v_i + e^(k_t + u/T) v_t) / (the same without v)"

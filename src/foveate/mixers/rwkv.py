@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm, normalize, silu
 
 from foveate.mixers.base import Stepped, divided, join_heads, split_heads
 from foveate.mixers.recurrent import Inputs, wide, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.mixers.stateful import Lengths, StatefulMixer
 from foveate.mixers.token_shift import last_of, mixed, previous, ramp
 from foveate.recurrence import Recurrent, recur
@@ -105,7 +105,10 @@ class MatrixRWKV(StatefulMixer):
 
 @register(
     "rwkv6",
-    paper=Paper("Peng et al.", "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", "2404.05892"),
+    papers=None,
+    reference=Reference(
+        "Peng et al.", "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", "2404.05892"
+    ),
     family="recurrent-ssm",
     formula="o_t = r_t^T (S_{t-1} + Diag(u) k_t v_t^T), S_t = Diag(exp(-exp(d_t))) S_{t-1} + k_t v_t^T",
     supports={"causal", "padding", "packed", "decode"},
@@ -149,7 +152,8 @@ class RWKV6(MatrixRWKV):
 
 @register(
     "rwkv7",
-    paper=Paper("Peng et al.", 'RWKV-7 "Goose" with Expressive Dynamic State Evolution', "2503.14456"),
+    papers=None,
+    reference=Reference("Peng et al.", 'RWKV-7 "Goose" with Expressive Dynamic State Evolution', "2503.14456"),
     family="recurrent-ssm",
     formula="S_t = (Diag(w_t) - (a_t * κ_t) κ_t^T) S_{t-1} + k_t v_t^T, o_t = r_t^T S_t + (r_t * u)^T k_t v_t^T",
     supports={"causal", "padding", "packed", "decode"},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foveate.mixers.base import Stepped
 from foveate.mixers.recurrent import wide, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.mixers.stateful import Lengths, StatefulMixer
 from foveate.mixers.token_shift import last_of, mixed, previous, ramp
 from foveate.recurrence.scan import linear_scan
@@ -32,7 +32,8 @@ class Memory(NamedTuple):
 
 @register(
     "rwkv4",
-    paper=Paper("Peng et al.", "RWKV: Reinventing RNNs for the Transformer Era", "2305.13048"),
+    papers=None,
+    reference=Reference("Peng et al.", "RWKV: Reinventing RNNs for the Transformer Era", "2305.13048"),
     family="recurrent-ssm",
     formula=(
         "wkv_t = (sum_{i<t} e^(k_i - (t-1-i) w) v_i + e^(u + k_t) v_t) / (the same without v), "

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from foveate.mixers.base import Mixer
 from foveate.mixers.mamba import Branch, Mamba, SelectiveScan
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.stateful import Lengths, laid_end_to_end
 from foveate.patterns import Grid, Layout
 from foveate.patterns import Sequence as Line
@@ -82,12 +82,7 @@ class ScanMixer(Mixer):
 
 @register(
     "audio_mamba",
-    paper=Paper(
-        "Erol, Senocak, Feng, Chung",
-        "Audio Mamba: Bidirectional State Space Model for Audio Representation Learning",
-        "2406.03344",
-    ),
-    family="recurrent-ssm",
+    papers=("AuM (Audio Mamba)",),
     formula="out = W ((scan(u) + reverse(scan'(reverse(u)))) * silu(z))",
     supports={"noncausal", "padding", "packed"},
     notes="The block is Vision Mamba's (2401.09417). Padding lies at the ends of a sequence, as with mamba.",
@@ -133,8 +128,7 @@ def insert_middle(x: Tensor, token: Tensor) -> tuple[Tensor, int]:
 
 @register(
     "videomamba",
-    paper=Paper("Park, Kim, Ko, Kim, Kim", "VideoMamba: Spatio-Temporal Selective State Space Model", "2407.08476"),
-    family="recurrent-ssm",
+    papers=("VideoMamba (ST-SSM)",),
     formula="out = W ((scan(u) + reverse(scan'(reverse(u)))) * silu(z)), u frame after frame",
     supports={"noncausal", "padding", "grid"},
 )
@@ -178,8 +172,7 @@ class VideoMamba(BidirectionalMamba):
 
 @register(
     "vmamba",
-    paper=Paper("Liu, Tian, Zhao, Yu, Xie, Wang, Ye, Jiao, Liu", "VMamba: Visual State Space Model", "2401.10166"),
-    family="recurrent-ssm",
+    papers=("VMamba / SS2D",),
     formula="out = W (norm(Σ_d undo_d(scan_d(order_d(silu(conv2d(u)))))) * silu(z)), d: rows, columns, reverses",
     supports={"noncausal", "padding", "grid"},
     notes="The gated block of the paper's first version; its later ones drop the gate.",
@@ -240,10 +233,7 @@ class VMamba(ScanMixer):
 
 @register(
     "zigma",
-    paper=Paper(
-        "Hu, Baumann, Gui, Grebenkova, Ma, Schusterbauer, Ommer", "ZigMa: Zigzag Mamba Diffusion Model", "2403.13802"
-    ),
-    family="recurrent-ssm",
+    papers=("ZigMa",),
     formula="out = undo(mamba(zigzag_layer(x))), one of 8 zigzags a layer",
     supports={"noncausal", "padding", "grid"},
     notes=(
@@ -316,12 +306,7 @@ def each_frame(order: Order, frames: int) -> Order:
 
 @register(
     "s_mamba",
-    paper=Paper(
-        "Wang, Kong, Feng, Wang, Yang, Zhao, Wang, Zhang",
-        "Is Mamba Effective for Time Series Forecasting?",
-        "2403.11144",
-    ),
-    family="recurrent-ssm",
+    papers=("S-Mamba",),
     formula="out = mamba(x) + reverse(mamba'(reverse(x))), a token for each variate",
     supports={"noncausal", "padding", "packed"},
 )

@@ -11,15 +11,14 @@ from foveate.mixers.base import Mixer, Stepped, split_heads
 from foveate.mixers.core import PatternCore
 from foveate.mixers.recurrent import Memory
 from foveate.mixers.registry import register
-from foveate.mixers.tied import RODIMUS, Rodimus
+from foveate.mixers.tied import Rodimus
 from foveate.mixers.window import recent
 from foveate.patterns import Layout
 
 
 @register(
     "shared_key_window",
-    paper=RODIMUS,
-    family="linear",
+    papers=("Rodimus / Rodimus+",),
     formula="o_i^h = sum_{i-w<j<=i} softmax_j(q_i^h k_j / sqrt(d)) v_j^h: keys without a head, values with one",
     supports={"causal", "padding", "packed", "decode"},
     notes="SW-SKA, the attention of Rodimus+. Unlike multi-query attention it keeps a value for each head.",
@@ -70,8 +69,7 @@ class PlusState(NamedTuple):
 
 @register(
     "rodimus_plus",
-    paper=RODIMUS,
-    family="linear",
+    papers=("Rodimus / Rodimus+",),
     formula="o = r + SW-SKA(norm(x + r)), r = Rodimus(x)",
     supports={"causal", "padding", "packed", "decode"},
     notes=(

@@ -11,7 +11,7 @@ from foveate.attention import attend
 from foveate.mixers.base import Mixer, Stepped
 from foveate.mixers.gated import GLA
 from foveate.mixers.recurrent import Memory
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Layout, key_padding
 
 
@@ -33,12 +33,7 @@ class Reading(NamedTuple):
 
 @register(
     "small_e",
-    paper=Paper(
-        "Lemerle, Obin, Roebel",
-        "Small-E: Small Language Model with Linear Attention for Efficient Speech Synthesis",
-        "2406.04467",
-    ),
-    family="linear",
+    papers=("Small-E",),
     formula="y = GLA(x), p = attend(W_q (x + y), W_k t, e), o = y + W attend(p + GLA(p), e, W_v t), e: positions",
     supports={"causal", "padding", "decode"},
     notes=(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.window import recent
 from foveate.patterns import power_of_two
 from foveate.patterns import sinks as earliest
@@ -27,12 +27,7 @@ def power_core(*, window: int = 256, block: int = 64, sinks: int = 4) -> Pattern
 
 @register(
     "power_attention",
-    paper=Paper(
-        "Chen et al.",
-        "PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention",
-        "2503.03588",
-    ),
-    family="static-sparse",
+    papers=("PowerAttention",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over i - w < j ≤ i, ⌊i/b⌋ - ⌊j/b⌋ ∈ {1, 2, 4, …}, j < s",
     supports={"causal", "decode", "gqa"},
     core=power_core,
@@ -68,8 +63,7 @@ def moba_core(*, block: int = 128, k: int = 8, causal: bool = True) -> PatternCo
 
 @register(
     "moba",
-    paper=Paper("Lu et al.", "MoBA: Mixture of Block Attention for Long-Context LLMs", "2502.13189"),
-    family="dynamic-sparse",
+    papers=("MoBA",),
     formula="o_i = Σ_{j ∈ B_i} softmax_j(q_i·k_j / √d) v_j, B_i: its own and the best blocks by q_i·mean(k)",
     supports={"causal", "noncausal", "decode", "gqa"},
     core=moba_core,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foveate.mixers.base import Mixer, divided
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Layout
 from foveate.recurrence import recur
 
@@ -64,12 +64,7 @@ class SpikingLinear(nn.Module):
 
 @register(
     "spikformer_v2",
-    paper=Paper(
-        "Zhou, Che, Fang, Tian, Zhu, Yan, Tian, Yuan",
-        "Spikformer V2: Join the High Accuracy Club on ImageNet with an SNN Ticket",
-        "2401.02020",
-    ),
-    family="linear",
+    papers=("Spikformer V2",),
     formula="o = SN(BN(W SN(s q (kᵀ v)))), q, k, v = SN(BN(W x)) ∈ {0, 1}, SN: leaky integrate-and-fire over T steps",
     supports={"noncausal", "grid"},
     notes="Positions do not matter to it: a layout is accepted and changes nothing.",

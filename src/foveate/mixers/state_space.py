@@ -11,7 +11,7 @@ from torch.nn.functional import gelu
 
 from foveate.mixers.base import Stepped
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.mixers.stateful import Lengths, StatefulMixer
 from foveate.recurrence.scan import causal_conv
 from foveate.recurrence.ssm import Discrete, Evolved, discretize, evolve, evolve_shared, hippo_rates
@@ -86,7 +86,8 @@ class State(NamedTuple):
 
 @register(
     "s4d",
-    paper=Paper(
+    papers=None,
+    reference=Reference(
         "Gu, Gupta, Goel, Ré",
         "On the Parameterization and Initialization of Diagonal State Space Models",
         "2206.11893",
@@ -132,7 +133,10 @@ class S4D(StatefulMixer):
 
 @register(
     "s5",
-    paper=Paper("Smith, Warrington, Linderman", "Simplified State Space Layers for Sequence Modeling", "2208.04933"),
+    papers=None,
+    reference=Reference(
+        "Smith, Warrington, Linderman", "Simplified State Space Layers for Sequence Modeling", "2208.04933"
+    ),
     family="recurrent-ssm",
     formula="h_t = exp(Δ A) h_{t-1} + B̄ x_t, y_t = 2 Re(C h_t) + D x_t with one h for all channels, out = g * σ(W g)",
     supports={"causal", "padding", "packed", "decode"},
@@ -187,12 +191,7 @@ class Shifted(NamedTuple):
 
 @register(
     "h3",
-    paper=Paper(
-        "Fu, Dao, Saab, Thomas, Rudra, Ré",
-        "Hungry Hungry Hippos: Towards Language Modeling with State Space Models",
-        "2212.14052",
-    ),
-    family="recurrent-ssm",
+    papers=("H3",),
     formula="o = q · SSM_diag(SSM_shift(k) v^T), by heads, out = W o",
     supports={"causal", "padding", "packed", "decode"},
     notes="A starts as in S4D-LegS. Padding lies at the ends of a sequence.",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.mixers.recurrent import Inputs
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.rwkv import RWKV7
 from foveate.mixers.stateful import Lengths
 from foveate.recurrence import Recurrent, recur
@@ -25,8 +25,7 @@ class Lifted(Inputs):
 
 @register(
     "state_tuning",
-    paper=Paper("Liu, Li, Lin", "State Tuning: State-based Test-Time Scaling on RWKV-7", "2504.05097"),
-    family="recurrent-ssm",
+    papers=("State-Tuning",),
     formula="RWKV-7 from a learned S_0; enlarged: x -> exp(-γ |x - u_i|^2), i = 1...M, for r, k, v, w, a and κ",
     supports={"causal", "padding", "packed", "decode"},
     notes=(

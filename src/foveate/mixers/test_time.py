@@ -9,16 +9,11 @@ from torch import Tensor, nn
 
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
 from foveate.mixers.recurrent import wide, widened
-from foveate.mixers.registry import Feature, Paper, register
+from foveate.mixers.registry import Feature, register
 from foveate.mixers.rotary import rotate
 from foveate.patterns import Layout, Packed
 from foveate.recurrence.ttt import Learner, Taught, beginner, ttt_linear, ttt_mlp
 
-PAPER = Paper(
-    "Sun, Li, Dalal, Xu, Vikram, Zhang, Dubois, Chen, Wang, Koyejo, Hashimoto, Guestrin",
-    "Learning to (Learn at Test Time): RNNs with Expressive Hidden States",
-    "2407.04620",
-)
 SUPPORTS: set[Feature] = {"causal", "padding", "packed", "decode"}
 NOTES = (
     "The layer of the paper's Transformer backbone, with what the authors' code adds: queries and keys turned by "
@@ -131,8 +126,7 @@ class TaughtMixer(Mixer):
 
 @register(
     "ttt_linear",
-    paper=PAPER,
-    family="recurrent-ssm",
+    papers=("TTT",),
     formula="W_t = W_{t-1} - eta_t grad |f(k_t; W) - v_t|^2 / 2, o_t = f(q_t; W_t), f(x) = x + LN(x W + b)",
     supports=SUPPORTS,
     notes=NOTES,
@@ -155,8 +149,7 @@ class TTTLinear(TaughtMixer):
 
 @register(
     "ttt_mlp",
-    paper=PAPER,
-    family="recurrent-ssm",
+    papers=("TTT",),
     formula="as ttt_linear, f(x) = x + LN(gelu(x W_1 + b_1) W_2 + b_2)",
     supports=SUPPORTS,
     notes=NOTES,

@@ -9,19 +9,14 @@ from torch import Tensor, nn
 
 from foveate.mixers.base import Mixer
 from foveate.mixers.dense import FlashAttention
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.test_time import TTTMLP
 from foveate.patterns import Layout, blocks
 
 
 @register(
     "ttt_video",
-    paper=Paper(
-        "Dalal, Koceja, Hussein, Xu, Zhao, Song, Han, Cheung, Kautz, Guestrin, Hashimoto, Koyejo, Choi, Sun, Wang",
-        "One-Minute Video Generation with Test-Time Training",
-        "2504.05298",
-    ),
-    family="recurrent-ssm",
+    papers=("TTT-Video",),
     formula=(
         "a = attention within segments, z = a + tanh(alpha) * ttt(a), "
         "o = z + tanh(beta) * reverse(ttt(reverse(z))), ttt as ttt_mlp"

@@ -10,21 +10,19 @@ from torch.nn.functional import layer_norm, logsigmoid, normalize, silu, softplu
 
 from foveate.mixers.base import Stepped, divided, join_heads, split_heads
 from foveate.mixers.recurrent import Inputs, Lengths, Memory, RecurrentMixer, widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import Reference, register
 from foveate.mixers.short_conv import ShortConv
 from foveate.recurrence import Recurrent
 
-RODIMUS = Paper(
-    "He, Yu, Gong, Liu, Li, Lin",
-    "Rodimus*: Breaking the Accuracy-Efficiency Trade-Off with Efficient Attentions",
-    "2410.06577",
-)
 TINY = 1e-30  # a gate closed further would have an infinite root's slope
 
 
 @register(
     "hgrn2",
-    paper=Paper("Qin, Yang, Sun, Shen, Li, Sun, Zhong", "HGRN2: Gated Linear RNNs with State Expansion", "2404.07904"),
+    papers=None,
+    reference=Reference(
+        "Qin, Yang, Sun, Shen, Li, Sun, Zhong", "HGRN2: Gated Linear RNNs with State Expansion", "2404.07904"
+    ),
     family="linear",
     formula="S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T, f_t = b + (1 - b) sigmoid(W x_t), o_t = silu(q_t)^T S_t",
     supports={"causal", "padding", "packed", "decode", "gqa"},
@@ -57,7 +55,8 @@ class HGRN2(RecurrentMixer):
 
 @register(
     "metala",
-    paper=Paper(
+    papers=None,
+    reference=Reference(
         "Chou, Yao, Wang, Pan, Zhu, Zhong, Qiao, Wu, Xu, Li",
         "MetaLA: Unified Optimal Linear Approximation to Softmax Attention Map",
         "2411.10741",
@@ -137,8 +136,7 @@ class MetaLA(RecurrentMixer):
 
 @register(
     "rodimus",
-    paper=RODIMUS,
-    family="linear",
+    papers=("Rodimus / Rodimus+",),
     formula="S_t = Diag(exp(-g_t τ_t)) S_{t-1} + (g_t^τ_t * k_t) u_t^T, g_t = softplus(W x_t), τ_t = sigmoid(W' x_t)",
     supports={"causal", "padding", "packed", "decode"},
     notes=(

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize, silu
 from foveate.mixers.base import Mixer
 from foveate.mixers.mamba import NEVER, Chosen, SelectiveScan
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Layout
 
 
@@ -36,12 +36,7 @@ class FiLM(nn.Module):
 
 @register(
     "viper_f1",
-    paper=Paper(
-        "Trinh et al.",
-        "Viper-F1: Fast and Fine-Grained Multimodal Understanding with Cross-Modal State-Space Modulation",
-        "2511.11177",
-    ),
-    family="recurrent-ssm",
+    papers=("Viper-F1",),
     formula="v_t = Σ_top-k softmax(cos(x_t, g) / τ) g, (Δ, B, C)_t = FiLM(W u_t; v_t), out = FiLM(W scan(u); v)",
     supports={"noncausal", "cross", "padding"},
     notes=(

@@ -11,7 +11,7 @@ from torch.nn.functional import pad, softplus
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
 from foveate.mixers.over_tokens import TINY, hide
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Layout
 from foveate.recurrence import recur
 
@@ -74,13 +74,7 @@ def random_feature_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, re
 
 @register(
     "wersa",
-    paper=Paper(
-        "Dentamaro",
-        "Scaling Attention to Very Long Sequences in Linear Time with "
-        "Wavelet-Enhanced Random Spectral Attention (WERSA)",
-        "2507.08637",
-    ),
-    family="linear",
+    papers=("WERSA",),
     formula="q̃ = W⁻¹ diag(w_l g_l(x)) W q, so k̃, W: Haar; o_i = φ(q̃_i)ᵀ Σ_j φ(k̃_j) v_jᵀ / φ(q̃_i)ᵀ Σ_j φ(k̃_j), φ random",
     supports={"noncausal", "padding"},
     notes=(

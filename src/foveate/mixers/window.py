@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.attention import Bias, Weights, alibi, alibi_slopes, attend, attend_partial, merge
 from foveate.mixers.attention import AttentionMixer, KeyValues
 from foveate.mixers.core import PatternCore, joined
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.mixers.rotary import rotate
 from foveate.patterns import Layout, Pattern, per_head, window
 from foveate.patterns import sinks as earliest
@@ -40,12 +40,7 @@ def streaming_core(*, sinks: int = 4, window: int = 1024) -> PatternCore:
 
 @register(
     "streaming_llm",
-    paper=Paper(
-        "Xiao, Tian, Chen, Han, Lewis",
-        "Efficient Streaming Language Models with Attention Sinks",
-        "2309.17453",
-    ),
-    family="normalizer-sink",
+    papers=("StreamingLLM",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j < s or i - w < j ≤ i",
     supports={"causal", "decode", "gqa"},
     core=streaming_core,
@@ -94,12 +89,7 @@ class StreamingLLM(AttentionMixer):
 
 @register(
     "swat",
-    paper=Paper(
-        "Fu, Song, Wang, Wu, Zheng, Zhang, Xu, Wei, Xu, Zhao",
-        "Sliding Window Attention Training for Efficient Large Language Models",
-        "2502.18845",
-    ),
-    family="normalizer-sink",
+    papers=("SWAT (LLM)",),
     formula="o_i = Σ_{i-w<j≤i} σ(q_i·k_j / √d - s_h (i - j)) v_j",
     supports={"causal", "padding", "packed", "decode", "gqa"},
 )
@@ -164,12 +154,7 @@ def mswa_core(*, window: int = 1024, heads: int = 4) -> PatternCore:
 
 @register(
     "mswa",
-    paper=Paper(
-        "Xu, Nag, Li, Tian, Barsoum",
-        "MSWA: Refining Local Attention with Multi-ScaleWindow Attention",
-        "2501.01039",
-    ),
-    family="multiscale-window",
+    papers=("MSWA",),
     formula="o_i^h = Σ_{i-w_h<j≤i} softmax_j(q_i·k_j / √d) v_j, w_h ∈ {w/4, w/2, w, 2w}",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     core=mswa_core,

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
 from foveate.mixers.over_tokens import hide
 from foveate.mixers.recurrent import widened
-from foveate.mixers.registry import Paper, register
+from foveate.mixers.registry import register
 from foveate.patterns import Layout
 
 CHANNELS = 16  # values whose products with keys are gathered at once in backward: bounds its memory
@@ -131,12 +131,7 @@ def yoso_expectation(q: Tensor, k: Tensor, v: Tensor, bits: int) -> Tensor:
 
 @register(
     "yoso",
-    paper=Paper(
-        "Zeng, Xiong, Ravi, Acharya, Fung, Singh",
-        "You Only Sample (Almost) Once: Linear Cost Self-Attention Via Bernoulli Sampling",
-        "2111.09714",
-    ),
-    family="linear",
+    papers=("YOSO",),
     formula="o_i = ℓ₂(Σ_j B_ij v_j), B_ij = mean over hashes of [h(q_i) = h(k_j)], E B_ij = (1 - arccos(q_i·k_j)/π)^τ",
     supports={"noncausal", "cross", "padding"},
 )
