@@ -9,6 +9,7 @@ import torch
 
 import foveate.patterns
 from foveate.patterns import (
+    Beside,
     Grid,
     Layout,
     Packed,
@@ -131,6 +132,10 @@ ON_GRIDS = (
     (strips(1, axis=2), Grid(2, 5, 6)),
     (per_head([strips(2), strips(2, axis=1)]), Grid(6, 9)),
     (neighborhood(3) & causal | global_tokens([4]), Grid(8, 10)),
+    (neighborhood(3), Beside(Grid(7, 9), before=2, after=11)),
+    (sta(4, 2) & causal | sinks(1), Beside(Grid(11, 13), after=70)),
+    (strips(2) & ~neighborhood((3, 5)), Beside(Grid(9, 8), before=5, others=False)),
+    (per_head([sta(2, (1, 2, 3)), window_partition(2) | global_tokens([0])]), Beside(Grid(3, 4, 6), 1, 4)),
     (window_partition(4) & ~neighborhood(3), Grid(12, 8)),
 )
 

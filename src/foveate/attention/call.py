@@ -12,6 +12,7 @@ from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, Relati
 from foveate.attention.dropout import Dropout, as_dropout
 from foveate.attention.weights import Kind, Weights, as_weights
 from foveate.patterns.algebra import Pattern
+from foveate.patterns.beside import Beside
 from foveate.patterns.layouts import Layout, Sequence
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -73,6 +74,8 @@ def prepare(
     weights, layout, heads = as_weights(weights), layout or Sequence(), q.shape[1]
     layout.check(k.shape[2])
     biases = _biases(bias, weights, q, k)
+    if isinstance(bias, RelativeTable) and bias.dims and isinstance(layout, Beside):
+        raise ValueError(f"a relative table over a grid has no entry for the other tokens of {layout}: pass a tensor")
     if isinstance(bias, LogDecay) and pattern.sees_future:
         raise ValueError(f"log_decay looks back only, but {pattern} shows later keys: join it with & causal")
     if pattern.batches not in (1, q.shape[0]):

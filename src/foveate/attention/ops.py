@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from foveate import patterns
 from foveate.attention import bias as biases_by_name
 from foveate.attention import native, tiles
 from foveate.attention.bias import Bias, RelativeTable
@@ -19,7 +20,6 @@ from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
 from foveate.attention.partial import Partial
 from foveate.attention.spec import Kernels, Spec, is_plain
-from foveate.patterns import layouts
 from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Layout, Points
@@ -63,8 +63,16 @@ def _bias_text(bias: Bias) -> str:
 
 @lru_cache(maxsize=256)
 def _layout(text: str) -> Layout:
-    name, arguments = text.rstrip(")").split("(")
-    return getattr(layouts, name)(*ast.literal_eval(f"({arguments},)" if arguments else "()"))
+    return _made(ast.parse(text, mode="eval").body)
+
+
+def _made(node: ast.AST) -> Any:
+    """A layout, or what it is made of."""
+    if not isinstance(node, ast.Call):
+        return ast.literal_eval(node)
+    assert isinstance(node.func, ast.Name)
+    settings = {str(setting.arg): _made(setting.value) for setting in node.keywords}
+    return getattr(patterns, node.func.id)(*map(_made, node.args), **settings)
 
 
 def _bias(text: str, parameter: Tensor, offset: int) -> Bias:

@@ -1,6 +1,7 @@
 """Patterns: which pairs a query may see, and the selections that kernels run."""
 
 from foveate.patterns.algebra import Pattern, Scene, resolve
+from foveate.patterns.beside import Beside
 from foveate.patterns.buckets import same_bucket
 from foveate.patterns.compound import per_head
 from foveate.patterns.derived import document_prefix, shared_prefix, spans
@@ -29,6 +30,7 @@ from foveate.patterns.sequence import (
 )
 
 __all__ = [
+    "Beside",
     "Grid",
     "Layout",
     "Packed",

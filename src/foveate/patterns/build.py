@@ -199,6 +199,7 @@ class _Masks:
         self.pattern, self.q_slots, self.k_slots = pattern, q_slots, k_slots
         self.offset, self.alike = offset, alike
         self.tile = q_slots.shape[1]
+        self.q_shapes, self.k_shapes = _shapes(q_slots), _shapes(k_slots)
 
     def evaluate(
         self, full: Pairs, partial: Pairs, q_level: Pyramid, k_level: Pyramid
@@ -227,8 +228,8 @@ class _Masks:
             every = torch.arange(pairs.q.numel(), device=pairs.q.device)
             return every, every
         signature = settled_signature(pattern, _boxes(pairs, q_level, k_level))
-        holes = _holes(self.q_slots)[pairs.q], _holes(self.k_slots)[pairs.k]
-        _, number = torch.unique(mix_hash(signature, *holes), return_inverse=True)
+        shapes = self.q_shapes[pairs.q], self.k_shapes[pairs.k]
+        _, number = torch.unique(mix_hash(signature, *shapes), return_inverse=True)
         first = torch.full((int(number.max()) + 1,), pairs.q.numel(), dtype=torch.long, device=number.device)
         order = torch.arange(number.numel(), device=number.device)
         return first.scatter_reduce(0, number, order, "amin"), number
@@ -312,9 +313,10 @@ def _unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return table, number
 
 
-def _holes(slots: Tensor) -> Tensor:
-    """A number per tile for which of its slots are empty."""
-    return mix_hash(*pack_bits(slots < 0).long().unbind(1))
+def _shapes(slots: Tensor) -> Tensor:
+    """A number per tile for how far its tokens lie from its first one, and which of its slots are empty."""
+    first = torch.where(slots < 0, slots.max() if slots.numel() else 0, slots).amin(1, keepdim=True)
+    return mix_hash(*torch.where(slots < 0, -1, slots - first).unbind(1))
 
 
 def _popcount(packed: Tensor) -> Tensor:

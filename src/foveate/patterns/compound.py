@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -133,6 +135,9 @@ class Not(Compound):
     @property
     def sees_future(self) -> bool:  # type: ignore[override]
         return True
+
+    def resolve(self, scene: Scene) -> Pattern:
+        return super().resolve(replace(scene, layout=scene.layout.inverted()))
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         return ~self.parts[0].visible(batch, head, q, k)

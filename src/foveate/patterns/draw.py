@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import LINE, Pattern, Scene, resolve
+from foveate.patterns.beside import Beside
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Grid, Layout
 from foveate.patterns.panels import Panel, as_svg, as_text
@@ -80,8 +81,9 @@ def draw(
     density = mask.float().mean().item()
     caption = f"{scene.num_queries} queries x {scene.num_keys} keys, {density:.1%} visible"
     panels = [Panel(mask, caption)]
-    if isinstance(scene.layout, Grid):
-        panels += _planes(mask, scene.layout, scene.offset)
+    place = Beside(scene.layout) if isinstance(scene.layout, Grid) else scene.layout
+    if isinstance(place, Beside):
+        panels += _planes(mask[:, place.before : place.end], place.grid, scene.offset - place.before)
     named = f"{pattern}, head {head}" if resolved.heads > 1 else str(pattern)
     return Drawing(named, tuple(panels))
 

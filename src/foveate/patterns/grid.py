@@ -6,12 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Bounds, Boxes, Index, Interval, Pattern, Scene, mix_hash
 from foveate.patterns.axis_rules import AxisRule, Near, SameRegion, SlidingTiles, Whole
+from foveate.patterns.beside import Beside
 from foveate.patterns.layouts import Grid, Layout
 from foveate.patterns.per_axis import check_equal_axes, flags, is_whole, pairs, per_axis, spread
 
@@ -20,7 +22,7 @@ from foveate.patterns.per_axis import check_equal_axes, flags, is_whole, pairs, 
 class OnGrid(Pattern):
     """A grid pattern; `grid` is None until it is resolved."""
 
-    grid: Grid | None = dataclasses.field(default=None, kw_only=True)
+    grid: Grid | Beside | None = dataclasses.field(default=None, kw_only=True)
     needs_axes = True
 
     def rules(self, dims: tuple[int, ...]) -> tuple[AxisRule, ...]:
@@ -28,32 +30,51 @@ class OnGrid(Pattern):
         raise NotImplementedError
 
     def resolve(self, scene: Scene) -> Pattern:
-        require_layout(self, scene, Grid, "Grid(height, width)")
-        assert isinstance(scene.layout, Grid)
-        self.rules(scene.layout.dims)
-        return dataclasses.replace(self, grid=scene.layout)
+        require_layout(self, scene, (Grid, Beside), "Grid(height, width)")
+        assert isinstance(scene.layout, (Grid, Beside))
+        place = dataclasses.replace(self, grid=scene.layout)
+        place.placed()
+        return place
 
-    def placed(self) -> tuple[Grid, tuple[AxisRule, ...]]:
+    def placed(self) -> tuple[Beside, tuple[AxisRule, ...]]:
+        """The grid, with no token beside it or some, and the rules."""
         if self.grid is None:
             raise ValueError(f"{self} lives on a grid: pass layout=Grid(height, width) and resolve it first")
-        return self.grid, self.rules(self.grid.dims)
+        place = Beside(self.grid) if isinstance(self.grid, Grid) else self.grid
+        return place, self.rules(place.grid.dims)
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        grid, rules = self.placed()
-        coordinates = zip(rules, grid.coordinates(q), grid.coordinates(k), strict=True)
-        return reduce(and_, (rule.visible(at_q, at_k) for rule, at_q, at_k in coordinates))
+        place, rules = self.placed()
+        coordinates = zip(rules, place.coordinates(q), place.coordinates(k), strict=True)
+        seen = reduce(and_, (rule.visible(at_q, at_k) for rule, at_q, at_k in coordinates))
+        if isinstance(self.grid, Grid):
+            return seen
+        return torch.where(place.holds(q) & place.holds(k), seen, place.others)
 
     def bounds(self, boxes: Boxes) -> Bounds:
-        _, rules = self.placed()
+        place, rules = self.placed()
         parts = [rule.bounds(at) for rule, at in zip(rules, boxes.axes, strict=True)]
         some, every = (torch.stack(flags).all(0) for flags in zip(*parts, strict=True))
-        return Bounds(some, every)
+        if isinstance(self.grid, Grid):
+            return Bounds(some, every)
+        touches, apart = _beside(place, boxes.position)
+        if place.others:
+            return Bounds(some | touches, every | apart)
+        return Bounds(some & ~apart, every & ~touches)
 
     def signature(self, boxes: Boxes) -> Tensor:
         """By rule along each axis; where a tile wraps round a row, only the first axis may be shifted."""
-        grid, rules = self.placed()
-        straight = _is_box(grid, boxes)
-        starts = zip(grid.coordinates(boxes.position.q_lo), grid.coordinates(boxes.position.k_lo), strict=True)
+        own = self._among_grid(boxes)
+        if isinstance(self.grid, Grid):
+            return own
+        place, _ = self.placed()
+        at = boxes.position
+        return torch.where(_beside(place, at).touches, mix_hash(at.q_lo, at.k_lo), own)
+
+    def _among_grid(self, boxes: Boxes) -> Tensor:
+        place, rules = self.placed()
+        straight = _is_box(place, boxes)
+        starts = zip(place.coordinates(boxes.position.q_lo), place.coordinates(boxes.position.k_lo), strict=True)
         signatures = [straight.long()]
         for axis, (rule, (q, k)) in enumerate(zip(rules, starts, strict=True)):
             own = rule.signature(q, k, boxes.axes[axis])
@@ -61,7 +82,21 @@ class OnGrid(Pattern):
         return mix_hash(*signatures)
 
 
-def require_layout(pattern: Pattern, scene: Scene, kind: type[Layout], example: str) -> None:
+class Others(NamedTuple):
+    """Of each box of pairs: has some pair, or has every pair, a token beside the grid."""
+
+    touches: Tensor
+    apart: Tensor
+
+
+def _beside(place: Beside, at: Interval) -> Others:
+    low, high = place.before, place.end
+    touches = (torch.minimum(at.q_lo, at.k_lo) < low) | (torch.maximum(at.q_hi, at.k_hi) >= high)
+    apart = (torch.minimum(at.q_hi, at.k_hi) < low) | (torch.maximum(at.q_lo, at.k_lo) >= high)
+    return Others(touches, apart)
+
+
+def require_layout(pattern: Pattern, scene: Scene, kind: type[Layout] | tuple[type[Layout], ...], example: str) -> None:
     """Refuse a scene whose layout is not of this kind, or whose queries are not all among the keys."""
     if not isinstance(scene.layout, kind):
         raise ValueError(f"{pattern} needs layout={example}; got {scene.layout}")
@@ -72,9 +107,9 @@ def require_layout(pattern: Pattern, scene: Scene, kind: type[Layout], example: 
         )
 
 
-def _is_box(grid: Grid, boxes: Boxes) -> Tensor:
+def _is_box(place: Beside, boxes: Boxes) -> Tensor:
     """Whether queries and keys each fill a box of the grid, rather than wrap round the end of a row."""
-    corners = Interval(*(grid.positions(edges) for edges in zip(*boxes.axes, strict=True)))
+    corners = Interval(*(place.grid.positions(edges) + place.before for edges in zip(*boxes.axes, strict=True)))
     matches = [corner == edge for corner, edge in zip(corners, boxes.position, strict=True)]
     return torch.stack(matches).all(0)
 

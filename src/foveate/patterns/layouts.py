@@ -38,6 +38,10 @@ class Layout:
         """Token at each slot of the tile order (-1: empty slot), or None for the natural order."""
         return None
 
+    def inverted(self) -> Layout:
+        """This layout for what lies inside ``~``."""
+        return self
+
     def check(self, num_keys: int) -> None:
         """Refuse a call whose number of keys is not this layout's number of tokens."""
         if self.length is not None and self.length != num_keys:
