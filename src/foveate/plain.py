@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 _TENSORS = (Tensor, torch.nn.Parameter)
 
 
@@ -68,18 +69,26 @@ def _is_memory(x: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether derivatives are being taken that only torch's own operators have: forward mode, or by torch.func.
+    """Whether a transform of torch.func or forward mode is at work, which kernels have no rules for.
 
-    >>> torch.func.grad(lambda x: x * transformed())(torch.tensor(2.0))
-    tensor(1.)
+    >>> torch.vmap(lambda x: x * transformed())(torch.tensor([2.0]))
+    tensor([2.])
     """
     if torch.compiler.is_compiling():
         return False
-    if forward_ad._current_level >= 0:
-        return True
-    if not _are_functorch_transforms_active():
+    return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
+
+
+def differentiated() -> bool:
+    """Whether such a transform takes derivatives: forward mode, or torch.func.grad and its like.
+
+    >>> torch.vmap(lambda x: x * differentiated())(torch.tensor([2.0]))
+    tensor([0.])
+    """
+    if not transformed():
         return False
-    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in get_interpreter_stack() or ())
+    levels = get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(level.key() in _DERIVATIVES for level in levels)
 
 
 def remembered(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:

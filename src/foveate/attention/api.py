@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -74,7 +76,7 @@ def attend(
         ValueError, TypeError: inputs that do not belong together, in words.
         NotImplementedError: an implementation asked for by name that does not support the call.
 
-    NaN or infinite inputs give NaN in the rows that see them, as plain softmax does.
+    A NaN or infinite number spoils the rows that see its key, or whose query it is in, and no others.
     """
     if bias is softcap is layout is None and weights == "softmax" and not dropout and _takes_native(impl):
         out = attend_plain(q, k, v, pattern, scale)
@@ -115,8 +117,26 @@ def attend_partial(
 
 
 def _run(call: Call, sink: Tensor | None, impl: str) -> Partial:
-    partial = choose(call, impl).run(call)
+    module = choose(call, impl)
+    if 0 in (call.batch, call.heads, call.num_queries, call.num_keys):
+        partial = _nothing(call)
+    elif call.v.shape[3] == 0:  # kernels have at least one channel to write
+        out, lse = module.run(replace(call, v=torch.nn.functional.pad(call.v, (0, 1))))
+        partial = Partial(out[..., :0], lse)
+    else:
+        partial = module.run(call)
     return partial if sink is None else with_sink(partial, sink)
+
+
+def _nothing(call: Call) -> Partial:
+    """What comes of no pairs at all: zeros, whose gradients are zeros."""
+    connected = sum(x.flatten()[:0].sum().to(call.q.dtype) for x in call.tensors if x.is_floating_point())
+    shape = (call.batch, call.heads, call.num_queries)
+    out = call.q.new_zeros(*shape, call.v.shape[3]) + connected
+    if call.kind != "softmax":
+        return Partial(out, None)
+    precise = torch.promote_types(call.q.dtype, torch.float32)
+    return Partial(out, call.q.new_full(shape, float("-inf"), dtype=precise) + connected)
 
 
 def _takes_native(impl: str) -> bool:

@@ -35,6 +35,11 @@ class Call:
     dropout: Dropout | None = None
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a kernel would read."""
+        return (self.q, self.k, self.v, *(bias.parameter for bias in self.biases), *self.pattern.tensors)
+
+    @property
     def batch(self) -> int:
         return self.q.shape[0]
 
@@ -95,6 +100,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} must be a dense tensor; got {tensor.layout}: pass {name}.to_dense()")
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, length, dim); got shape {tuple(tensor.shape)}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

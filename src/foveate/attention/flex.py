@@ -11,12 +11,15 @@ from torch import Tensor
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
 from foveate.patterns.layouts import Packed
+from foveate.plain import differentiated
 
 
 def refuse(call: Call) -> str | None:
     """Why this implementation cannot run the call; None if it can."""
     if call.dropout is not None:
         return "it has no dropout on weights"
+    if differentiated():
+        return "derivatives in forward mode and by torch.func are those of the reference"
     if call.q.device.type == "cpu":
         return "FlexAttention has no backward on CPU, and compiles for seconds"
     if call.kind != "softmax":

@@ -41,7 +41,7 @@ def refuse(call: Call) -> str | None:
     for bias in call.biases:
         if type(bias) not in (Dense, PerHead, Alibi, RelativeTable, LogDecay):
             return f"it does not know the bias {type(bias).__name__}"
-    return _absence()
+    return _absence() or shared.refuse(call)
 
 
 @torch.compiler.assume_constant_result  # torch.compile need not look into how libraries are loaded

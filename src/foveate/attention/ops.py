@@ -6,21 +6,21 @@ A graph holds tensors and text: the pattern travels as what it prints, and is re
 from __future__ import annotations
 
 import ast
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from foveate import patterns
+from foveate import autodiff, patterns
 from foveate.attention import bias as biases_by_name
 from foveate.attention import native, tiles
 from foveate.attention.bias import Bias, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
 from foveate.attention.partial import Partial
-from foveate.attention.spec import Kernels, Spec, is_plain
-from foveate.patterns.algebra import Scene, resolve
+from foveate.attention.spec import Kernels, Spec, definition, is_plain
+from foveate.patterns.algebra import Pattern, Scene, resolve
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Layout, Points
 from foveate.patterns.parse import parse
@@ -49,6 +49,19 @@ def visible(call: Call) -> Tensor:
     pattern, text = call.pattern, "\n".join((str(call.pattern), str(call.layout)))
     batches, heads = (call.batch, call.heads) if pattern.is_dynamic else (pattern.batches, pattern.heads)
     return _visible(call.q, call.k, list(pattern.tensors), text, call.scale, batches, heads)
+
+
+@lru_cache(maxsize=256)
+def _reads_back(pattern: Pattern, layout: Layout) -> bool:
+    try:
+        return parse(str(pattern), pattern.tensors) == pattern and _layout(str(layout)) == layout
+    except (ValueError, TypeError, AttributeError, SyntaxError):
+        return False
+
+
+def travels(call: Call) -> bool:
+    """Whether the pattern and layout of a call can be told in text, by which operators name them."""
+    return not isinstance(call.layout, Points) and _reads_back(call.pattern, call.layout)
 
 
 def _check_layout(layout: Layout) -> None:
@@ -164,6 +177,23 @@ def _(
     return [x.new_empty(x.shape) for x in (q, k, v, *parameters)]
 
 
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    grad_out, grad_lse, q, k, v, _, _, parameters, held, *ctx.rest, seed = inputs
+    ctx.num_parameters = len(parameters)
+    ctx.save_for_backward(grad_out, grad_lse, seed, q, k, v, *parameters, *held)
+
+
+def _second_backward(ctx: Any, wanted: list[Tensor | None]) -> tuple[Any, ...]:
+    grad_out, grad_lse, seed, *others = ctx.saved_tensors
+    inputs, held = others[: 3 + ctx.num_parameters], others[3 + ctx.num_parameters :]
+    text, scale, softcap, p = ctx.rest
+    _, spec = _spec(inputs[0], inputs[1], inputs[3:], held, text, scale, softcap, p, seed)
+    of_grads, of_inputs = autodiff.second_gradients(
+        partial(definition, spec), inputs, [grad_out, grad_lse], wanted, create_graph=torch.is_grad_enabled()
+    )
+    return (*of_grads, *of_inputs[:3], None, None, of_inputs[3:], [None] * len(held), *([None] * 5))
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, parameters, held, *ctx.rest, seed = inputs
     ctx.num_parameters = len(parameters)
@@ -177,17 +207,46 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     return (*grads[:3], grads[3:], [None] * len(held), None, None, None, None, None)
 
 
-@torch.library.custom_op("foveate::visible", mutates_args=())
-def _visible(q: Tensor, k: Tensor, held: list[Tensor], text: str, scale: float, batches: int, heads: int) -> Tensor:
+# Defined without autograd of its own, which torch.func asks of a custom_op: its mask has no gradient.
+_LIBRARY = torch.library.Library("foveate", "FRAGMENT")
+_LIBRARY.define(
+    "visible(Tensor q, Tensor k, Tensor[] held, str text, float scale, int batches, int heads) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _mask(q: Tensor, k: Tensor, held: list[Tensor], text: str, scale: float, batches: int, heads: int) -> Tensor:
     pattern, layout = text.split("\n")
     scene = Scene(q.shape[2], k.shape[2], _layout(layout), q.detach(), k.detach(), scale)
     mask = dense_mask(resolve(parse(pattern, held), scene), scene, q.device)
     return mask.repeat_interleave(heads // mask.shape[1], dim=1).expand(batches, -1, -1, -1).contiguous()
 
 
-@_visible.register_fake
-def _(q: Tensor, k: Tensor, held: list[Tensor], text: str, scale: float, batches: int, heads: int) -> Tensor:
+def _fake_mask(q: Tensor, k: Tensor, held: list[Tensor], text: str, scale: float, batches: int, heads: int) -> Tensor:
     return q.new_empty(batches, heads, q.shape[2], k.shape[2], dtype=torch.bool)
 
 
+_LIBRARY.impl("visible", _mask, "CompositeExplicitAutograd")
+torch.library.register_fake("foveate::visible", _fake_mask, lib=_LIBRARY)
+_visible = torch.ops.foveate.visible.default
+torch.library.register_vmap("foveate::visible", partial(autodiff.looped, _visible), lib=_LIBRARY)
 _attend.register_autograd(_backward, setup_context=_setup)
+_attend_backward.register_autograd(_second_backward, setup_context=_setup_backward)
+_attend_backward.register_vmap(partial(autodiff.looped, _attend_backward))
+
+
+@_attend.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+    """Queries, keys and values as more entries of the batch, where nothing else tells entries apart."""
+    tensors, (parameters, held, text, *rest) = inputs[:3], inputs[3:]
+    pattern = parse(text.split("\n")[2], held)
+    shared = pattern.batches == 1 and all(x.dim() < 4 or x.shape[0] == 1 for x in parameters)
+    dropped = rest[-1] is not None  # by the number of the batch entry
+    if dropped or not shared or any(dim is not None for dims in in_dims[3:5] for dim in dims or ()):
+        return autodiff.looped(_attend, info, in_dims, *inputs)
+    size = info.batch_size
+    spread = (
+        x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, in_dims, strict=False)
+    )
+    out, lse = _attend(*(x.flatten(0, 1) for x in spread), parameters, held, text, *rest)
+    return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)

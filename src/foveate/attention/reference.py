@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.attention.bias import Bias
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
+from foveate.attention.spec import Spec
 from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.dense import dense_mask
+from foveate.plain import traced
 
 
 def refuse(call: Call) -> str | None:
@@ -19,17 +20,24 @@ def refuse(call: Call) -> str | None:
 
 def run(call: Call) -> Partial:
     """Weights of every pair, masked and summed."""
-    logits = call.scale * (call.q @ grouped(call.k, call.heads).transpose(-2, -1))  # (B, H, N, M)
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
-    for bias in call.biases:
-        logits = logits + _everywhere(bias, call).to(logits.dtype)
-    visible = _visible(call)
-    v = grouped(call.v, call.heads)
-    if call.kind == "softmax":
-        return _softmax(logits, visible, v, call)
-    weights = torch.sigmoid(logits) if call.kind == "sigmoid" else torch.relu(logits)
-    return Partial(_dropped(torch.where(visible, weights, 0), call) @ v, None)
+    return weigh(call.q, call.k, call.v, visible(call), call)
+
+
+def weigh(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, how: Call | Spec) -> Partial:
+    """Attend over the visible pairs (B or 1, H, N, M); what is not finite spoils the rows that see it, no others."""
+    k, v = grouped(k, q.shape[1]), grouped(v, q.shape[1])
+    odd_q, odd_k, odd_v = (~x.isfinite().all(-1, keepdim=True) for x in (q, k, v))
+    q, k, v = q.masked_fill(odd_q, 0), k.masked_fill(odd_k, 0), v.masked_fill(odd_v, 0)
+    logits = how.scale * (q @ k.mT)  # (B, H, N, M)
+    if how.softcap is not None:
+        logits = how.softcap * torch.tanh(logits / how.softcap)
+    for bias in how.biases:
+        logits = logits + bias.values(*_indices(logits)).to(logits.dtype)
+    logits = logits.masked_fill(odd_q | (odd_k | odd_v).mT, float("nan"))
+    if how.kind == "softmax":
+        return _softmax(logits, visible, v, how)
+    weights = torch.sigmoid(logits) if how.kind == "sigmoid" else torch.relu(logits)
+    return Partial(_dropped(torch.where(visible, weights, 0), how) @ v, None)
 
 
 def grouped(heads_first: Tensor, heads: int) -> Tensor:
@@ -37,33 +45,35 @@ def grouped(heads_first: Tensor, heads: int) -> Tensor:
     return heads_first.repeat_interleave(heads // heads_first.shape[1], dim=1)
 
 
-def _softmax(logits: Tensor, visible: Tensor, v: Tensor, call: Call) -> Partial:
+def _softmax(logits: Tensor, visible: Tensor, v: Tensor, how: Call | Spec) -> Partial:
     logits = torch.where(visible, logits, float("-inf"))
     empty = logits.isneginf().all(-1, keepdim=True)
     logits = torch.where(empty, 0, logits)
     lse = torch.where(empty, float("-inf"), torch.logsumexp(logits, -1, keepdim=True))
-    weights = torch.where(empty, 0, torch.softmax(logits, -1))
-    return Partial(_dropped(weights, call) @ v, lse.squeeze(-1))
+    weights = torch.where(visible & ~empty, torch.softmax(logits, -1), 0)
+    return Partial(_dropped(weights, how) @ v, lse.squeeze(-1))
 
 
-def _dropped(weights: Tensor, call: Call) -> Tensor:
-    return weights if call.dropout is None else weights * call.dropout.factor(*_indices(call), weights.dtype)
+def _dropped(weights: Tensor, how: Call | Spec) -> Tensor:
+    return weights if how.dropout is None else weights * how.dropout.factor(*_indices(weights), weights.dtype)
 
 
-def _visible(call: Call) -> Tensor:
-    scene = Scene(call.num_queries, call.num_keys, call.layout, call.q.detach(), call.k.detach(), call.scale)
-    visible = dense_mask(resolve(call.pattern, scene), scene, call.q.device)
-    return visible.repeat_interleave(call.heads // visible.shape[1], dim=1)
+def visible(call: Call) -> Tensor:
+    """The dense mask of a call's pattern, (B or 1, H, N, M)."""
+    if torch.compiler.is_compiling() or (call.pattern.is_dynamic and traced(call.q, call.k)):
+        from foveate.attention import ops  # which knows every implementation
+
+        mask = ops.visible(call)
+    else:
+        scene = Scene(call.num_queries, call.num_keys, call.layout, call.q.detach(), call.k.detach(), call.scale)
+        mask = dense_mask(resolve(call.pattern, scene), scene, call.q.device)
+    return mask.repeat_interleave(call.heads // mask.shape[1], dim=1)
 
 
-def _everywhere(bias: Bias, call: Call) -> Tensor:
-    return bias.values(*_indices(call))
-
-
-def _indices(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _indices(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Batch entry, query head, query and key of each pair, broadcasting to (B, H, N, M)."""
     batch, head, q, k = (
-        torch.arange(n, device=call.q.device).view([-1 if axis == dim else 1 for axis in range(4)])
-        for dim, n in enumerate((call.batch, call.heads, call.num_queries, call.num_keys))
+        torch.arange(n, device=pairs.device).view([-1 if axis == dim else 1 for axis in range(4)])
+        for dim, n in enumerate(pairs.shape)
     )
     return batch, head, q, k

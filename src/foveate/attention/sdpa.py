@@ -13,6 +13,7 @@ from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Packed
 from foveate.patterns.sequence import causal, full
+from foveate.plain import differentiated, traced
 
 SMALL = 2**20  # pairs per head below which a dense mask was measured cheaper than gathering tiles
 
@@ -21,6 +22,8 @@ def refuse(call: Call) -> str | None:
     """Why this implementation cannot run the call; None if it can."""
     if call.dropout is not None:
         return "its dropout would drop other weights than the seed says"
+    if differentiated():
+        return "derivatives in forward mode and by torch.func are those of the reference"
     if call.kind != "softmax":
         return f"it has softmax weights only, not {call.kind}"
     if call.needs_lse:
@@ -80,7 +83,7 @@ def _mask(call: Call) -> Tensor | None:
 
 
 def _visible(call: Call) -> Tensor:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (call.pattern.is_dynamic and traced(call.q, call.k)):
         from foveate.attention import ops
 
         visible = ops.visible(call)

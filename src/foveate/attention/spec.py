@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from foveate import autodiff
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
@@ -16,8 +18,10 @@ from foveate.attention.weights import Kind
 from foveate.native.neighborhood import Windows
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band
-from foveate.patterns.layouts import Layout
+from foveate.patterns.grid import neighborhood
+from foveate.patterns.layouts import Grid, Layout
 from foveate.patterns.selection import Selection
+from foveate.plain import differentiated, traced
 
 TILE = 64
 WIDEST = 256  # channels of a head in the native kernels
@@ -60,9 +64,20 @@ class Kernels(Protocol):
         """Gradients of q, k, v and of each bias's parameter."""
 
 
+def refuse(call: Call) -> str | None:
+    """Why no kernel can run the call, whichever it is; None if one might."""
+    if differentiated():
+        return "derivatives in forward mode and by torch.func are those of the reference"
+    if torch.compiler.is_compiling() or not traced(*call.tensors):
+        return None
+    from foveate.attention.ops import travels
+
+    return None if travels(call) else f"{call.pattern} on {call.layout} cannot be written into what torch records"
+
+
 def run(call: Call, name: str, kernels: Kernels) -> Partial:
-    """Select, then attend; under torch.compile as one operator of torch's dispatcher."""
-    if torch.compiler.is_compiling():
+    """Select, then attend; as one operator of torch's dispatcher where a tensor is not plain, as in torch.compile."""
+    if traced(*call.tensors):
         from foveate.attention.ops import attend_selected
 
         return attend_selected(call, name)
@@ -70,7 +85,7 @@ def run(call: Call, name: str, kernels: Kernels) -> Partial:
     seen = kernels.sees(call.q, call.k, call.pattern, call.layout, call.scale, plain=plain)
     spec = Spec(seen, call.biases, call.kind, call.scale, call.softcap, call.dropout)
     parameters = [bias.parameter for bias in call.biases]
-    out, lse = _Attend.apply(kernels, spec, call.q, call.k, call.v, *parameters)
+    out, lse = autodiff.run(_Attend(kernels, spec), call.q, call.k, call.v, *parameters)
     return Partial(out, lse if call.kind == "softmax" else None)
 
 
@@ -79,16 +94,53 @@ def is_plain(kind: Kind, biases: Sequence[Bias], softcap: float | None) -> bool:
     return kind == "softmax" and not biases and softcap is None
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: Kernels, spec: Spec, q: Tensor, k: Tensor, v: Tensor, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = kernels.forward(spec, q, k, v)
-        ctx.kernels, ctx.spec = kernels, spec
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out, lse
+class _Attend(NamedTuple):
+    """A call as autograd takes it; its inputs are q, k, v and the parameters of its biases."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *ctx.kernels.backward(ctx.spec, *ctx.saved_tensors, *grads))
+    kernels: Kernels
+    spec: Spec
+
+    def forward(self, *inputs: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        outputs = self.kernels.forward(self.spec, *inputs[:3])  # type: ignore[arg-type]
+        return outputs, outputs
+
+    def backward(
+        self, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        spec = _with_parameters(self.spec, inputs[3:])
+        return self.kernels.backward(spec, *inputs[:3], *saved, *grads)  # type: ignore[arg-type]
+
+    def definition(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        return definition(self.spec, *inputs)
+
+
+def definition(spec: Spec, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """What kernels return for q, k, v and parameters, by every pair, in torch's own operators."""
+    from foveate.attention.reference import weigh  # an implementation, which all others are derived from
+
+    spec = _with_parameters(spec, inputs[3:])
+    q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs[:3] if x is not None)
+    mask = visible(spec.seen, q, k)
+    out, lse = weigh(q, k, v, mask, spec)
+    return out.to(inputs[0].dtype), q.new_zeros(q.shape[:3]) if lse is None else lse  # type: ignore[union-attr]
+
+
+def _with_parameters(spec: Spec, parameters: Sequence[Tensor | None]) -> Spec:
+    """The spec with parameters that autograd has kept for it, and has seen to be unchanged."""
+    pairs = zip(spec.biases, parameters, strict=True)
+    return spec._replace(biases=tuple(replace(bias, parameter=p) for bias, p in pairs if p is not None))
+
+
+def visible(seen: Seen, q: Tensor, k: Tensor) -> Tensor:
+    """The dense mask (B or 1, H, N, M) of what was selected."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if isinstance(seen, Band):
+        place = torch.arange(num_queries, device=q.device) + num_keys - num_queries
+        distance = place.unsqueeze(1) - torch.arange(num_keys, device=q.device)
+        return ((seen.low <= distance) & (distance <= seen.high)).expand(1, q.shape[1], -1, -1)
+    if isinstance(seen, Windows):
+        pattern = neighborhood(seen.size, dilation=seen.dilation, causal=seen.causal)
+        mask = pattern.mask(num_queries, layout=Grid(*seen.dims)).to(q.device)
+    else:
+        mask = seen.to_dense().clone()  # a selection may have been kept since inference mode
+    return mask.repeat_interleave(q.shape[1] // mask.shape[1], dim=1)

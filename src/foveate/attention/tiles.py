@@ -25,7 +25,7 @@ from foveate.patterns.selection import Selection
 
 def refuse(call: Call) -> str | None:
     """Why this implementation cannot run the call; None if it can."""
-    return None
+    return shared.refuse(call)
 
 
 def run(call: Call) -> Partial:
