@@ -111,7 +111,8 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        inputs, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        tensors = ctx.saved_tensors  # once, as checkpointing asks
+        inputs, saved = tensors[: ctx.count], tensors[ctx.count :]
         if not is_plain(*grads) or any(map(_is_batched, grads)):
             create_graph = torch.is_grad_enabled()
             return None, *gradients(ctx.kernel.definition, inputs, grads, create_graph=create_graph)
@@ -134,7 +135,8 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *wanted: Tensor | None) -> tuple[Any, ...]:
-        grads, inputs = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        tensors = ctx.saved_tensors
+        grads, inputs = tensors[: ctx.count], tensors[ctx.count :]
         of_grads, of_inputs = second_gradients(
             ctx.kernel.definition, inputs, grads, wanted, create_graph=torch.is_grad_enabled()
         )

@@ -41,9 +41,11 @@ class Hashed(Pattern):
         if q is None or k is None:
             raise ValueError(f"{self} hashes q and k: use pattern.select(q, k), or resolve(Scene(n, m, q=q, k=k))")
         seen: Pattern = Window(0, 0)
-        draw = torch.Generator().manual_seed(self.seed)
+        draw = torch.Generator("cpu").manual_seed(self.seed)
         for _ in range(self.rounds):
-            planes = torch.randn(q.shape[3], self.num_buckets // 2, generator=draw).to(q.device)
+            planes = torch.randn(
+                q.shape[3], self.num_buckets // 2, generator=draw, dtype=torch.float32, device="cpu"
+            ).to(q.device)
             of_queries, of_keys = (_rotated(x, planes) for x in (q, k))
             of_keys = of_keys.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             seen = seen | EqualLabels(of_queries, of_keys, scene.offset)
