@@ -1,4 +1,4 @@
-"""Some sixty families of transformers: with the full pattern each says what it said, or is refused at once, in words."""
+"""Sixty families of transformers: with the full pattern each says what it said, or is refused at once, in words."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_clip_and_sam_of_several_parts() -> None:
     model = transformers.CLIPModel._from_config(config, attn_implementation="eager").eval()
     check(model, {"input_ids": torch.randint(3, 61, (2, 7)), "pixel_values": torch.randn(2, 3, 32, 32)})
     vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
-    vision |= dict(window_size=2, mlp_dim=16, output_channels=16)
+    vision |= dict(window_size=2, mlp_dim=16, output_channels=16, num_pos_feats=8)
     decoder = dict(hidden_size=16, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=16)
     prompt = dict(hidden_size=16, image_size=32, patch_size=8, mask_input_channels=4)
     config = transformers.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)

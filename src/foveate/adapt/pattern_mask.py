@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.patterns import Pattern
-from foveate.patterns.algebra import Scene
+from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Sequence
 
@@ -49,7 +49,7 @@ class PatternMask:
         """The mask itself, (B or 1, 1 or H, N, M)."""
         num_queries, num_slots = self.shape[2:]
         scene = Scene(num_queries, self.num_keys, Sequence())
-        mask = dense_mask(self.pattern, scene, torch.device(self.device))
+        mask = dense_mask(resolve(self.pattern, scene), scene, torch.device(self.device))
         return torch.nn.functional.pad(mask, (0, num_slots - self.num_keys)).expand(self.shape[0], -1, -1, -1)
 
     def __getitem__(self, index: Any) -> Any:
