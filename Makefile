@@ -20,7 +20,7 @@ help:
 	@echo 'make test      run the tests, those of the native kernels with AVX2 too'
 	@echo 'make test-all  run the tests and the longer sweeps: native kernels under sanitizers, NEON in an emulator'
 	@echo 'make lint      check style and types'
-	@echo 'make docs      write the index of the catalogue and docs/catalogue.md again'
+	@echo 'make docs      write the index of the catalogue and the pages of docs/ again'
 	@echo 'make clean     remove the virtual environment and what the demo wrote'
 
 demo: $(DEMO_READY)
@@ -44,6 +44,7 @@ lint: $(DEV_READY)
 docs: $(DEV_READY)
 	$(PY) -m foveate.catalogue.index
 	$(PY) -m foveate.lab.catalogue_page docs/catalogue.md
+	$(PY) -m foveate.lab.patterns_page docs
 
 clean:
 	rm -rf .venv out/demo
