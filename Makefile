@@ -6,6 +6,8 @@ DEV_READY := .venv/.dev-$(KEY)
 DEMO_READY := $(firstword $(wildcard $(DEV_READY)) .venv/.demo-$(KEY))
 DEMO_TEXT = $(shell $(PY) -c "import argparse; print(argparse.__file__)")
 DEMO_OUT ?= out/demo
+MINUTES ?= 10
+WORKERS ?= 2
 DEMO_MECHANISMS = -m streaming_llm -m 'streaming_llm(window=256)' -m 'window(511) & causal | sinks(4)' -m mswa \
     -m power_attention -m minference_block_sparse -m moba -m delta_attention
 
@@ -13,14 +15,15 @@ DEMO_MECHANISMS = -m streaming_llm -m 'streaming_llm(window=256)' -m 'window(511
 KERNEL_TESTS := $(filter-out $(addprefix tests/test_native_,build.py neon.py sanitized.py),$(wildcard tests/test_native*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs clean
+.PHONY: help demo test test-all fuzz lint docs clean
 
 help:
 	@echo 'make demo      compare attention mechanisms on the built-in model at 8192 tokens, with a report'
 	@echo 'make test      run the tests, those of the native kernels with AVX2 too'
 	@echo 'make test-all  run the tests and the longer sweeps: native kernels under sanitizers, NEON in an emulator'
+	@echo 'make fuzz      random calls of everything for MINUTES=10, on WORKERS=2 processes; SANITIZE=1: kernels with checks'
 	@echo 'make lint      check style and types'
-	@echo 'make docs      write the index of the catalogue and the pages of docs/ again'
+	@echo 'make docs      write the index of the catalogue and docs/catalogue.md again'
 	@echo 'make clean     remove the virtual environment and what the demo wrote'
 
 demo: $(DEMO_READY)
@@ -36,6 +39,9 @@ test-all: $(DEV_READY)
 	$(PY) -m pytest -m ''
 	$(call with_avx2,-m '')
 
+fuzz: $(DEV_READY)
+	$(PY) -m fuzz --minutes $(MINUTES) --workers $(WORKERS) $(if $(SANITIZE),--sanitize) $(FUZZ)
+
 lint: $(DEV_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -44,7 +50,6 @@ lint: $(DEV_READY)
 docs: $(DEV_READY)
 	$(PY) -m foveate.catalogue.index
 	$(PY) -m foveate.lab.catalogue_page docs/catalogue.md
-	$(PY) -m foveate.lab.patterns_page docs
 
 clean:
 	rm -rf .venv out/demo

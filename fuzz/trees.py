@@ -1,0 +1,165 @@
+"""Random trees of patterns, and the layouts they live on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import foveate as fv
+from foveate.patterns import Layout, Pattern
+from fuzz.draw import Draw
+
+
+@dataclass
+class Place:
+    """What patterns of a call must fit: N queries and M keys, B entries, heads told apart, and the layout."""
+
+    batch: int
+    heads: int
+    groups: int
+    n: int
+    m: int
+    layout: Layout | None
+    told_apart: int = 1  # heads that the leaves of this tree tell apart: 1, the groups or all
+
+
+Leaf = Callable[[Draw, Place], Pattern]
+
+
+def layout(draw: Draw, n: int, m: int) -> tuple[int, int, Layout | None]:
+    """A layout of about m keys, and the lengths that fit it."""
+    kind = draw.one(("none",) * 10 + ("sequence", "packed", "packed", "grid", "grid", "points"))
+    if kind == "sequence":
+        return n, m, fv.Sequence(m)
+    if kind == "packed":
+        return n, m, fv.Packed(draw.split(m))
+    if kind == "points" and m:
+        return min(n, m), m, fv.Points(draw.uniform(m, draw.whole(2, 3)).float())
+    if kind == "grid" and m:
+        grid = fv.Grid(*_sides(draw, m))
+        return (grid.length if n == m or draw.chance(0.5) else min(n, grid.length)), grid.length, grid
+    return n, m, None
+
+
+def _sides(draw: Draw, m: int) -> list[int]:
+    axes = draw.whole(1, 3)
+    side = max(1, round(m ** (1 / axes)))
+    return [max(1, min(side + draw.whole(-1, 2), 14 if axes > 1 else 200)) for _ in range(axes)]
+
+
+def pattern(draw: Draw, place: Place, depth: int = 2, *, dynamic: bool = True) -> Pattern:
+    """A tree of at most ``depth`` levels of joints."""
+    place.told_apart = draw.one((1, place.heads, place.groups))
+    return _tree(draw, place, draw.one((0, 0, 1, 1, 2)) if depth > 1 else depth, dynamic)
+
+
+def _tree(draw: Draw, place: Place, depth: int, dynamic: bool) -> Pattern:
+    if depth == 0:
+        return draw.one(leaves(place, dynamic))(draw, place)
+    grow = partial(_tree, draw, place, dynamic=dynamic)
+    kind = draw.one(("and", "or", "and", "or", "not", "heads"))
+    if kind == "heads" and place.told_apart > 1:
+        return fv.per_head([grow(draw.whole(0, depth - 1)) for _ in range(place.told_apart)])
+    if kind == "not":
+        return ~grow(depth - 1)
+    left, right = grow(depth - 1), grow(draw.whole(0, depth - 1))
+    return left | right if kind == "or" else left & right
+
+
+def leaves(place: Place, dynamic: bool) -> list[Leaf]:
+    found: list[Leaf] = [*LINES, *LINES, _padding]
+    if isinstance(place.layout, fv.Grid):
+        found += GRIDS * 6
+    if isinstance(place.layout, fv.Points):
+        found += [_within] * 8
+    if dynamic and place.told_apart == place.heads:
+        found += CHOICES
+    if dynamic and place.told_apart == place.groups:
+        found += [_shared]
+    return found
+
+
+def _near(draw: Draw, place: Place) -> int:
+    return draw.one((1, 2, 3, 5, 8, 16, 31, 64, 100, max(1, place.m), max(1, place.m // 2)))
+
+
+LINES: list[Leaf] = [
+    lambda draw, place: fv.full,
+    lambda draw, place: fv.causal,
+    lambda draw, place: fv.causal,
+    lambda draw, place: fv.window(_near(draw, place)),
+    lambda draw, place: fv.window(_near(draw, place), 0),
+    lambda draw, place: fv.window(draw.whole(0, 9), _near(draw, place)),
+    lambda draw, place: fv.window(_near(draw, place)) & fv.causal,
+    lambda draw, place: fv.sinks(_near(draw, place)),
+    lambda draw, place: fv.strided(_near(draw, place)),
+    lambda draw, place: fv.dilated(_near(draw, place), draw.whole(1, 9)),
+    lambda draw, place: fv.blocks(_near(draw, place)),
+    lambda draw, place: fv.prefix(_near(draw, place)),
+    lambda draw, place: fv.documents(draw.split(max(0, place.m + draw.whole(-2, 2)))),
+    lambda draw, place: fv.global_tokens([draw.whole(0, max(0, place.m)) for _ in range(draw.whole(1, 4))]),
+    lambda draw, place: fv.power_of_two(draw.whole(1, 9)),
+    lambda draw, place: fv.random_blocks(_near(draw, place), draw.random.random(), seed=draw.whole(0, 99)),
+]
+
+
+def _padding(draw: Draw, place: Place) -> Pattern:
+    share = draw.one((0.0, 0.1, 0.5, 0.9, 1.0))
+    heads = (place.told_apart,) if draw.chance(0.3) else ()
+    if draw.chance(0.5):  # a run of real tokens, as batches are padded
+        position, kept = torch.arange(place.m), draw.whole(0, place.m)
+        run = position < kept if draw.chance(0.5) else position >= place.m - kept
+        return fv.key_padding(draw.placed(run.expand(place.batch, *heads, place.m).clone()))
+    return fv.key_padding(draw.placed(draw.bits(share, place.batch, *heads, place.m)))
+
+
+def _within(draw: Draw, place: Place) -> Pattern:
+    return fv.within(draw.one((0.05, 0.2, 0.5, 2.0)))
+
+
+def _neighborhood(draw: Draw, place: Place) -> Pattern:
+    assert isinstance(place.layout, fv.Grid)
+    kernel, dilation, stride = [], [], []
+    for size in place.layout.dims:
+        kernel.append(draw.whole(1, min(size, 7)))
+        dilation.append(draw.whole(1, max(1, min(3, size // kernel[-1]))))
+        stride.append(draw.whole(1, kernel[-1]) if draw.chance(0.3) else 1)
+    causal = tuple(draw.chance(0.2) for _ in kernel)
+    return fv.neighborhood(tuple(kernel), dilation=tuple(dilation), stride=tuple(stride), causal=causal)
+
+
+def _partition(draw: Draw, place: Place) -> Pattern:
+    assert isinstance(place.layout, fv.Grid)
+    window = tuple(draw.whole(1, 8) for _ in place.layout.dims)
+    return fv.window_partition(window, shift=tuple(draw.whole(0, side - 1) for side in window))
+
+
+def _strips(draw: Draw, place: Place) -> Pattern:
+    assert isinstance(place.layout, fv.Grid)
+    return fv.strips(draw.whole(1, 5), axis=draw.whole(0, len(place.layout.dims) - 1))
+
+
+GRIDS: list[Leaf] = [_neighborhood, _neighborhood, _partition, _strips]
+
+
+def _blocks(draw: Draw, place: Place, shared: bool = False) -> Pattern:
+    block, per = draw.one((1, 2, 3, 4, 7, 8, 16, 33, 64)), draw.one(("query", "query", "block"))
+    rest = {"per": per, "shared": shared, "causal": draw.chance(0.7)}
+    if draw.chance(0.4):
+        return fv.mass_blocks(block, draw.one((0.1, 0.5, 0.9, 1.0)), **rest)  # type: ignore[arg-type]
+    return fv.topk_blocks(block, draw.whole(1, 6), **rest)  # type: ignore[arg-type]
+
+
+def _shared(draw: Draw, place: Place) -> Pattern:
+    return _blocks(draw, place, shared=True)
+
+
+CHOICES: list[Leaf] = [
+    _blocks,
+    _blocks,
+    lambda draw, place: fv.vertical_slash(draw.whole(1, 9), draw.whole(1, 9), last=draw.one((1, 5, 64))),
+    lambda draw, place: fv.topk_keys(draw.whole(1, 20), causal=draw.chance(0.6)),
+]
