@@ -102,6 +102,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | dict(head_dim=8, ssm_state_size=5, mamba_num_heads=4, mamba_head_dim=16, n_groups=2, chunk_size=16)
         | dict(layers_block_type=["mamba", "attention", "mamba", "mlp"]),
     ),
+    "lfm2": ("Lfm2Config", _SMALL | dict(layer_types=["conv", "full_attention"], conv_bias=True)),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        _SMALL | _EXPERTS | dict(layer_types=["conv", "full_attention"], num_dense_layers=1, conv_L_cache=4),
+    ),
     "xlstm": ("xLSTMConfig", _IDS | dict(hidden_size=128, num_hidden_layers=2, num_heads=4, chunk_size=16)),
     "rwkv": ("RwkvConfig", _IDS | dict(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)),
     "recurrent_gemma": (

@@ -24,8 +24,19 @@ CACHE_NAMES = {"mamba": "cache_params", "falcon_mamba": "cache_params", "mamba2"
     "xlstm": "cache_params",
     "rwkv": "state",
 }
-SLOW = ("conv1d", "_scan", "state_update", "delta_rule", "delta_attention")
-TRAINED = ["qwen3_next", "kimi_linear", "mamba", "mamba2", "minimax", "rwkv", "recurrent_gemma", "zamba", "xlstm"]
+SLOW = ("conv1d", "causal_conv1d_fn", "_scan", "state_update", "delta_rule", "delta_attention")
+TRAINED = [
+    "qwen3_next",
+    "kimi_linear",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "rwkv",
+    "recurrent_gemma",
+    "zamba",
+    "xlstm",
+    "lfm2",
+]
 
 
 def tokens(batch: int = 2, length: int = 37) -> Tensor:
@@ -163,7 +174,7 @@ def test_the_slow_path_may_be_broken(name: str, monkeypatch: pytest.MonkeyPatch)
         assert_same(torch.cat(run_in_pieces(name, model, ids, [True] * 3), dim=1), expected)
 
 
-@pytest.mark.parametrize("name", ["mamba", "falcon_h1", "qwen3_next", "zamba", "xlstm"])
+@pytest.mark.parametrize("name", ["mamba", "falcon_h1", "qwen3_next", "zamba", "xlstm", "lfm2"])
 @torch.no_grad()
 def test_a_prompt_may_come_in_pieces(name: str) -> None:
     model = make(name)
@@ -189,7 +200,7 @@ def test_a_cache_may_be_used_again(name: str) -> None:
         assert_same(step(name, model, ids, cache)[0], expected)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "olmo_hybrid"])
+@pytest.mark.parametrize("name", ["qwen3_next", "olmo_hybrid", "lfm2"])
 @torch.no_grad()
 def test_packed_sequences_stay_apart(name: str) -> None:
     model = make(name)

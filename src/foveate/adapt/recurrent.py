@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from foveate.adapt import products, recurrent_delta, recurrent_mamba, recurrent_others, recurrent_ssd
+from foveate.adapt import products, recurrent_conv, recurrent_delta, recurrent_mamba, recurrent_others, recurrent_ssd
 from foveate.adapt.swap import Change
 
-_FAMILIES = (recurrent_delta, recurrent_mamba, recurrent_ssd, recurrent_others)
+_FAMILIES = (recurrent_delta, recurrent_mamba, recurrent_ssd, recurrent_others, recurrent_conv)
 LAYERS: dict[str, dict[str, Callable[..., Any]]] = {
     model: layers for family in _FAMILIES for model, layers in family.LAYERS.items()
 }

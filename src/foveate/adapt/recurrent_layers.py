@@ -59,7 +59,8 @@ def packed_lengths(kwargs: Mapping[str, Any], cache: Any) -> Sequence[int] | Non
 
 def convolve(layer: Any, x: Tensor, cache: Any, lengths: Sequence[int] | None = None) -> Tensor:
     """The layer's causal convolution over x (B, N, C), after the tokens that the cache holds; it then holds these."""
-    weight, bias, act = layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.activation
+    conv, act = getattr(layer, "conv1d", None) or layer.conv, getattr(layer, "activation", None)
+    weight, bias = conv.weight.squeeze(1), conv.bias
     width = weight.shape[1]
     state = None if cache is None else cache.get_conv_state(layer.layer_idx)
     if state is not None and x.shape[1] == 1 and not cache.is_recording_past(layer.layer_idx):
