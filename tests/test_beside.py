@@ -18,6 +18,7 @@ from foveate import (
     causal,
     full,
     global_tokens,
+    key_padding,
     neighborhood,
     relative_table,
     sinks,
@@ -75,6 +76,16 @@ def test_the_rest_of_the_pattern_rules_the_others() -> None:
     seen = (neighborhood(3) | global_tokens([0]) | sinks(2) & window(9)).mask(M, layout=hidden)[0, 0]
     joined = (q == 0) | (k == 0) | (k < 2) & (k <= q) & ((q - k).abs() <= 9)
     assert torch.equal(seen, among_all(neighborhood(3), False) | joined)
+
+
+def test_padding_beside_a_grid_hides_keys_and_nothing_else() -> None:
+    keep = torch.ones(2, M, dtype=torch.bool)
+    keep[0, :BEFORE] = keep[1, M - 5 :] = False
+    for pattern in (neighborhood(5), strips(2) & ~neighborhood(5)):
+        expected = pattern.mask(M, layout=PLACE) & keep[:, None, None, :]
+        seen = (pattern & key_padding(keep)).mask(M, layout=PLACE)
+        rows = keep[:, None, :, None].expand_as(seen)  # what padding itself sees is nobody's matter
+        assert torch.equal(seen[rows], expected[rows])
 
 
 IMPLS = ["reference", "tiles", "sdpa", "native"]

@@ -173,6 +173,8 @@ def test_block_masks_of_flex_attention() -> None:
         assert_means(block_mask(flex) & window(9), expected & window(9).mask(*sizes[2:]))
     whole = create_block_mask(lambda b, h, q, k: q >= 0, None, None, 128, 128, device="cpu")
     assert_means(block_mask(whole), torch.ones(1, 1, 128, 128, dtype=torch.bool))
+    with pytest.raises(ValueError, match="for 128 queries and 128 keys; got 120 and 128"):
+        block_mask(whole).mask(120, 128)
     ours = window(40) & causal | sinks(3)
     assert torch.equal(block_mask(to_block_mask(ours, 300)).mask(300), ours.mask(300))
 

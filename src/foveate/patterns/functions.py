@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor
 
-from foveate.patterns.algebra import Index, Pattern
+from foveate.patterns.algebra import Index, Pattern, Scene
 from foveate.patterns.sequence import positive
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -36,6 +36,15 @@ class ByFunction(Pattern):
     def text(self) -> str:  # type: ignore[override]
         counts = (f", {name}={getattr(self, name)}" for name in ("batches", "heads") if getattr(self, name) > 1)
         return f'mask_mod("{self.name}"{"".join(counts)})'
+
+    def resolve(self, scene: Scene) -> Pattern:
+        lengths = getattr(self.function, "lengths", None)  # of one that holds for these numbers of tokens alone
+        if lengths not in (None, (scene.num_queries, scene.num_keys)):
+            raise ValueError(
+                f"{self} is of a mask for {lengths[0]} queries and {lengths[1]} keys; got {scene.num_queries} and"
+                f" {scene.num_keys}"
+            )
+        return self
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         places = [torch.as_tensor(x, device=q.device) for x in (batch, head, q, k)]

@@ -128,6 +128,7 @@ def _of_flex(mask: BlockMask) -> Pattern:
     def by_position(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return mask.mask_mod(batch, head, q - offset, k)  # flex counts queries from 0
 
+    by_position.lengths = mask.seq_lengths  # type: ignore[attr-defined]
     seen = partial & mask_mod(by_position, batches=partial.batches, heads=partial.heads)
     if mask.full_kv_num_blocks is None or mask.full_kv_indices is None:
         return seen
