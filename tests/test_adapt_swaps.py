@@ -300,3 +300,66 @@ def test_trainer_trains_a_swapped_model(tmp_path: Any) -> None:
     before = model.lm_head.weight.clone()
     transformers.Trainer(model, arguments, train_dataset=rows).train()
     assert swap.calls == 6 and not torch.equal(model.lm_head.weight, before)
+
+
+def checkpointed(name: str, reentrant: bool) -> Any:
+    if name in ("vit", "swin"):
+        sizes: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+        kind, classifier = transformers.ViTConfig, transformers.ViTForImageClassification
+        if name == "swin":  # which makes its masks itself
+            kind, classifier = transformers.SwinConfig, transformers.SwinForImageClassification
+            sizes = dict(num_heads=[2, 4], depths=[2, 2], embed_dim=8, window_size=4, drop_path_rate=0.0)
+        model = classifier(kind(**sizes, image_size=32, patch_size=4))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    else:
+        model = bloom() if name == "bloom" else make(name)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def gradients(model: Any, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def loss_of(model: Any, name: str, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if name in ("vit", "swin"):
+        return model(torch.randn(2, 3, 32, 32, generator=generator)).logits.square().sum()
+    return model(torch.randint(3, 61, (2, 17), generator=generator), use_cache=False).logits.square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [("llama", False), ("llama", True), ("bloom", True), ("vit", False), ("vit", True), ("swin", False)],
+)
+def test_checkpointed_layers_are_recomputed_as_they_were_or_not_at_all(name: str, reentrant: bool) -> None:
+    model = checkpointed(name, reentrant)
+    model.gradient_checkpointing_disable()
+    with replace_attention(model, window(3)):
+        expected = gradients(model, loss_of(model, name))
+    own = gradients(model, loss_of(model, name))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with replace_attention(model, window(3)):
+        loss = loss_of(model, name)
+        for one, other in zip(gradients(model, loss), expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        loss = loss_of(model, name)
+        second = use(model, full, name="another")
+        if name == "swin":
+            with pytest.raises(RuntimeError, match="run backward before"):
+                loss.backward()
+        else:
+            for one, other in zip(gradients(model, loss), expected, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+        second.undo()
+        loss = loss_of(model, name)
+    with pytest.raises(RuntimeError, match="run backward before"):
+        loss.backward()
+    for one, other in zip(gradients(model, loss_of(model, name)), own, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

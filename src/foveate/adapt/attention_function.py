@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveate.adapt.own_function import unknown_options
 from foveate.adapt.pattern_mask import PatternMask
-from foveate.adapt.placed import record_of
+from foveate.adapt.placed import Token, at_work, record_of
 from foveate.adapt.stacked import attend_stacked
 from foveate.attention import softmax
 from foveate.patterns import Packed, Pattern, causal, full, window
@@ -56,10 +56,12 @@ def attention_function(
     lengths = _packed_lengths(kwargs, query.shape[0], key.shape[2])
     if lengths is not None:
         options["layout"] = Packed(lengths)
-    out = attend_stacked(record_of(module), query, key, value, options)
+    remembered = attention_mask.remembered if isinstance(attention_mask, PatternMask) else None
+    tokens = at_work(module, remembered)
+    out = attend_stacked(tokens, query, key, value, options)
     weights = None
     if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
-        weights = _weights(module, query, key, options)
+        weights = _weights(tokens, query, key, options)
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -120,7 +122,7 @@ def _packed_lengths(kwargs: Mapping[str, Any], batch: int, num_keys: int) -> tup
     return lengths
 
 
-def _weights(module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
+def _weights(tokens: Sequence[Token], query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
     """Weights (B, H, N, M), as what attention makes of the values 1, one for each key."""
     num_keys = key.shape[2]
     if num_keys > _WEIGHTS_UP_TO:
@@ -129,4 +131,4 @@ def _weights(module: nn.Module, query: Tensor, key: Tensor, options: dict[str, A
             f"{num_keys}"
         )
     one_each = torch.eye(num_keys, dtype=query.dtype, device=query.device).expand(query.shape[0], 1, -1, -1)
-    return attend_stacked(record_of(module), query, key, one_each, options, count=False)
+    return attend_stacked(tokens, query, key, one_each, options, count=False)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.adapt.placed import Token
 from foveate.patterns import Pattern
 from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.dense import dense_mask
@@ -32,6 +33,7 @@ class PatternMask:
     def __init__(self, pattern: Pattern, num_keys: int, shape: tuple[int, int, int, int], device: Any = "cpu") -> None:
         self.pattern, self.num_keys = pattern, num_keys
         self.shape, self.device = torch.Size(shape), device
+        self.remembered: dict[int, tuple[Token, ...]] = {}  # by which swaps each layer attended under this mask
 
     def dim(self) -> int:
         return 4
@@ -82,7 +84,7 @@ class PatternMask:
     ) -> Any:
         name = getattr(function, "__name__", "").strip("_")
         if name not in _OF_BOOLEANS and name not in ("and", "or", "rand", "ror"):
-            raise TypeError(
+            raise NotImplementedError(
                 f"torch.{name} was given Foveate's mask, a pattern, which only Foveate's attention can read. Where "
                 "this is the recomputation of a checkpointed layer, run backward before the mechanism is taken out"
             )

@@ -6,16 +6,22 @@ Both are plain data that hang on the model, so that copies and pickles of it att
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from foveate.mixers.core import Core
 
 _KEY = "_foveate_attention"
+_TOO_LATE = (
+    "a checkpointed layer is computed again with another mechanism than in the forward pass: run backward before the "
+    "mechanism is taken out or another one put in"
+)
 
 
 class Token:
@@ -34,6 +40,7 @@ class Record:
     switch: Switch
     tokens: list[Token] = field(default_factory=list)
     adapted: bool = False
+    trained: tuple[Token, ...] = ()  # those of the last call in training that no mask remembers
 
 
 class Switch:
@@ -99,4 +106,38 @@ def take_away(module: nn.Module, token: Token) -> Record | None:
     record.tokens.remove(token)
     if not record.tokens:
         del module.__dict__[_KEY]
+        if token in record.trained:
+            module.register_forward_pre_hook(_no_recomputation)
     return record
+
+
+def at_work(module: nn.Module, remembered: dict[int, tuple[Token, ...]] | None) -> Sequence[Token]:
+    """The swaps by which a layer attends now: in a recomputation, those by which it attended in the forward pass.
+
+    ``remembered`` belongs to the mask of the call, which checkpointing hands to both passes.
+    """
+    record = record_of(module)
+    now = () if record is None else tuple(record.tokens)
+    if torch.compiler.is_compiling() or not module.training:
+        return now
+    if remembered is not None:
+        return remembered.get(id(module), now) if _recomputes() else remembered.setdefault(id(module), now)
+    if record is not None and _recomputes() and record.trained != now:
+        raise RuntimeError(_TOO_LATE)
+    if record is not None and not _recomputes():
+        record.trained = now
+    return now
+
+
+def _recomputes() -> bool:
+    """Whether a backward pass is what calls: a checkpointed layer is then computed once more."""
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+
+
+def _no_recomputation(module: nn.Module, _: Any) -> None:
+    """Stand guard over a layer that was trained with a swap until its next forward pass."""
+    if _recomputes():
+        raise RuntimeError(_TOO_LATE)
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _no_recomputation]:
+        del hooks[key]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.adapt.placed import Record, Token
+from foveate.adapt.placed import Token
 from foveate.attention import Weights
 from foveate.mixers.core import PatternCore
 
@@ -16,10 +17,10 @@ EXACT = Token(PatternCore())
 
 
 def attend_stacked(
-    record: Record | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], count: bool = True
+    tokens: Sequence[Token], q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], count: bool = True
 ) -> Tensor:
     """Heads out (B, H, N, Dv) of q (B, H, N, D), k (B, G, M, D), v (B, Gv, M, Dv)."""
-    shares = _shares([] if record is None else record.tokens, q.shape[1])
+    shares = _shares(tokens, q.shape[1])
     if count and not torch.compiler.is_compiling():
         for token, _ in shares:
             token.calls += 1
@@ -33,7 +34,7 @@ def attend_stacked(
     return torch.cat(parts, dim=1)[:, back]
 
 
-def _shares(tokens: list[Token], total: int) -> list[tuple[Token, list[int]]]:
+def _shares(tokens: Sequence[Token], total: int) -> list[tuple[Token, list[int]]]:
     """Swaps, and the heads that each has: those that no later one means."""
     left, shares = list(range(total)), list[tuple[Token, list[int]]]()
     for token in reversed(tokens):
