@@ -15,7 +15,7 @@ from foveate.options import FORCED
 from foveate.recurrence import native
 from foveate.recurrence.checks import check_call, check_chunk, check_ranges, check_state
 from foveate.recurrence.chunks import recur_by_chunk
-from foveate.recurrence.layout import LowRank, Tokens, join
+from foveate.recurrence.layout import Lengths, LowRank, Tokens, one_by_one
 from foveate.recurrence.native_call import OutOfRange
 from foveate.recurrence.quick import recur_plain
 from foveate.recurrence.reference import recur_by_token
@@ -23,7 +23,6 @@ from foveate.recurrence.reference import recur_by_token
 SHORT = 2  # tokens up to which the loop over tokens is the faster form in torch
 IMPLEMENTATIONS = ("native", "chunks", "reference")
 
-Lengths = Sequence[int] | None
 Run = Callable[[Tokens, Tensor, Lengths], tuple[Tensor, Tensor]]
 
 
@@ -173,8 +172,8 @@ def _implementation(name: str, tokens: Tokens, *, causal: bool, chunk: int) -> R
             raise NotImplementedError(f"impl='native' cannot run this call: {reason}")
         return native.run
     if name == "chunks":
-        return partial(_one_by_one, partial(recur_by_chunk, causal=causal, chunk=chunk))
-    return partial(_one_by_one, partial(recur_by_token, causal=causal))
+        return partial(one_by_one, partial(recur_by_chunk, causal=causal, chunk=chunk))
+    return partial(one_by_one, partial(recur_by_token, causal=causal))
 
 
 def _fastest(tokens: Tokens, causal: bool) -> str:
@@ -209,22 +208,3 @@ def _tokens(
         bonus = bonus[None, :, None, :]
     scale = q.size(-1) ** -0.5 if scale is None else scale
     return Tokens(q, k, v, decay, beta, scale, None if low_rank is None else LowRank(*low_rank), bonus, fades)
-
-
-def _one_by_one(
-    run: Callable[[Tokens, Tensor], tuple[Tensor, Tensor]], tokens: Tokens, state: Tensor, lengths: Lengths
-) -> tuple[Tensor, Tensor]:
-    """Run a form that knows nothing of packed sequences on each of them."""
-    if lengths is None:
-        return run(tokens, state)
-    pairs = zip(tokens.split(lengths), state.split(1), strict=True)
-    outs, states = zip(*(_or_nothing(run, piece, before) for piece, before in pairs), strict=True)
-    return join(outs, 2), join(states, 0)
-
-
-def _or_nothing(
-    run: Callable[[Tokens, Tensor], tuple[Tensor, Tensor]], tokens: Tokens, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    if tokens.q.size(2) == 0:
-        return tokens.v.new_zeros(*tokens.q.shape[:3], tokens.v.size(3)), state
-    return run(tokens, state)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveate.plain import is_plain
+
 
 def check_call(
     q: Tensor,
@@ -157,4 +159,4 @@ def _check_lengths(q: Tensor, lengths: Sequence[int]) -> None:
 
 def _readable(x: Tensor) -> bool:
     """Whether its values can be looked at without breaking a graph or waiting for a device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and is_plain(x.resolve_neg() if x.is_cpu else x)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from foveate.native.call import check, pointer
 from foveate.native.loader import num_threads
 from foveate.recurrence import scan_abi as c
+from foveate.recurrence.scan_chunks import definition
+from foveate.recurrence.scan_inputs import ConvInputs, Lengths
 
 WIDEST = 64
-
-Lengths = Sequence[int] | None
 
 
 def forward(
@@ -68,16 +66,19 @@ def _argument(
     return c.ConvArgument(c.stream(x, *x.shape), c.Stream(), taps, added, first, None, starts, *sizes), held
 
 
-class Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, silu: bool, lengths: Lengths
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight, bias, tail)
-        ctx.rest = silu, lengths
-        return forward(x, weight, bias, tail, silu, lengths)
+class Conv(NamedTuple):
+    """A call as autograd takes it; its inputs are x, weight, bias and tail."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
-        return *backward(grad_out, grad_last, *ctx.saved_tensors, *ctx.rest), None, None
+    silu: bool
+    lengths: Lengths
+
+    def forward(self, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return forward(*inputs, silu=self.silu, lengths=self.lengths), ()
+
+    def backward(self, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], *inputs: Any) -> tuple[Tensor | None, ...]:
+        return backward(grads[0], grads[1], *inputs, silu=self.silu, lengths=self.lengths)
+
+    def definition(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """The same in torch's own operators."""
+        x, weight, bias, tail = inputs
+        return definition(ConvInputs(x, weight, bias, self.silu), tail, self.lengths)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Lengths = Sequence[int] | None
 
 
 class LowRank(NamedTuple):
@@ -89,6 +91,24 @@ class Tokens:
             return x.expand(-1, num_states, -1, -1)
         share = num_states // x.size(1)
         return x.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2)
+
+
+Form = Callable[[Tokens, Tensor], tuple[Tensor, Tensor]]
+
+
+def one_by_one(run: Form, tokens: Tokens, state: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
+    """Run a form that knows nothing of packed sequences on each of them."""
+    if lengths is None:
+        return run(tokens, state)
+    pairs = zip(tokens.split(lengths), state.split(1), strict=True)
+    outs, states = zip(*(_or_nothing(run, piece, before) for piece, before in pairs), strict=True)
+    return join(outs, 2), join(states, 0)
+
+
+def _or_nothing(run: Form, tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
+    if tokens.q.size(2) == 0:
+        return tokens.v.new_zeros(*tokens.q.shape[:3], tokens.v.size(3)), state
+    return run(tokens, state)
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:

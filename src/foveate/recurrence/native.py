@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from foveate import autodiff
 from foveate.native.call import DTYPES, misaligned
 from foveate.native.loader import library, status
+from foveate.plain import traced, transformed
 from foveate.recurrence import native_call
-from foveate.recurrence.layout import Tokens
+from foveate.recurrence.chunks import recur_by_chunk
+from foveate.recurrence.layout import Lengths, LowRank, Tokens, one_by_one
 from foveate.recurrence.native_call import Inputs
 
 WIDEST = 512  # key channels of a head
-
-Lengths = Sequence[int] | None
+CHUNK = 64  # tokens that the definition computes at once
 
 
 def refuse(tokens: Tokens, *, causal: bool) -> str | None:
@@ -32,6 +35,8 @@ def refuse(tokens: Tokens, *, causal: bool) -> str | None:
         return f"it takes up to {WIDEST} channels a key, not {tokens.q.size(3)}"
     if not causal:
         return "it has the causal form only; one product sums over all tokens"
+    if transformed():
+        return "transforms of torch.func and derivatives in forward mode are those of the other forms"
     return _absence()
 
 
@@ -48,10 +53,10 @@ def run(tokens: Tokens, state: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor
     settings = (None if lengths is None else list(lengths), tokens.scale, tokens.bonus is not None)
     tensors = (tokens.q, tokens.k, tokens.v, *gates, state)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if torch.compiler.is_compiling():
+    if traced(*tensors):
         out, state, _ = torch.ops.foveate.recur_forward(*tensors, *settings, differentiable)
     elif differentiable:
-        out, state = _Recur.apply(*settings, *tensors)
+        out, state = autodiff.run(_Recurrence(*settings), *tensors)
     else:
         out, state, _ = _forward(*tensors, *settings, False)
     return (out if tokens.bonus is None else out + own_part(tokens)), state
@@ -66,25 +71,32 @@ def own_part(tokens: Tokens) -> Tensor:
     return (tokens.scale * weight * v).to(tokens.v.dtype)
 
 
-class _Recur(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, lengths: Lengths, scale: float, reads_before: bool, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, state, checkpoints = _forward(*tensors, lengths, scale, reads_before, True)
-        ctx.settings = lengths, scale, reads_before
-        ctx.save_for_backward(*tensors, checkpoints)
-        return out, state
+class _Recurrence(NamedTuple):
+    """A call as autograd takes it; its inputs are q, k, v, decay, beta, a, b and the state."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *_gradients(ctx, _backward, *grads))
+    lengths: Sequence[int] | None
+    scale: float
+    reads_before: bool
+
+    def forward(self, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        out, state, checkpoints = _forward(*inputs, *self, True)
+        return (out, state), (checkpoints,)
+
+    def backward(self, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], *inputs: Any) -> list[Tensor | None]:
+        return _given(inputs, _backward(*grads, *inputs, *saved, *self))
+
+    def definition(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """What the kernels compute, by chunks: in torch's own operators."""
+        q, k, v, decay, beta, a, b, state = inputs
+        bonus = q.new_zeros(1, q.shape[1], 1, q.shape[3]) if self.reads_before else None
+        low_rank = None if a is None or b is None else LowRank(a, b)
+        fading = state.new_zeros(1, 1, 1, 1) if decay is None else decay
+        tokens = Tokens(q, k, v, fading, beta, self.scale, low_rank, bonus)
+        return one_by_one(partial(recur_by_chunk, causal=True, chunk=CHUNK), tokens, state, self.lengths)
 
 
-def _gradients(ctx: Any, backward: Callable[..., Sequence[Tensor]], *grads: Tensor) -> list[Tensor | None]:
-    *tensors, checkpoints = ctx.saved_tensors
-    found = backward(*grads, *tensors, checkpoints, *ctx.settings)
-    return [None if x is None else _fit(grad, x) for x, grad in zip(tensors, found, strict=True)]
+def _given(inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
 def _fit(grad: Tensor, x: Tensor) -> Tensor:
@@ -112,8 +124,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(grad_out: Tensor, grad_state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, decay, beta, a, b and the state; empty ones for what is not given."""
     *heads, state, checkpoints, lengths, scale, reads_before = arguments
-    return native_call.backward(grad_out, grad_state, Inputs(*heads), state, checkpoints, lengths, scale, reads_before)
+    inputs = Inputs(*heads)
+    found = native_call.backward(grad_out, grad_state, inputs, state, checkpoints, lengths, scale, reads_before)
+    return tuple(grad if x is None else _fit(grad, x) for x, grad in zip((*inputs, state), found, strict=True))
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +139,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_backward(grad_out: Tensor, grad_state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *heads, state, _, _, _, _ = arguments
-    return native_call.gradients(Inputs(*heads), state)
+    return tuple(state.new_empty(0) if x is None else x.new_empty(x.shape) for x in (*heads, state))
 
 
 _OPERATORS.impl("recur_forward", _forward, "CPU")
@@ -140,7 +155,30 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward_of_forward(ctx: Any, grad_out: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *_gradients(ctx, torch.ops.foveate.recur_backward, grad_out, grad_state), None, None, None, None
+    *tensors, checkpoints = ctx.saved_tensors
+    found = torch.ops.foveate.recur_backward(grad_out, grad_state, *tensors, checkpoints, *ctx.settings)
+    return *_given(tensors, found), None, None, None, None
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, lengths, scale, reads_before = inputs
+    ctx.settings = lengths, scale, reads_before
+    ctx.save_for_backward(*tensors)
+
+
+def _second_backward(ctx: Any, *wanted: Tensor) -> tuple[Any, ...]:
+    grad_out, grad_state, *inputs = ctx.saved_tensors
+    of_grads, of_inputs = autodiff.second_gradients(
+        _Recurrence(*ctx.settings).definition,
+        inputs,
+        [grad_out, grad_state],
+        _given(inputs, wanted),
+        create_graph=torch.is_grad_enabled(),
+    )
+    return *of_grads, *of_inputs, None, None, None, None
 
 
 torch.library.register_autograd("foveate::recur_forward", _backward_of_forward, setup_context=_setup, lib=_OPERATORS)
+torch.library.register_autograd(
+    "foveate::recur_backward", _second_backward, setup_context=_setup_backward, lib=_OPERATORS
+)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveate.plain import is_plain
 from foveate.recurrence.scan_inputs import ConvInputs, Inputs, LinearInputs, ScanInputs
 
 
@@ -132,4 +133,4 @@ def _check_steps(dt: Tensor, bias: Tensor | None) -> None:
 
 def _readable(x: Tensor) -> bool:
     """Whether its values can be looked at without breaking a graph or waiting for a device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and is_plain(x.resolve_neg() if x.is_cpu else x)

@@ -6,13 +6,25 @@ lose digits to cancellation, and factors near 1 are rounded once per doubling in
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
 from torch.utils.checkpoint import checkpoint
 
+from foveate.plain import transformed
 from foveate.recurrence.layout import join
-from foveate.recurrence.scan_inputs import ConvInputs, Form, Forms, Inputs, LinearInputs, ScanInputs
+from foveate.recurrence.scan_inputs import (
+    ConvInputs,
+    Form,
+    Forms,
+    Inputs,
+    Lengths,
+    LinearInputs,
+    ScanInputs,
+    one_by_one,
+)
 
 CHUNK = {ScanInputs: 64, LinearInputs: 512}  # tokens: memory grows with them, the number of kernels shrinks
 
@@ -38,6 +50,16 @@ def conv_by_torch(inputs: ConvInputs, tail: Tensor) -> tuple[Tensor, Tensor]:
 FORMS: Forms = {ScanInputs: scan_by_chunk, LinearInputs: linear_by_chunk, ConvInputs: conv_by_torch}
 
 
+def definition(inputs: Inputs, state: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
+    """Out and state once more, all of it kept, for gradients of gradients of the kernels."""
+    kept: Forms = {
+        ScanInputs: partial(_by_chunk, _scan_chunk, keep=True),
+        LinearInputs: partial(_by_chunk, _linear_chunk, keep=True),
+        ConvInputs: conv_by_torch,
+    }
+    return one_by_one(kept, inputs, state, lengths)
+
+
 def states_after(logs: Tensor, added: Tensor, state: Tensor) -> Tensor:
     """The states (B, T, ...) after each of T tokens with these log-decays and what they add, both (B, T, ...)."""
     first = added[:, :1] + torch.exp(logs[:, :1]) * state.unsqueeze(1)
@@ -50,13 +72,13 @@ def states_after(logs: Tensor, added: Tensor, state: Tensor) -> Tensor:
     return states
 
 
-def _by_chunk(run: Form, inputs: Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
+def _by_chunk(run: Form, inputs: Inputs, state: Tensor, *, keep: bool = False) -> tuple[Tensor, Tensor]:
     """Chunk after chunk; for the backward pass each keeps its inputs only, and is computed once more."""
     length, chunk = inputs.x.shape[1], CHUNK[type(inputs)]
     sizes = [chunk] * (length // chunk) + [length % chunk] * (length % chunk > 0)
     outs = []
     for piece in inputs.split(sizes):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not (keep or transformed()):  # torch.func knows no checkpoints
             out, state = checkpoint(run, piece, state, use_reentrant=False, preserve_rng_state=False)
         else:
             out, state = run(piece, state)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from foveate.recurrence.layout import join
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -97,5 +99,20 @@ class ConvInputs(Inputs):
         return silu(y) if self.silu else y
 
 
+Lengths = Sequence[int] | None
 Form = Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # inputs and state to out and state, for at least one token
 Forms = dict[type[Inputs], Form]
+
+
+def one_by_one(forms: Forms, inputs: Any, state: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
+    """Run a form that knows of one sequence at a time on each of those packed."""
+    form = forms[type(inputs)]
+    if lengths is None:
+        return _or_nothing(form, inputs, state)
+    pieces = zip(inputs.split(lengths), state.split(1), strict=True)
+    outs, states = zip(*(_or_nothing(form, piece, before) for piece, before in pieces), strict=True)
+    return join(outs, 1), join(states, 0)
+
+
+def _or_nothing(form: Form, inputs: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+    return form(inputs, state) if inputs.x.shape[1] else (inputs.x.clone(), state)

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveate import autodiff
 from foveate.native.call import DTYPES, misaligned
 from foveate.native.loader import library, status
+from foveate.plain import traced, transformed
 from foveate.recurrence import conv_native, scan_native, scan_ops
+from foveate.recurrence.conv_native import Conv
 from foveate.recurrence.scan_inputs import ConvInputs, Inputs, LinearInputs, ScanInputs
+from foveate.recurrence.scan_native import Scan
 
 
 def refuse(inputs: Inputs) -> str | None:
@@ -24,6 +28,8 @@ def refuse(inputs: Inputs) -> str | None:
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
     if isinstance(inputs, ConvInputs) and inputs.weight.shape[1] > conv_native.WIDEST:
         return f"it takes up to {conv_native.WIDEST} taps, not {inputs.weight.shape[1]}"
+    if transformed():
+        return "transforms of torch.func and derivatives in forward mode are those of the other forms"
     return _absence()
 
 
@@ -35,13 +41,20 @@ def _absence() -> str | None:
 def run(inputs: Inputs, state: Tensor, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor]:
     """Return out and the state after the last token, or one for each packed sequence."""
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (state, *inputs.tensors().values()))
+    dispatched = traced(state, *inputs.tensors().values())
     if isinstance(inputs, ConvInputs):
-        call = inputs.x, inputs.weight, inputs.bias, state, inputs.silu, lengths
-        if torch.compiler.is_compiling():
+        *tensors, silu, _ = call = inputs.x, inputs.weight, inputs.bias, state, inputs.silu, lengths
+        if dispatched:
             return scan_ops.conv(*call)
-        return conv_native.Conv.apply(*call) if differentiable else conv_native.forward(*call)
+        if not differentiable:
+            return conv_native.forward(*call)
+        out, last = autodiff.run(Conv(silu, lengths), *tensors)
+        return out, last
     assert isinstance(inputs, ScanInputs | LinearInputs)
     fields = scan_native.call_of(inputs, state, lengths)
-    if torch.compiler.is_compiling():
+    if dispatched:
         return scan_ops.scan(*fields, differentiable)[:2]
-    return scan_native.Scan.apply(*fields) if differentiable else scan_native.forward(fields, keep=False)[:2]
+    if differentiable:
+        out, last = autodiff.run(Scan(fields.softplus, lengths), *fields[:9])
+        return out, last
+    return scan_native.forward(fields, keep=False)[:2]

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from foveate.native.call import check, pointer
 from foveate.native.loader import num_threads
 from foveate.recurrence import scan_abi as c
+from foveate.recurrence.scan_chunks import definition
 from foveate.recurrence.scan_inputs import LinearInputs, ScanInputs
 
 
@@ -99,19 +99,22 @@ def _argument(call: Call) -> tuple[c.ScanArgument, list[Tensor | None]]:
     return c.ScanArgument(*streams, c.Stream(), rates, skip, bias, first, None, None, starts, *sizes), parameters
 
 
-class Scan(torch.autograd.Function):
-    """Takes the fields of a Call."""
+class Scan(NamedTuple):
+    """A call as autograd takes it; its inputs are the tensors of a Call."""
 
-    @staticmethod
-    def forward(ctx: Any, *fields: Any) -> tuple[Tensor, Tensor]:
-        call = Call(*fields)
-        out, last, marks = forward(call, keep=True)
-        ctx.rest = call.softplus, call.lengths
-        ctx.save_for_backward(marks, *call[:9])
-        return out, last
+    softplus: bool
+    lengths: Sequence[int] | None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> tuple[Any, ...]:
-        marks, *tensors = ctx.saved_tensors
-        return *backward(Call(*tensors, *ctx.rest), marks, grad_out, grad_last), None, None
+    def forward(self, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        out, last, marks = forward(Call(*inputs, softplus=self.softplus, lengths=self.lengths), keep=True)
+        return (out, last), (marks,)
+
+    def backward(self, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], *inputs: Any) -> tuple[Tensor | None, ...]:
+        return backward(Call(*inputs, softplus=self.softplus, lengths=self.lengths), *saved, *grads)
+
+    def definition(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """The same in torch's own operators."""
+        x, dt, A, B, C, D, z, dt_bias, state = inputs
+        if A is None or B is None or C is None:
+            return definition(LinearInputs(x, dt), state, self.lengths)
+        return definition(ScanInputs(x, dt, A, B, C, D, z, dt_bias, self.softplus), state, self.lengths)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate import autodiff
 from foveate.recurrence import conv_native
-from foveate.recurrence.scan_native import Call, backward, forward
+from foveate.recurrence.scan_native import Call, Scan, backward, forward
 
 
 @torch.library.custom_op("foveate::scan", mutates_args=())
@@ -63,6 +64,29 @@ def _(marks: Tensor, grad_out: Tensor, grad_last: Tensor, *fields: Any) -> list[
     return [x.new_empty(x.shape) for x in fields if isinstance(x, Tensor)]
 
 
+def _keep_scan_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, *tensors, softplus, lengths = inputs
+    ctx.rest = softplus, lengths
+    ctx.save_for_backward(*tensors)
+
+
+def _second_scan(ctx: Any, wanted: list[Tensor | None]) -> tuple[Any, ...]:
+    of_grads, of_inputs = _second(Scan(*ctx.rest), ctx.saved_tensors, wanted)
+    return None, *of_grads, *of_inputs, None, None
+
+
+_scan_backward.register_autograd(_second_scan, setup_context=_keep_scan_backward)
+
+
+def _second(kernel: autodiff.Kernel, tensors: Sequence[Any], wanted: list[Tensor | None]) -> tuple[Any, Any]:
+    """What autograd wants of a backward operator, whose first two tensors are gradients."""
+    grads, inputs = tensors[:2], tensors[2:]
+    arriving = iter(wanted)
+    spread = [None if x is None else next(arriving) for x in inputs]
+    create_graph = torch.is_grad_enabled()
+    return autodiff.second_gradients(kernel.definition, inputs, grads, spread, create_graph=create_graph)
+
+
 def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, softplus, lengths, _ = inputs
     ctx.rest = softplus, lengths
@@ -108,6 +132,20 @@ def _conv_backward(
 @_conv_backward.register_fake
 def _(grad_out: Tensor, grad_last: Tensor, *arguments: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in arguments if isinstance(x, Tensor)]
+
+
+def _keep_conv_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, silu, lengths = inputs
+    ctx.rest = silu, lengths
+    ctx.save_for_backward(*tensors)
+
+
+def _second_conv(ctx: Any, wanted: list[Tensor | None]) -> tuple[Any, ...]:
+    of_grads, of_inputs = _second(conv_native.Conv(*ctx.rest), ctx.saved_tensors, wanted)
+    return *of_grads, *of_inputs, None, None
+
+
+_conv_backward.register_autograd(_second_conv, setup_context=_keep_conv_backward)
 
 
 def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

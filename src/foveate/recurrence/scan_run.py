@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from torch.amp import is_autocast_available
 
 from foveate.options import FORCED
 from foveate.recurrence import scan_chunks, scan_kernels, scan_reference
-from foveate.recurrence.layout import join
-from foveate.recurrence.scan_inputs import Form, Forms, Inputs
+from foveate.recurrence.scan_inputs import Forms, Inputs, one_by_one
 
 SHORT = 2  # tokens up to which the loop over tokens is faster than chunks
 
@@ -27,12 +25,7 @@ def run(inputs: Inputs, state: Tensor, lengths: Sequence[int] | None, impl: str)
         name = _chosen(inputs, impl)
         if name == "native":
             return scan_kernels.run(inputs, state, lengths)
-        if lengths is None:
-            return _run(FORMS[name][type(inputs)], inputs, state)
-        pieces = zip(inputs.split(lengths), state.split(1), strict=True)
-        results = (_run(FORMS[name][type(inputs)], piece, piece_state) for piece, piece_state in pieces)
-        outs, states = zip(*results, strict=True)
-        return join(outs, 1), join(states, 0)
+        return one_by_one(FORMS[name], inputs, state, lengths)
 
 
 def _chosen(inputs: Inputs, impl: str) -> str:
@@ -47,10 +40,6 @@ def _chosen(inputs: Inputs, impl: str) -> str:
     if reason is not None:
         raise NotImplementedError(f'impl="native" cannot run this call: {reason}')
     return name
-
-
-def _run(form: Form, inputs: Any, state: Tensor) -> Result:
-    return form(inputs, state) if inputs.x.shape[1] else (inputs.x.clone(), state)
 
 
 def _no_autocast(device: str) -> AbstractContextManager:
