@@ -73,10 +73,12 @@ class Conv(NamedTuple):
     lengths: Lengths
 
     def forward(self, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return forward(*inputs, silu=self.silu, lengths=self.lengths), ()
+        x, weight, bias, tail = inputs
+        return forward(x, weight, bias, tail, self.silu, self.lengths), ()
 
     def backward(self, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], *inputs: Any) -> tuple[Tensor | None, ...]:
-        return backward(grads[0], grads[1], *inputs, silu=self.silu, lengths=self.lengths)
+        x, weight, bias, tail = inputs
+        return backward(grads[0], grads[1], x, weight, bias, tail, self.silu, self.lengths)
 
     def definition(self, *inputs: Any) -> tuple[Tensor, ...]:
         """The same in torch's own operators."""

@@ -106,11 +106,11 @@ class Scan(NamedTuple):
     lengths: Sequence[int] | None
 
     def forward(self, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        out, last, marks = forward(Call(*inputs, softplus=self.softplus, lengths=self.lengths), keep=True)
+        out, last, marks = forward(Call._make((*inputs, self.softplus, self.lengths)), keep=True)
         return (out, last), (marks,)
 
     def backward(self, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], *inputs: Any) -> tuple[Tensor | None, ...]:
-        return backward(Call(*inputs, softplus=self.softplus, lengths=self.lengths), *saved, *grads)
+        return backward(Call._make((*inputs, self.softplus, self.lengths)), *saved, *grads)
 
     def definition(self, *inputs: Any) -> tuple[Tensor, ...]:
         """The same in torch's own operators."""
