@@ -84,7 +84,7 @@ def _of_compare(results: Results) -> str:
     chosen = results.recommendation.name if results.recommendation else None
     rows = []
     for entry in front(results):
-        name, speed, prefill, memory, bits, change, _, _, _, seen = row(entry, exact=entry is results.exact)
+        name, speed, prefill, memory, bits, change, _, _, _, seen = row(results, entry)
         mark = "**" if entry.name == chosen else ""
         rows.append([f"{mark}{name}{mark}", speed, prefill, memory, bits, change, seen])
     about = results.about

@@ -23,7 +23,8 @@ from foveate.lab.results import (
 TEXT = "".join(f"def add_{n}(a, b):\n    return a + b * {n}  # naïve\n\n" for n in range(120))
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(**special: str) -> Any:
+    """A byte-level tokenizer; ``cls_token`` and ``sep_token`` frame a text where they are named."""
     import tokenizers
     import transformers
 
@@ -33,7 +34,15 @@ def make_tokenizer() -> Any:
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator([TEXT], trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    start, end = special.get("cls_token"), special.get("sep_token")
+    if start or end:
+        named = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (start, end) if token]
+        frame = " ".join(part for part in (start, "$A", end) if part)
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=frame, special_tokens=named
+        )
+    return tokenizer
 
 
 def save_model(folder: Path, **changes: Any) -> Path:
@@ -74,11 +83,12 @@ def made_up_entry(name: str, *, speed: float = 1.0, change: float = 0.0, width: 
     )
 
 
-def made_up_results(entries: list[Entry]) -> Results:
+def made_up_results(entries: list[Entry], measure: str = "text") -> Results:
     """Results around these entries."""
     model = dict(name="a-model", architecture="LlamaForCausalLM", parameters=5_000_000, layers=4, heads=8)
-    model |= dict(kv_heads=2, exact_attention="sdpa", dtype="float32")
-    about = {"model": model, "text": {"source": "a.txt", "digest": "0", "bytes": 99_000}, "machine": {}}
+    model |= dict(kv_heads=2, exact_attention="sdpa", dtype="float32", device="cpu")
+    about: dict[str, Any] = {"model": model, "text": {"source": "a.txt", "digest": "0", "bytes": 99_000}, "machine": {}}
+    about["measure"] = measure
     settings = {"length": 8192, "windows": 4, "repeats": 5, "max_loss": 0.01, "seed": 0}
     machine = {"cpu": "A CPU", "cores": 2, "threads": 2, "accelerator": None, "python": "3.11", "torch": "2.13"}
     results = Results(about, settings, machine, made_up_entry("exact"), entries, created="2030-01-02T03:04:05+00:00")

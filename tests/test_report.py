@@ -6,6 +6,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -16,10 +17,12 @@ import pytest
 import torch
 from compare_inputs import made_up_entry, made_up_results
 
+from foveate.lab.compare_measures import MEASURES
 from foveate.lab.report import page, write
 from foveate.lab.report_markup import Markup, join, tag
 from foveate.lab.report_plots import front, mask_symbol, quality_plot, time_plot
-from foveate.lab.results import Recommendation, Results
+from foveate.lab.report_table import columns, row
+from foveate.lab.results import Recommendation, Results, Spread
 from foveate.lab.svg import Frame, Scale, one_two_five, symlog
 from foveate.lab.svg_labels import LINE, Box, place, spread
 
@@ -88,6 +91,39 @@ def test_the_page_is_whole_whatever_was_measured(number: int) -> None:
     assert all(html.count(f"{entry.name}<") or "<wbr>" in html for entry in entries)
     results.interrupted = True
     assert "Stopped early" in page(results) and "Stopped early" not in html
+
+
+def test_one_time_of_exact_attention_stands_everywhere() -> None:
+    """The machine was slower while the mechanism was timed: its own pairs say 9 s, not 4."""
+    entry = made_up_entry("streaming_llm", speed=3.0, change=0.004)
+    slower = [
+        replace(t, exact_seconds=Spread(9.0, 9.0, 9.0, 5), seconds=Spread(3.0, 3.0, 3.0, 5)) for t in entry.timings
+    ]
+    results = made_up_results([replace(entry, timings=slower)])
+    assert results.seconds(results.exact) == 4.0 and results.seconds(results.entries[0]) == pytest.approx(4 / 3)
+    html = page(results)
+    assert "1.33 s, not 4 s" in html and "9 s" not in html and "3 s" not in re.sub(r"1\.33 s", "", html)
+    cells = row(results, results.entries[0])
+    assert cells[1:3] == ["3.00x", "1.33 s"] and row(results, results.exact)[1:3] == ["1x", "4 s"]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_has_its_words(measure: str) -> None:
+    results = made_up_results([made_up_entry("a", speed=2.0, change=0.004)], measure)
+    html = page(results)
+    assert MEASURES[measure].loss_said.split(",")[0] in unescape(html)
+    assert ("bits per byte" in html.lower()) == (measure != "states")
+    assert len(row(results, results.exact)) == len(columns(results)) + 1
+    parser = Tags()
+    parser.feed(html)
+    assert not parser.open
+
+
+def test_too_few_runs_recommend_nothing() -> None:
+    results = made_up_results([made_up_entry("a", speed=2.0)])
+    results.recommendation = Recommendation(None, "too few", undecided=True)
+    html = page(results)
+    assert "No recommendation" in html and "Keep exact attention" not in html
 
 
 def test_nothing_is_fetched_from_elsewhere() -> None:
@@ -247,6 +283,17 @@ def test_pointing_at_a_row_lights_up_its_marks(browser: Any, report: Path) -> No
     visit.page.hover("tbody tr >> nth=0")
     lit = visit.page.eval_on_selector_all(".wide .mark.lit title", "titles => titles.map(t => t.textContent)")
     assert len(lit) == 2 and all(title.startswith("window(64)") for title in lit)
+
+
+@pytest.mark.parametrize("width", [1300, 1024, 800])
+def test_nothing_scrolls_sideways(browser: Any, tmp_path: Path, width: int) -> None:
+    named = ["window(512) & causal | sinks(4)", "minference_block_sparse", "streaming_llm(window=256)"]
+    entries = [made_up_entry(name, speed=2.0 + n, change=0.0123 * n) for n, name in enumerate(named)]
+    visit = Visit(browser, write(made_up_results(entries), tmp_path), viewport={"width": width, "height": 900})
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    if width == 1300:
+        wide, room = visit.page.eval_on_selector(".scroll", "box => [box.scrollWidth, box.clientWidth]")
+        assert wide <= room
 
 
 def test_it_prints(browser: Any, report: Path) -> None:

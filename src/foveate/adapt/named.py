@@ -48,7 +48,21 @@ def _written(text: str, options: dict[str, Any]) -> Core:
     row, written = named
     if row.core is None:
         raise ValueError(f"{row.name} has parameters of its own: a pretrained model must be trained to use it")
-    return row.core(**written | options)
+    return built(row, written | options)
+
+
+def built(row: Row, options: dict[str, Any]) -> Core:
+    """The core of a mechanism that has no parameters of its own; ValueError for options that it does not take."""
+    from foveate.catalogue.options import made
+
+    assert row.core is not None
+    try:
+        core = made(row.name, row.core, options)
+    except TypeError as error:
+        raise ValueError(f"{row.name}: {error}") from None
+    if not isinstance(core.pattern, Pattern):
+        raise ValueError(f"{row.name} looks at a pattern; got {core.pattern!r}")
+    return core
 
 
 def mechanism(text: str) -> tuple[Row, dict[str, Any]] | None:

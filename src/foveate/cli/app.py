@@ -21,6 +21,7 @@ HELP = """Attention that spends its effort where it matters.
   foveate list                  what there is
   foveate show streaming_llm    one mechanism in full
   foveate doctor                what runs on this machine
+  foveate --install-completion  names and options by the Tab key
 """
 
 
@@ -38,7 +39,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.catalogue.index import USES
-from foveate.cli.screen import complain, out
+from foveate.cli.complete import mechanisms
+from foveate.cli.screen import complain, out, say
 
 if TYPE_CHECKING:
     from foveate.catalogue.index import Entry
@@ -41,6 +42,7 @@ SHOW_HELP = """Show one mechanism, or draw a pattern.
 [bold]Examples[/bold]
 
   foveate show streaming_llm
+  foveate show "streaming_llm(window=8, sinks=2)" --length 48
   foveate show "window(8) & causal | sinks(2)"
   foveate show "blocks(8) & causal" --picture blocks.svg
 """
@@ -74,25 +76,35 @@ def list_mechanisms(
 
 
 def show(
-    mechanism: Annotated[str, typer.Argument(help="A name that `foveate list` shows, or a pattern in quotes.")],
+    mechanism: Annotated[
+        str,
+        typer.Argument(
+            help="A name that `foveate list` shows, with options or without, or a pattern in quotes.",
+            autocompletion=mechanisms,
+        ),
+    ],
     picture: Annotated[Path | None, typer.Option(help="Save the drawing, too: a .svg or .png file.")] = None,
+    length: Annotated[int | None, typer.Option(help=f"Tokens to draw, {DRAWN_TOKENS} unless given.")] = None,
 ) -> None:
-    from foveate.mixers.registry import row
+    from foveate.adapt.named import mechanism as named
     from foveate.patterns.parse import parse
 
+    _check_drawing(picture, length)
     console = out()
-    if "(" in mechanism:
-        _draw(console, Drawn(parse(mechanism)), picture)
+    call = named(mechanism)
+    if call is None:
+        _draw(console, _drawable(Drawn(parse(mechanism)), length), picture, length)
         return
-    found = row(mechanism)
+    found, options = call
+    drawn = drawn_of(found, options)
+    if drawn is None and (picture is not None or length is not None):
+        raise ValueError(f"{mechanism} has no picture: what it looks at depends on the input, or on a grid")
+    drawn = drawn and _drawable(drawn, length)
     console.print(_head(found), highlight=False)
-    drawn = drawn_of(found)
     if drawn is not None:
-        _draw(console, drawn, picture)
-    elif picture is not None:
-        raise ValueError(f"{mechanism} has no picture: what it looks at depends on the input")
+        _draw(console, drawn, picture, length)
     console.print(f"\n  one sequence, dim {DIM}, {HEADS} heads, float32", style="dim", highlight=False)
-    console.print(Padding(_costs(found), (0, 0, 0, 2), expand=False))
+    console.print(Padding(_costs(found, options), (0, 0, 0, 2), expand=False))
 
 
 def facts(entry: Entry) -> dict[str, Any]:
@@ -164,17 +176,46 @@ class Drawn(NamedTuple):
     layout: Layout | None = None
 
 
-def drawn_of(row: Row) -> Drawn | None:
+def _check_drawing(picture: Path | None, length: int | None) -> None:
+    from foveate.patterns.draw import LARGEST
+
+    if length is not None and not 1 <= length <= LARGEST:
+        raise ValueError(f"a drawing shows from 1 to {LARGEST:,} tokens; got --length {length}")
+    if picture is not None and picture.suffix not in (".svg", ".png"):
+        raise ValueError(f"a drawing is saved as .svg or .png; got --picture {picture}")
+
+
+def _drawable(drawn: Drawn, length: int | None) -> Drawn:
+    """The same, if it can be drawn."""
+    if drawn.layout is not None and length is not None:
+        raise ValueError("it is drawn on a grid, which has a length of its own: leave out --length")
+    if drawn.pattern.is_dynamic:
+        raise ValueError(f"{drawn.pattern} has no picture: what it looks at depends on the input")
+    if drawn.pattern.needs_axes and drawn.layout is None:
+        raise ValueError(f"{drawn.pattern} looks at a grid or at points: draw it from Python, with layout=Grid(7, 9)")
+    return drawn
+
+
+def drawn_of(row: Row, options: dict[str, Any] | None = None) -> Drawn | None:
     """What to draw for a mechanism, at a size where it is sparse; None if it depends on the input."""
     from foveate.patterns import causal
 
-    mixer: Any = row.mixer(DIM, **_tiny(row))
+    mixer = _mixer(row, _tiny(row) | (options or {}))
     pattern = getattr(getattr(mixer, "core", None), "pattern", None)
     if pattern is None or pattern.is_dynamic:
         return None
     if pattern.needs_axes:
         return Drawn(pattern, mixer.grids[0]) if mixer.grids else None
     return Drawn(pattern & causal if mixer.causal and pattern.sees_future else pattern)
+
+
+def _mixer(row: Row, options: dict[str, Any]) -> Any:
+    from foveate.catalogue.options import made
+
+    try:
+        return made(row.name, row.mixer, options, DIM)
+    except (TypeError, AttributeError) as error:  # an option of another kind than the mechanism takes
+        raise ValueError(f"{row.name} cannot be built with {options}: {error}") from None
 
 
 def _tiny(row: Row) -> dict[str, Any]:
@@ -188,17 +229,18 @@ def _form(row: Row) -> dict[str, Any]:
     return ({"heads": HEADS} if heads else {}) | ({} if "causal" in row.supports else {"causal": False})
 
 
-def _draw(console: Console, drawn: Drawn, path: Path | None) -> None:
+def _draw(console: Console, drawn: Drawn, path: Path | None, length: int | None = None) -> None:
     """Every head of a pattern, side by side as far as there is room."""
     pattern, layout = drawn
-    size = None if layout else DRAWN_TOKENS
+    size = None if layout else length or DRAWN_TOKENS
     drawings = [str(pattern.draw(size, layout=layout, head=head)) for head in range(pattern.heads)]
     panels = Columns([Text(drawing.partition("\n\n")[2]) for drawing in drawings], padding=(1, 4))
     for part in (Text(str(pattern)), panels):
         console.print(Padding(part, (1, 0, 0, 2), expand=False), highlight=False)
     if path is not None:
         pattern.draw(size, layout=layout, path=path)
-        console.print(f"\nThe drawing is in {path}", soft_wrap=True)
+        console.print()
+        say(f"The drawing is in {path}")
 
 
 GROUPS = {
@@ -243,7 +285,7 @@ def _table(title: str, entries: list[Entry]) -> Table:
         table.add_column(heading, overflow="fold", no_wrap=heading == "mechanism")
     for entry in entries:
         also = ", ".join(use for use in entry.uses if use != _group(entry))
-        table.add_row(entry.name, Text(entry.summary), also, entry.family, entry.source.id)
+        table.add_row(*(Text(cell) for cell in (entry.name, entry.summary, also, entry.family, entry.source.id)))
     return table
 
 
@@ -271,8 +313,8 @@ def _use(row: Row) -> str:
     return f"needs no training: foveate.adapt.use(model, {row.name!r})"
 
 
-def _costs(row: Row) -> Table:
-    mixer = row.mixer(DIM, **_form(row))
+def _costs(row: Row, options: dict[str, Any]) -> Table:
+    mixer = _mixer(row, _form(row) | options)
     decodes = "decode" in row.supports
     table = Table(box=None, pad_edge=False)
     for heading in ("tokens", "GFLOP forward", "decoding state"):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from foveate.cli.complete import mechanisms
 from foveate.cli.screen import FAILED, out
 
 HELP = """Put a mechanism to every property it lays claim to.
@@ -25,7 +26,9 @@ modules are also looked for in the current folder.
 
 
 def check(
-    mechanism: Annotated[str, typer.Argument(metavar="NAME|MODULE:CLASS", help="What to check.")],
+    mechanism: Annotated[
+        str, typer.Argument(metavar="NAME|MODULE:CLASS", help="What to check.", autocompletion=mechanisms)
+    ],
     seed: Annotated[int | None, typer.Option(help="Of all random numbers; a fresh one unless given.")] = None,
 ) -> None:
     from foveate.testing import check_mixer
@@ -39,6 +42,8 @@ def check(
 
 def _own(module: str, name: str) -> Any:
     """A class of the user's own module."""
+    if not module or not name:
+        raise ValueError(f"MODULE:CLASS is like my_mixers:Gaussian; got {f'{module}:{name}'!r}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(import_module(module), name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from foveate.cli.screen import STOPPED, complain, keeping, out
+from foveate.cli.complete import mechanisms
+from foveate.cli.screen import STOPPED, complain, keeping, out, say
 from foveate.cli.task_options import (
     PANEL,
     Batch,
@@ -32,6 +33,10 @@ Each mechanism takes the place of the model's own attention, by turns with
 it. Results are written after each, so Ctrl-C loses nothing: --resume goes
 on. The report is one HTML file that needs no network.
 
+A causal language model is judged by the cost of each next token, an encoder
+by that of masked tokens, an encoder and decoder by that of a text's end
+given its beginning, a model without a head by how far its hidden states move.
+
 With --task, mechanisms learn a synthetic task instead, each in the same
 small model (`foveate train --help`): the table and the picture show how
 much is right against the bytes of state kept for it. With several learning
@@ -41,6 +46,7 @@ rates a mechanism tries one after the other until the task is solved.
 
   foveate compare
   foveate compare --model path/to/model --text notes.txt --length 4096
+  foveate compare --text one.txt --text two.txt --device cuda --dtype bfloat16
   foveate compare -m moba -m "streaming_llm(window=256)"
   foveate compare -m "window(512) & causal | sinks(4)" --max-loss 0.05
   foveate compare --out report --resume
@@ -51,20 +57,28 @@ rates a mechanism tries one after the other until the task is solved.
   foveate compare --task state --group parity --minutes 2
 """
 
-TEXT_ONLY = ("model", "text", "max_loss", "repeats", "windows")
+TEXT_ONLY = ("model", "text", "max_loss", "repeats", "windows", "device", "dtype")
 TASK_ONLY = ("pairs", "vocab", "group", "dim", "heads", "layers", "batch", "steps", "minutes", "lr", "seed")
 
 
 def compare(
     context: typer.Context,
     model: Annotated[
-        str, typer.Option(help="'builtin', or a folder with a causal language model in Hugging Face format.")
+        str, typer.Option(help="'builtin', or a folder with a model of text in Hugging Face format.")
     ] = "builtin",
     text: Annotated[
-        str | None, typer.Option(help="A file, a folder, or - for standard input; text of our own unless given.")
+        list[str] | None,
+        typer.Option(
+            help="A file, a folder, or - for standard input; text of our own unless given. Given several times, "
+            "all are read."
+        ),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens in a window of text, 8192 unless given, or in a task's sequence.")
+        int | None,
+        typer.Option(
+            help="Tokens in a window of text (8192 unless given, or as many as the model has positions), or in a "
+            "task's sequence."
+        ),
     ] = None,
     mechanism: Annotated[
         list[str] | None,
@@ -73,17 +87,23 @@ def compare(
             "--mechanism",
             "-m",
             help="A name, with options or without, or a pattern; all (of a task: a few) unless given.",
+            autocompletion=mechanisms,
         ),
     ] = None,
     folder: Annotated[
         Path, typer.Option("--out", help="Folder for results.json and report.html, or TASK.json and TASK.svg.")
     ] = Path("report"),
     max_loss: Annotated[
-        float, typer.Option(help="Relative loss in bits per byte that a recommendation may have.")
+        float, typer.Option(help="Relative loss (of bits per byte, or the distance) that a recommendation may have.")
     ] = 0.01,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each mechanism.")] = 5,
-    windows: Annotated[int, typer.Option(help="Windows of text to judge quality on.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each mechanism; fewer than 3 recommend nothing.")] = 3,
+    windows: Annotated[int, typer.Option(help="Windows of text to judge quality on.")] = 2,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Numbers that the model computes with.")
+    ] = "float32",
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the folder already holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over what the folder already holds.")] = False,
     task: TaskName = None,
     pairs: Pairs = None,
     vocab: Vocab = None,
@@ -101,18 +121,21 @@ def compare(
 ) -> None:
     if task is not None:
         refuse(context, TEXT_ONLY, "with a model and a text, not with --task")
-        return _compare_on_task(context.params, folder, resume)
+        return _compare_on_task(context.params, folder, resume=resume, force=force)
     refuse(context, TASK_ONLY, "with --task (recall, copy or state)")
     _compare_on_text(
         folder,
         model=model,
-        text=text,
-        length=8192 if length is None else length,
+        text=text or None,
+        length=length,
         mechanisms=mechanism or None,
         max_loss=max_loss,
         resume=resume,
+        force=force,
         repeats=repeats,
         windows=windows,
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -122,25 +145,23 @@ def _compare_on_text(folder: Path, **options: Any) -> None:
 
     with keeping(f"{folder} holds what was there before."):
         results = measure(out=folder, **options)
-    console = out()
-    console.print(table(results))
-    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    out().print(table(results))
+    say(f"Report: {folder / 'report.html'}")
     if results.interrupted:
         complain(f"Stopped. {len(results.entries)} mechanisms are kept in {folder}; --resume measures the rest.")
         raise typer.Exit(STOPPED)
 
 
-def _compare_on_task(options: dict[str, Any], folder: Path, resume: bool) -> None:
+def _compare_on_task(options: dict[str, Any], folder: Path, *, resume: bool, force: bool) -> None:
     from foveate.lab.tasks_compare import compare_task, table
 
     rates = rates_of(options["lr"])
     task, recipe = task_and_recipe(options | {"lr": rates[0]})
     mixers = options["mechanism"] or None
-    found = compare_task(task, mixers, out=folder, recipe=recipe, rates=rates, resume=resume)
-    console = out()
-    console.print(table(task, found))
+    found = compare_task(task, mixers, out=folder, recipe=recipe, rates=rates, resume=resume, force=force)
+    out().print(table(task, found))
     if found["interrupted"]:
         complain(f"Stopped. {len(found['results'])} mechanisms are kept in {folder}; --resume teaches the rest.")
         raise typer.Exit(STOPPED)
     written = f"{folder / task.name}.json", f"{folder / task.name}.svg"
-    console.print(f"Figures: {written[0]}; the picture: {written[1]}", soft_wrap=True, highlight=False)
+    say(f"Figures: {written[0]}; the picture: {written[1]}")

@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-EXPECTED = (ValueError, TypeError, NotImplementedError, ImportError, OSError)
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 PACKAGE = Path(__file__).parents[1]
 
@@ -22,9 +21,25 @@ def out() -> Console:
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
+def say(sentence: str) -> None:
+    """One line on standard output, whatever is in it: no markup, no colours, no breaks."""
+    out().print(Text(printable(sentence)), soft_wrap=True, highlight=False)
+
+
 def complain(sentence: str) -> None:
     """One red sentence on standard error."""
-    Console(stderr=True).print(Text(sentence, style="red"), soft_wrap=True)
+    Console(stderr=True).print(Text(printable(sentence), style="red"), soft_wrap=True, highlight=False)
+
+
+def printable(said: str) -> str:
+    """Text as a terminal can take it: on one line, without control signs, and names of files that are not UTF-8.
+
+    >>> printable("a\\nb \\x1b[31m \\udcff")
+    'a b ?[31m \ufffd'
+    """
+    whole = said.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    joined = " ".join(line.strip() for line in whole.splitlines() if line.strip())
+    return "".join(sign if sign.isprintable() else "?" for sign in joined)
 
 
 @contextmanager
@@ -32,10 +47,10 @@ def one_sentence() -> Iterator[None]:
     """Inside, wrong input ends the command with a sentence and status 2 (FOVEATE_DEBUG=1: a traceback)."""
     try:
         yield
-    except BrokenPipeError:
+    except (BrokenPipeError, typer.Exit, typer.Abort):
         raise
-    except EXPECTED as error:
-        if os.environ.get("FOVEATE_DEBUG"):
+    except Exception as error:
+        if os.environ.get("FOVEATE_DEBUG") or _from_typer(error):
             raise
         complain(_sentence(error))
         raise typer.Exit(BAD_INPUT) from None
@@ -51,11 +66,26 @@ def keeping(what: str) -> Iterator[None]:
         raise typer.Exit(STOPPED) from None
 
 
+def _from_typer(error: Exception) -> bool:
+    """Whether it is a mistake in how a command was called, which typer tells of with the command's usage."""
+    return any(kind.__module__.startswith(("click.", "typer.")) for kind in type(error).__mro__)
+
+
 def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "There is not enough memory for that: ask for less, as with --length or --batch"
     if isinstance(error, FileNotFoundError) and error.filename:
-        return f"There is no file {error.filename}"
+        return f"There is no file {_named(error.filename)}"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{_named(error.filename)} cannot be used: {error.strerror}"
     words = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}; FOVEATE_DEBUG=1 shows where"
     return words if _is_ours(error) else f"{words} ({type(error).__name__}; FOVEATE_DEBUG=1 shows where)"
+
+
+def _named(file: object) -> str:
+    return os.fsdecode(file) if isinstance(file, (str, bytes, os.PathLike)) else str(file)
 
 
 def _is_ours(error: Exception) -> bool:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from foveate.cli.screen import STOPPED, complain, out
+from foveate.cli.complete import mechanisms
+from foveate.cli.screen import STOPPED, complain, say
 from foveate.cli.task_options import (
     PANEL,
     Batch,
@@ -57,7 +58,12 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, or start over.")] = True,
     task: TaskName = None,
     mixer: Annotated[
-        str, typer.Option(help="A mechanism that is causal, with options or without.", rich_help_panel=PANEL)
+        str,
+        typer.Option(
+            help="A mechanism that is causal, with options or without.",
+            rich_help_panel=PANEL,
+            autocompletion=mechanisms,
+        ),
     ] = "gated_deltanet",
     length: Annotated[
         int | None, typer.Option(help="Tokens in a sequence: recall 256, copy 128, state 64.", rich_help_panel=PANEL)
@@ -89,7 +95,7 @@ def _train_model(preset: str, folder: Path | None, minutes: float | None, resume
     if not _finished(run):
         complain(f"Stopped. The run is kept in {run}; the same command goes on from there.")
         raise typer.Exit(STOPPED)
-    out().print(f"The model is in {run / 'model'}; its card is {run / 'model' / 'README.md'}", soft_wrap=True)
+    say(f"The model is in {run / 'model'}; its card is {run / 'model' / 'README.md'}")
 
 
 def _train_task(options: dict[str, Any], folder: Path, resume: bool) -> None:
@@ -103,8 +109,8 @@ def _train_task(options: dict[str, Any], folder: Path, resume: bool) -> None:
         raise typer.Exit(STOPPED)
     learned = f"{percent(result['accuracy'])} right after {result['steps']:,} steps ({seconds(result['seconds'])})"
     state = f"a state of {size(result['state_bytes'])} for {task.length:,} tokens"
-    out().print(f"{options['mixer']}: {learned}, with {state}", soft_wrap=True, highlight=False)
-    out().print(f"Figures: {folder / RESULT}; the curve: {folder / CURVE}", soft_wrap=True, highlight=False)
+    say(f"{options['mixer']}: {learned}, with {state}")
+    say(f"Figures: {folder / RESULT}; the curve: {folder / CURVE}")
 
 
 def _name(task: str, mixer: str) -> str:

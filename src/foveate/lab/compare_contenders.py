@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.adapt.named import as_core, mechanism
+from foveate.adapt.named import as_core, built, mechanism
 from foveate.lab.results import Contender, Refusal
 from foveate.mixers import registry
 from foveate.mixers.core import Core
@@ -22,8 +22,16 @@ class Candidate:
     core: Core
 
 
-def enlist(mechanisms: Sequence[str] | None, *, heads: int, kv_heads: int) -> tuple[list[Candidate], list[Refusal]]:
-    """Candidates for a causal model, and those that do not apply to it with the reason.
+NOT_FIT = {
+    "causal": "is not causal, and a language model must not see the future",
+    "noncausal": "only looks back, and an encoder looks both ways",
+}
+
+
+def enlist(
+    mechanisms: Sequence[str] | None, *, heads: int, kv_heads: int, needs: Sequence[str] = ("causal",)
+) -> tuple[list[Candidate], list[Refusal]]:
+    """Candidates for a model that needs these forms of attention, and those that do not apply with the reason.
 
     ``mechanisms`` are names of the catalogue, names with options as in "streaming_llm(window=256)", or patterns
     written out; None means all of the catalogue. An unknown name is a ValueError.
@@ -32,7 +40,7 @@ def enlist(mechanisms: Sequence[str] | None, *, heads: int, kv_heads: int) -> tu
     candidates: list[Candidate] = []
     refused: list[Refusal] = []
     for name in names:
-        found = _candidate(name, heads=heads, kv_heads=kv_heads)
+        found = _candidate(name, heads=heads, kv_heads=kv_heads, needs=needs)
         if isinstance(found, Candidate):
             candidates.append(found)
         else:
@@ -40,22 +48,19 @@ def enlist(mechanisms: Sequence[str] | None, *, heads: int, kv_heads: int) -> tu
     return candidates, refused
 
 
-def _candidate(text: str, *, heads: int, kv_heads: int) -> Candidate | Refusal:
+def _candidate(text: str, *, heads: int, kv_heads: int, needs: Sequence[str]) -> Candidate | Refusal:
     call = mechanism(text)
     if call is None:
         return _checked(text, as_core(text), heads, None)
     row, options = call
     if row.core is None:
         return Refusal(text, "has parameters of its own: a model must be trained with it")
-    if "causal" not in row.supports:
-        return Refusal(text, "is not causal, and a language model must not see the future")
+    lacking = [form for form in needs if form not in row.supports]
+    if lacking:
+        return Refusal(text, NOT_FIT[lacking[0]])
     if kv_heads != heads and "gqa" not in row.supports:
         return Refusal(text, f"needs as many key heads as query heads; the model has {kv_heads} and {heads}")
-    try:
-        core = row.core(**options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{text}: {error}") from None
-    return _checked(text, core, heads, row)
+    return _checked(text, built(row, options), heads, row)
 
 
 def _checked(text: str, core: Core, heads: int, row: registry.Row | None) -> Candidate | Refusal:

@@ -13,17 +13,18 @@ import foveate
 from foveate.lab import machine
 from foveate.lab.compare_contenders import Candidate
 from foveate.lab.compare_progress import Steps
-from foveate.lab.compare_subject import LanguageModel
+from foveate.lab.compare_subject import Subject
 from foveate.lab.measure import Arm, compare_times, peak_memory
 from foveate.lab.measure_looks import Looks
-from foveate.lab.metrics import Predictions, judge
 from foveate.lab.recommend import recommend
+from foveate.lab.report import FILE as REPORT
 from foveate.lab.report import write
 from foveate.lab.results import FILE, Contender, Entry, Refusal, Results
-from foveate.lab.workload import Workload
+from foveate.lab.workload import SHORTEST, Workload
 from foveate.mixers.core import Core
 from foveate.patterns import full
 
+WRITTEN = (FILE, REPORT)
 SAME = ("length", "windows", "repeats", "seed")  # settings that figures of one table share
 
 
@@ -31,7 +32,7 @@ SAME = ("length", "windows", "repeats", "seed")  # settings that figures of one 
 class Job:
     """One run of compare: the parts it is put together from."""
 
-    subject: LanguageModel
+    subject: Subject
     fed: Workload
     out: Path
     settings: dict[str, Any]
@@ -39,7 +40,7 @@ class Job:
     @property
     def lengths(self) -> list[int]:
         """Prefill lengths to time: a quarter, a half and the whole of a window."""
-        return sorted({max(1, self.fed.length // part) for part in (4, 2, 1)})
+        return sorted({max(SHORTEST, self.fed.length // part) for part in (4, 2, 1)})
 
     @property
     def ticks(self) -> int:
@@ -51,16 +52,16 @@ class Job:
         facts = machine.describe()
         same = {name: facts[name] for name in ("cpu", "threads", "torch")}
         model = self.subject.about() | {"digest": self.subject.digest}
-        text = {"source": self.fed.source, "digest": self.fed.digest, "bytes": self.fed.num_bytes}
-        return {"model": model, "text": text, "machine": same}
+        text = {"source": self.fed.source, "digest": self.fed.digest, "bytes": self.subject.num_bytes(self.fed)}
+        return {"model": model, "measure": self.subject.measure.name, "text": text, "machine": same}
 
     def resumed(self) -> Results | None:
         """What an earlier run left in the folder; ValueError where it was of another model, text or machine."""
         if not (self.out / FILE).exists():
             return None
         before, now = Results.load(self.out), self.identity()
-        other = [name for name, facts in now.items() if before.about[name] != facts]
-        other += [name for name in SAME if before.settings[name] != self.settings[name]]
+        other = [name for name, facts in now.items() if before.about.get(name) != facts]
+        other += [name for name in SAME if before.settings.get(name) != self.settings[name]]
         if other:
             raise ValueError(
                 f"{self.out} holds results of another {', '.join(other)}: figures would not compare; choose "
@@ -82,7 +83,7 @@ class Job:
         missing = [one for one in candidates if before is None or before.entry(one.about.name) is None]
         try:
             if before is None or missing:
-                exact = self._predict(None)
+                exact = self._exact()
                 results = before or self._begin(exact, bar)
                 for candidate in missing:
                     self._add(results, candidate, exact, bar)
@@ -94,7 +95,7 @@ class Job:
         results.refused = [*refused, *results.refused]
         return self._finish(results)
 
-    def _begin(self, exact: Predictions, bar: Steps) -> Results:
+    def _begin(self, exact: Any, bar: Steps) -> Results:
         bar.start("exact attention")
         own = self.subject.model.config._attn_implementation
         about = Contender("exact", "causal", "", family="exact", note=f"the model's own attention ({own})")
@@ -105,26 +106,26 @@ class Job:
         results.foveate = foveate.__version__
         return results
 
-    def _add(self, results: Results, candidate: Candidate, exact: Predictions, bar: Steps) -> None:
+    def _add(self, results: Results, candidate: Candidate, exact: Any, bar: Steps) -> None:
         bar.start(candidate.about.name)
         try:
             found = self._predict(candidate.core)
             results.entries.append(self._entry(candidate.about, candidate.core, exact, found, bar))
-        except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever a mechanism makes of a model it does not suit
             results.refused = [*results.refused, Refusal(candidate.about.name, _reason(error))]
         results.save(self.out)
         bar.done()
 
-    def _entry(self, about: Contender, core: Core | None, exact: Predictions, found: Predictions, bar: Steps) -> Entry:
+    def _entry(self, about: Contender, core: Core | None, exact: Any, found: Any, bar: Steps) -> Entry:
         arm = self._arm(core)
-        quality = judge(found, exact, self.fed.num_bytes, seed=self.settings["seed"])
+        quality = self.subject.judge(found, exact, self.fed, seed=self.settings["seed"])
         bar.tick()
         looks = Looks(full if core is None else core.pattern)
         with self.subject.attending_with(looks):
             self.subject.prefill(self.fed.ids[:1])
         bar.tick()
         with arm():
-            memory = peak_memory(self._prefill(self.fed.length))
+            memory = peak_memory(self._prefill(self.fed.length), self.subject.device)
         bar.tick()
         timings = [
             compare_times(length, nullcontext, arm, self._prefill(length), self.settings["repeats"], bar.tick)
@@ -132,7 +133,14 @@ class Job:
         ]
         return Entry(about, quality, looks.result(), memory, timings)
 
-    def _predict(self, core: Core | None) -> Predictions:
+    def _exact(self) -> Any:
+        """What the model predicts with its own attention; a ValueError for one that cannot even do that."""
+        try:
+            return self._predict(None)
+        except Exception as error:
+            raise ValueError(f"{self.subject.name} cannot read the text: {_reason(error)}") from error
+
+    def _predict(self, core: Core | None) -> Any:
         with self._arm(core)():
             return self.subject.predict(self.fed.ids)
 
@@ -144,12 +152,11 @@ class Job:
 
     def _finish(self, results: Results) -> Results:
         results.settings = self.settings
-        noise = results.exact.speedup.high
-        results.recommendation = recommend(results.entries, self.settings["max_loss"], noise=noise)
+        results.recommendation = recommend(results)
         results.save(self.out)
         write(results, self.out)
         return results
 
 
 def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import torch
+
 from foveate.lab.results import Memory, Spread, Timing
 
 Run = Callable[[], None]
@@ -17,7 +19,10 @@ Arm = Callable[[], AbstractContextManager[object]]  # entered, untimed, around e
 
 
 def compare_times(length: int, exact: Arm, other: Arm, run: Run, repeats: int, tick: Run = lambda: None) -> Timing:
-    """Time a run under two arms by turns, after one unmeasured run of each; neighbours in time are compared."""
+    """Time a run under two arms by turns, after one unmeasured run of each; neighbours in time are compared.
+
+    A run must not return before its work is done: on a GPU it waits for the device.
+    """
     _seconds(exact, run)
     _seconds(other, run)
     pairs: list[tuple[float, float]] = []
@@ -39,8 +44,10 @@ def _seconds(arm: Arm, run: Run) -> float:
         return time.perf_counter() - start
 
 
-def peak_memory(run: Run) -> Memory:
-    """Peak resident memory of the process while it runs, less what it held before."""
+def peak_memory(run: Run, device: torch.device | None = None) -> Memory:
+    """Peak memory of the process while it runs, less what it held before: a GPU's own, else resident memory."""
+    if device is not None and device.type == "cuda":
+        return _peak_on_gpu(run, device)
     _give_back_freed_memory()
     if _reset_high_water():
         before = _status("VmRSS")
@@ -50,6 +57,14 @@ def peak_memory(run: Run) -> Memory:
         return Memory(_sampled_peak(run), "resident memory, sampled every millisecond")
     run()
     return Memory(None, f"not measured on {sys.platform}")
+
+
+def _peak_on_gpu(run: Run, device: torch.device) -> Memory:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return Memory(torch.cuda.max_memory_allocated(device) - before, "memory that torch allocated on the GPU")
 
 
 def _give_back_freed_memory() -> None:

@@ -43,12 +43,14 @@ class Looks:
         softcap: float | None = None,
         layout: Layout | None = None,
     ) -> Tensor:
-        scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
+        q_here, k_here = q.detach().cpu(), k.detach().cpu()  # pictures and counts are made on the CPU
+        scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q_here, k_here, scale)
         asked, allowed = resolve(joined(self.asked, within), scene), resolve(within, scene)
         self._count(asked, allowed, scene)
         rows = sample_queries(q, k, self.seed)
         assert bias is None or isinstance(bias, Tensor)
-        chances = exact_weights(q, k, rows, visible_rows(allowed, scene, rows), bias, scale, softcap)
+        bias_here = None if bias is None else bias.detach().cpu().float()
+        chances = exact_weights(q_here, k_here, rows, visible_rows(allowed, scene, rows), bias_here, scale, softcap)
         self.mass.append(float((chances * visible_rows(asked, scene, rows)).sum(-1).mean()))
         return attend(q, k, v, within, bias=bias, weights=weights, scale=scale, softcap=softcap, layout=layout)
 

@@ -12,9 +12,10 @@ CELLS = 64  # the picture has at most this many rows
 
 
 class Picture:
-    """Pairs seen and pairs there are in each cell, added up over layers."""
+    """Pairs seen and pairs there are in each cell, added up over the layers that look at the longest text."""
 
     def __init__(self) -> None:
+        self._pairs = 0
         self._seen: Tensor | None = None
         self._all: Tensor | None = None
 
@@ -25,9 +26,14 @@ class Picture:
 
     def add(self, seen: Selection, all_: Selection) -> None:
         """Count one layer, whose selections have tiles of a cell's size."""
+        pairs = seen.num_queries * seen.num_keys
+        if pairs < self._pairs:  # an encoder reads more than its decoder
+            return
         ours, theirs = pairs_per_tile(seen), pairs_per_tile(all_)
-        self._seen = ours if self._seen is None else self._seen + ours
-        self._all = theirs if self._all is None else self._all + theirs
+        if self._seen is None or self._all is None or pairs > self._pairs:
+            self._seen, self._all, self._pairs = ours, theirs, pairs
+        else:
+            self._seen, self._all = self._seen + ours, self._all + theirs
 
     def draw(self) -> list[str]:
         assert self._seen is not None and self._all is not None

@@ -16,7 +16,7 @@ MOST_TOKENS_A_CHUNK = 512
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of each token but the first of W windows: its cost in nats, and the token thought likeliest; (W, L - 1)."""
+    """Of each token to predict in W windows: its cost in nats, and the token thought likeliest; (W, P)."""
 
     nats: Tensor
     best: Tensor
@@ -33,13 +33,32 @@ def judge(found: Predictions, exact: Predictions, num_bytes: int, *, seed: int =
     bits, exact_bits = (_chunk_sums(p.nats) / math.log(2) for p in (found, exact))
     low, high = bootstrap_change(bits, exact_bits, seed=seed)
     return Quality(
-        bits_per_byte=float(bits.sum()) / num_bytes,
+        loss=float(bits.sum()) / num_bytes,
         change=float(bits.sum() / exact_bits.sum()) - 1,
         change_low=low,
         change_high=high,
         agreement=float((found.best == exact.best).double().mean()),
-        chunk_bits=[round(value, 4) for value in bits.tolist()],
+        chunks=[round(value, 4) for value in bits.tolist()],
     )
+
+
+def judge_states(found: Tensor, exact: Tensor, *, seed: int = 0) -> Quality:
+    """How far last hidden states (W, L, C) lie from those under exact attention, over the length of these.
+
+    >>> judge_states(torch.tensor([[[3.0, 4.5]]]), torch.tensor([[[3.0, 4.0]]])).loss
+    0.1
+    """
+    if not bool(found.isfinite().all()):
+        raise ValueError("it gives hidden states that are not finite numbers")
+    ours, theirs = found.double(), exact.double()
+    distance = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-12)  # (W, L)
+    chunks = _chunks(distance)
+    far = torch.stack([chunk.mean() for chunk in chunks])
+    size = torch.tensor([float(chunk.numel()) for chunk in chunks], dtype=torch.double)
+    low, high = bootstrap_change(size * (1 + far), size, seed=seed)
+    mean = float(distance.mean())
+    cosine = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).mean())
+    return Quality(mean, mean, low, high, cosine, [round(value, 6) for value in far.tolist()])
 
 
 def bootstrap_change(bits: Tensor, exact_bits: Tensor, *, seed: int = 0) -> tuple[float, float]:
@@ -55,7 +74,11 @@ def bootstrap_change(bits: Tensor, exact_bits: Tensor, *, seed: int = 0) -> tupl
 
 
 def _chunk_sums(nats: Tensor) -> Tensor:
-    """Sums over chunks of consecutive tokens of one window; all chunks of about one size, eight a window at least."""
-    tokens = nats.shape[1]
-    chunks = max(8, -(-tokens // MOST_TOKENS_A_CHUNK))
-    return torch.cat([part.double().sum(1) for part in nats.tensor_split(chunks, dim=1)])
+    return torch.stack([chunk.sum() for chunk in _chunks(nats.double())])
+
+
+def _chunks(values: Tensor) -> list[Tensor]:
+    """Chunks of consecutive tokens of one window (W, P); all of about one size, eight a window where it has as many."""
+    tokens = values.shape[1]
+    number = min(tokens, max(8, -(-tokens // MOST_TOKENS_A_CHUNK)))
+    return [chunk for window in values for chunk in window.tensor_split(number)]

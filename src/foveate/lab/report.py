@@ -10,6 +10,7 @@ from foveate.lab import machine
 from foveate.lab.report_markup import Markup, join, tag
 from foveate.lab.report_plots import in_two_widths, quality_plot, time_plot
 from foveate.lab.report_rows import code_name, figures_table, masks, mechanisms, symbols
+from foveate.lab.report_table import verdict
 from foveate.lab.results import Entry, Refusal, Results, write_whole
 from foveate.lab.results_words import count, percent, round_percent, seconds, size
 
@@ -69,7 +70,7 @@ def _verdict(results: Results) -> Markup:
     return tag(
         "section",
         tag("p", stopped, class_="stopped") if results.interrupted else None,
-        tag("h2", "Take ", code_name(entry)) if entry else tag("h2", "Keep exact attention"),
+        tag("h2", "Take ", code_name(entry)) if entry else tag("h2", verdict(advice)) if advice else None,
         tag("p", _sentence(advice.reason)) if advice and not entry else None,
         _stats(results, entry) if entry else None,
         tag("pre", tag("code", entry.contender.snippet)) if entry else None,
@@ -79,14 +80,14 @@ def _verdict(results: Results) -> Markup:
 
 def _stats(results: Results, entry: Entry) -> Markup:
     """The recommended mechanism in four figures."""
-    exact, quality, looked = results.exact, entry.quality, entry.looked
-    most, allowed = percent(quality.change_high, sign=True), round_percent(results.settings["max_loss"], sign=True)
+    exact, quality, looked, measure = results.exact, entry.quality, entry.looked, results.measure
+    signed = not measure.is_distance
+    most = percent(quality.change_high, sign=signed)
+    allowed = round_percent(results.settings["max_loss"], sign=signed)
+    times = f"{seconds(results.seconds(entry))}, not {seconds(results.seconds(exact))}"
     figures = (
-        (
-            f"{entry.speedup.median:.2f}×",
-            f"as fast: {seconds(entry.seconds.median)}, not {seconds(entry.timings[-1].exact_seconds.median)}",
-        ),
-        (percent(quality.change, sign=True), f"bits per byte; at most {most} (95 %), {allowed} allowed"),
+        (f"{entry.speedup.median:.2f}×", f"as fast: {times}"),
+        (percent(quality.change, sign=signed), f"{measure.loss}; at most {most} (95 %), {allowed} allowed"),
         (percent(looked.visible), f"of the pairs, with {percent(looked.mass)} of exact attention's weight"),
         (size(entry.memory.peak_bytes), f"of memory at the peak, not {size(exact.memory.peak_bytes)}"),
     )
@@ -94,7 +95,7 @@ def _stats(results: Results, entry: Entry) -> Markup:
 
 
 def _sentence(said: str) -> str:
-    return f"{said[:1].upper()}{said[1:]}."
+    return f"{sentence_case(said)}."
 
 
 def _quality(results: Results) -> Markup:
@@ -110,7 +111,7 @@ def _times(results: Results) -> Markup:
     return _figure(
         "Time against length",
         in_two_widths(time_plot, results),
-        "Median time of a prefill, keys and values kept, without logits. Both axes are logarithmic.",
+        f"Median time of {results.measure.prefill_said}. Both axes are logarithmic.",
     )
 
 
@@ -120,19 +121,22 @@ def _figure(title: str, plot: Markup, caption: str) -> Markup:
 
 def _how(results: Results) -> Markup:
     settings, model, text = results.settings, results.about["model"], results.about["text"]
+    measure, runs = results.measure, f"{settings['repeats']} {_plural(results.measure.passes, settings['repeats'])}"
+    own = f"on {model['device']}; exact attention is its own ({model['exact_attention']})"
     facts = [
-        ("Model", f"{model['name']}, {model['dtype']}; exact attention is its own ({model['exact_attention']})"),
+        ("Model", f"{model['name']}, {model['dtype']}, {own}"),
         ("Text", f"{text['source']}: {settings['windows']} windows of {settings['length']:,} tokens, "
                  f"{text['bytes']:,} bytes"),
-        ("Bits per byte", "Cost of predicting every token of the windows, over the bytes of their text. The interval "
-                          "is a bootstrap over chunks of consecutive tokens, each paired with exact attention's."),
-        ("Same top-1", "How often the likeliest next token is the one under exact attention."),
+        (sentence_case(measure.loss), measure.loss_said),
+        (sentence_case(measure.agreement), measure.agreement_said),
         ("Mass kept", "Share of exact attention's weights that fall on pairs the mechanism looks at, over all heads "
                       "and layers and a sample of the queries, while the model attends exactly."),
         ("Pairs seen", "Pairs the mechanism looks at, over those exact attention looks at; in tiles: over what both "
                        "take when whole tiles of 64 by 64 pairs are computed."),
-        ("Time", f"Median of {settings['repeats']} prefills after a warm-up, by turns with exact attention in one "
-                 "process. The speed-up is the median over pairs of neighbours in time, with quartiles."),
+        ("Speed-up", f"Of {runs} after a warm-up, by turns with exact attention in one process: the median over "
+                     "pairs of neighbours in time, with quartiles."),
+        ("Time", f"Of {measure.prefill_said}. Exact attention's is the median of its own {runs}; a mechanism's is "
+                 "that over its speed-up, so that drifts of the machine's speed do not come between them."),
         ("Noise", f"Exact attention timed against itself: {results.exact.speedup.low:.2f} to "
                   f"{results.exact.speedup.high:.2f} times as fast."),
         ("Peak memory", f"Beyond what was there before, in one prefill: {results.exact.memory.how}."),
@@ -142,6 +146,14 @@ def _how(results: Results) -> Markup:
     ]  # fmt: skip
     listed = [join(tag("dt", name), tag("dd", said)) for name, said in facts]
     return tag("section", tag("h2", "How it was measured"), tag("dl", *listed), _refused(results.refused))
+
+
+def sentence_case(said: str) -> str:
+    return f"{said[:1].upper()}{said[1:]}"
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else f"{word}es" if word.endswith("s") else f"{word}s"
 
 
 def _refused(refused: list[Refusal]) -> Markup | None:

@@ -71,13 +71,18 @@ def quality_plot(results: Results, width: int, height: int) -> Markup:
         height,
         _allowed(results, frame, y),
         x_axis(frame, x, [(v, f"{v:g}×") for v in SPEEDS if x.holds(v)], "times as fast as exact attention →"),
-        y_axis(frame, y, _loss_ticks(y), "↑ change in bits per byte"),
+        y_axis(frame, y, _loss_ticks(y), f"↑ {_lost(results)}"),
         line([(x(1.0), frame.top), (x(1.0), frame.bottom)], "one"),
         line(steps, "pareto"),
         *leaders,
         *reversed(marks),
-        label="Change in bits per byte against speed-up, one point for each mechanism",
+        label=f"{_lost(results).capitalize()} against speed-up, one point for each mechanism",
     )
+
+
+def _lost(results: Results) -> str:
+    """The axis of losses in words."""
+    return "distance from exact" if results.measure.is_distance else f"change in {results.measure.loss}"
 
 
 def _speed_scale(results: Results, frame: Frame) -> Scale:
@@ -157,7 +162,8 @@ def _point(
         "g",
         tag(
             "title",
-            f"{entry.name}: {results.speed(entry):.2f}× as fast, {percent(quality.change, sign=True)} bits per byte",
+            f"{entry.name}: {results.speed(entry):.2f}× as fast, "
+            f"{percent(quality.change, sign=True)} {results.measure.loss}",
         ),
         whiskers,
         tag("circle", cx=at[0], cy=at[1], r=5.5),
@@ -179,17 +185,22 @@ def time_plot(results: Results, width: int, height: int) -> Markup:
     names = {id(entry): shortened(entry.name, most) for entry in results.ranked}
     frame = Frame(64, 34, width - 26 - CHARACTER * max(map(len, names.values())), height - 48)
     lengths = [timing.length for timing in results.exact.timings]
-    times = [timing.seconds.median for entry in results.ranked for timing in entry.timings]
+    times = [results.seconds(entry, at) for entry in results.ranked for at in range(len(lengths))]
     x = Scale(lengths[0] * 0.95, lengths[-1] * 1.02, frame.left, frame.right, math.log2)
     y = Scale(min(times) * 0.8, max(times) * 1.25, frame.bottom, frame.top, math.log10)
     entries = by_importance(results)
-    ends = spread([y(entry.seconds.median) for entry in entries], frame.top, frame.bottom)
+    ends = spread([y(results.seconds(entry)) for entry in entries], frame.top, frame.bottom)
     curves = [_curve(results, entry, x, y, end, names[id(entry)]) for entry, end in zip(entries, ends, strict=True)]
     return drawing(
         width,
         height,
         x_axis(frame, x, [(n, f"{n:,}") for n in lengths], "tokens →"),
-        y_axis(frame, y, [(t, seconds(t)) for t in _few(one_two_five(y.low, y.high))], "↑ time of a prefill"),
+        y_axis(
+            frame,
+            y,
+            [(t, seconds(t)) for t in _few(one_two_five(y.low, y.high))],
+            f"↑ time of a {results.measure.passes}",
+        ),
         *reversed(curves),
         label="Time of a prefill against its length, one line for each mechanism",
     )
@@ -201,11 +212,11 @@ def _few(values: list[float]) -> list[float]:
 
 
 def _curve(results: Results, entry: Entry, x: Scale, y: Scale, end: float, said: str) -> Markup:
-    points = [(x(timing.length), y(timing.seconds.median)) for timing in entry.timings]
+    points = [(x(timing.length), y(results.seconds(entry, at))) for at, timing in enumerate(entry.timings)]
     last = points[-1]
     return tag(
         "g",
-        tag("title", f"{entry.name}: {seconds(entry.seconds.median)} for {entry.timings[-1].length:,} tokens"),
+        tag("title", f"{entry.name}: {seconds(results.seconds(entry))} for {entry.timings[-1].length:,} tokens"),
         line(points, "curve"),
         *(tag("circle", cx=at, cy=down, r=3.0) for at, down in points),
         line([(last[0] + 5, last[1]), (last[0] + 16, end)], "leader"),

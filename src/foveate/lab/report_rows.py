@@ -9,17 +9,14 @@ from foveate.lab.report_plots import key, mask_symbol, mask_use, role
 from foveate.lab.results import Entry, Results
 from foveate.lab.results_words import percent, seconds, size
 
-COLUMNS = (
-    ("Mechanism", "text"),
-    ("Speed-up", "number"),
-    ("Prefill", "number"),
-    ("Peak memory", "number"),
-    ("Bits per byte", "number"),
-    ("Change, 95 %", "number"),
-    ("Same top-1", "number"),
-    ("Mass kept", "number"),
-    ("Pairs seen", "number"),
-)
+
+def columns(results: Results) -> list[tuple[str, str]]:
+    """Headings and what they head; a loss that is a distance is no change of anything else."""
+    measure = results.measure
+    loss = [] if measure.is_distance else [measure.loss.capitalize()]
+    change = f"{measure.loss.capitalize() if measure.is_distance else 'Change'}, 95 %"
+    names = ["Speed-up", measure.passes.capitalize(), "Peak memory", *loss, change, measure.agreement.capitalize()]
+    return [("Mechanism", "text"), *((name, "number") for name in (*names, "Mass kept", "Pairs seen"))]
 
 
 def code_name(entry: Entry) -> Markup:
@@ -35,15 +32,16 @@ def figures_table(results: Results) -> Markup:
     """All figures, fastest first; a click on a head sorts by that column."""
     drawn = tag(
         "table",
-        tag("thead", tag("tr", *(_head(name, kind) for name, kind in COLUMNS))),
+        tag("thead", tag("tr", *(_head(name, kind) for name, kind in columns(results)))),
         tag("tbody", *(_row(results, entry) for entry in results.ranked)),
     )
+    explained = "" if results.measure.is_distance else f"Change is that of the {results.measure.loss}. "
     ahead = any(entry.contender.note for entry in results.entries)
     return tag(
         "section",
         tag("h2", "All figures"),
         tag("div", drawn, class_="scroll", tabindex=0, role="region", aria_label="All figures"),
-        tag("p", "Change is that of the bits per byte. A head sorts by its column.", class_="hint"),
+        tag("p", f"{explained}A head sorts by its column.", class_="hint"),
         tag("p", "* See the note on this mechanism below.", class_="hint") if ahead else None,
     )
 
@@ -56,13 +54,14 @@ def _head(name: str, kind: str) -> Markup:
 
 def _row(results: Results, entry: Entry) -> Markup:
     quality, looked, number = entry.quality, entry.looked, key(results, entry)
+    distance = results.measure.is_distance
     cells = [
         (results.speed(entry), _speed(results, entry)),
-        (entry.seconds.median, seconds(entry.seconds.median)),
+        (results.seconds(entry), seconds(results.seconds(entry))),
         (entry.memory.peak_bytes or 0, size(entry.memory.peak_bytes)),
-        (quality.bits_per_byte, f"{quality.bits_per_byte:.4f}"),
-        (quality.change, None if entry is results.exact else _change(entry)),
-        (quality.agreement, percent(quality.agreement)),
+        *([] if distance else [(quality.loss, f"{quality.loss:.4f}")]),
+        (quality.change, None if entry is results.exact else _change(entry, sign=not distance)),
+        (quality.agreement, f"{quality.agreement:.4f}" if distance else percent(quality.agreement)),
         (looked.mass, percent(looked.mass)),
         (looked.visible, join(percent(looked.visible), tag("small", f"{percent(looked.computed)} in tiles"))),
     ]
@@ -82,10 +81,10 @@ def _speed(results: Results, entry: Entry) -> Markup:
     return join(said, tag("small", f"{speed.low:.2f} to {speed.high:.2f}"), bar)
 
 
-def _change(entry: Entry) -> Markup:
+def _change(entry: Entry, *, sign: bool) -> Markup:
     quality = entry.quality
-    low, high = percent(quality.change_low, sign=True), percent(quality.change_high, sign=True)
-    return join(percent(quality.change, sign=True), tag("small", f"{low} to {high}"))
+    low, high = percent(quality.change_low, sign=sign), percent(quality.change_high, sign=sign)
+    return join(percent(quality.change, sign=sign), tag("small", f"{low} to {high}"))
 
 
 def _paper(results: Results, entry: Entry) -> Markup | None:

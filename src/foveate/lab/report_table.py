@@ -6,56 +6,59 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from foveate.lab.results import Entry, Results
+from foveate.lab.results import Entry, Recommendation, Results
 from foveate.lab.results_words import percent, seconds, size
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-COLUMNS = (
-    "speed-\nup",
-    "prefill",
-    "peak\nmemory",
-    "bits/\nbyte",
-    "change",
-    "at most\n(95 %)",
-    "same\ntop-1",
-    "mass\nkept",
-    "pairs\nseen",
-)
 
 
 def table(results: Results) -> Table:
     """All contenders, fastest first; the recommended one is marked."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     about = results.about
     title = f"{escape(about['model']['name'])} at {results.settings['length']:,} tokens"
     drawn = Table(title=title, title_justify="left", caption=_caption(results), caption_justify="left")
     drawn.box, drawn.padding = SIMPLE_HEAD, (0, 0, 0, 0)
     drawn.add_column("mechanism", overflow="fold", vertical="bottom")
-    for column in COLUMNS:
+    for column in columns(results):
         drawn.add_column(column, justify="right", no_wrap=True)
     chosen = results.recommendation.name if results.recommendation else None
     for entry in results.ranked:
-        mark = "[bold green]" if entry.name == chosen else "[dim]" if entry is results.exact else ""
-        drawn.add_row(*(f"{mark}{escape(cell)}" for cell in row(entry, exact=entry is results.exact)))
+        style = "bold green" if entry.name == chosen else "dim" if entry is results.exact else ""
+        drawn.add_row(*(Text(cell, style=style) for cell in row(results, entry)))
     return drawn
 
 
-def row(entry: Entry, *, exact: bool = False) -> list[str]:
+def columns(results: Results) -> tuple[str, ...]:
+    """Headings of the figures; the loss stands beside its change, unless it is one."""
+    measure = results.measure
+    agreement = measure.agreement.replace(" ", "\n")
+    loss = (measure.loss_column,) if measure.is_distance else (measure.loss_column, "change")
+    return (
+        *("speed-\nup", measure.passes, "peak\nmemory"),
+        *(*loss, "at most\n(95 %)"),
+        *(agreement, "mass\nkept", "pairs\nseen"),
+    )
+
+
+def row(results: Results, entry: Entry) -> list[str]:
     """The cells of one contender, in words and figures."""
-    quality, looked = entry.quality, entry.looked
+    quality, looked, exact = entry.quality, entry.looked, entry is results.exact
+    distance = results.measure.is_distance
+    loss = percent(quality.loss) if distance else f"{quality.loss:.4f}"
     return [
         entry.name,
         "1x" if exact else f"{entry.speedup.median:.2f}x",
-        seconds(entry.seconds.median),
+        seconds(results.seconds(entry)),
         size(entry.memory.peak_bytes),
-        f"{quality.bits_per_byte:.4f}",
-        "" if exact else percent(quality.change, sign=True),
-        "" if exact else percent(quality.change_high, sign=True),
-        percent(quality.agreement),
+        loss,
+        *([] if distance else ["" if exact else percent(quality.change, sign=True)]),
+        "" if exact else percent(quality.change_high, sign=not distance),
+        f"{quality.agreement:.4f}" if distance else percent(quality.agreement),
         percent(looked.mass),
         percent(looked.visible),
     ]
@@ -66,9 +69,14 @@ def _caption(results: Results) -> str:
     lines = _not_measured(results)
     advice = results.recommendation
     if advice is not None:
-        take = f"Take {advice.name}" if advice.name else "Keep exact attention"
+        take = f"Take {advice.name}" if advice.name else verdict(advice)
         lines.append(f"{take}: {advice.reason}.")
     return escape("\n".join(lines))
+
+
+def verdict(advice: Recommendation) -> str:
+    """What to do where no mechanism is recommended."""
+    return "No recommendation" if advice.undecided else "Keep exact attention"
 
 
 def _not_measured(results: Results) -> list[str]:

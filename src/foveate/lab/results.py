@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-SCHEMA = 1
+from foveate.lab.compare_measures import MEASURES, Measure
+
+SCHEMA = 2
 FILE = "results.json"
+MACHINE = ("cpu", "cores", "accelerator", "python", "torch")  # what a reader is told of it
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """Prefill of one length: the mechanism's seconds, and exact attention's divided by the mechanism's."""
+    """Prefill of one length: seconds of the mechanism and of exact attention by turns, and their ratio."""
 
     length: int
     seconds: Spread
@@ -49,14 +52,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Quality:
-    """Prediction of the text; ``change`` is relative to exact attention, with its 95 % interval."""
+    """The model's loss (see ``Results.measure``); ``change`` is relative to exact attention, with its 95 % interval."""
 
-    bits_per_byte: float
+    loss: float
     change: float
     change_low: float
     change_high: float
     agreement: float
-    chunk_bits: list[float]
+    chunks: list[float]
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,6 @@ class Entry:
     def speedup(self) -> Spread:
         return self.timings[-1].speedup
 
-    @property
-    def seconds(self) -> Spread:
-        return self.timings[-1].seconds
-
 
 @dataclass(frozen=True)
 class Refusal:
@@ -127,10 +126,14 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The contender to take, or None to keep exact attention, and the reason in words."""
+    """The contender to take, or None to keep exact attention, and the reason in words.
+
+    ``undecided``: too little was measured to recommend anything.
+    """
 
     name: str | None
     reason: str
+    undecided: bool = False
 
 
 @dataclass
@@ -162,12 +165,40 @@ class Results:
         """How many times as fast as exact attention; exact attention timed against itself only shows the noise."""
         return 1.0 if entry is self.exact else entry.speedup.median
 
+    def seconds(self, entry: Entry, at: int = -1) -> float:
+        """Median time of a prefill of one length, on the one scale that exact attention's own figures set.
+
+        Each mechanism was timed by turns with exact attention, and the machine's speed may drift from one
+        mechanism to the next: times beside one another, and the ratios of them, hold for exact attention's figures.
+        """
+        exact = self.exact.timings[at].seconds.median
+        return exact if entry is self.exact else exact / entry.timings[at].speedup.median
+
+    @property
+    def measure(self) -> Measure:
+        """What quality means for this model."""
+        return MEASURES[self.about["measure"]]
+
     def to_json(self) -> str:
         return json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Results:
-        return _build(cls, json.loads(text))
+        return cls.of_json(json.loads(text))
+
+    @classmethod
+    def of_json(cls, data: Any) -> Results:
+        """Results out of what JSON made of them; ValueError or TypeError for what is none."""
+        results: Results = _build(cls, data, "results")
+        if results.about.get("measure") not in MEASURES:
+            raise ValueError(f"about.measure is one of {', '.join(MEASURES)}")
+        lengths = [timing.length for timing in results.exact.timings]
+        if not lengths or any([timing.length for timing in one.timings] != lengths for one in results.entries):
+            raise ValueError("not all entries are timed at the same lengths")
+        missing = [name for name in MACHINE if name not in results.machine]
+        if missing:
+            raise ValueError(f"machine has no {missing[0]}")
+        return results
 
     def save(self, folder: Path) -> Path:
         """Write ``results.json`` so that a reader finds the old file or the new one, never a part."""
@@ -181,10 +212,14 @@ class Results:
             raise ValueError(f"there is no {FILE} in {folder}")
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"{file} has version {data['schema']} of the format; this Foveate reads {SCHEMA}")
-            return _build(cls, data)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not a file of results: {error}") from None
+        version = data.get("schema") if isinstance(data, dict) else None
+        if isinstance(version, int) and version != SCHEMA:
+            raise ValueError(f"{file} has version {version} of the format; this Foveate reads {SCHEMA}")
+        try:
+            return cls.of_json(data)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{file} is not a file of results: {error}") from None
 
 
@@ -192,8 +227,11 @@ def write_whole(file: Path, text: str) -> Path:
     """Write a file under another name first, then rename it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return file
 
 
@@ -206,13 +244,24 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _build(kind: Any, data: Any) -> Any:
-    """A value of a type, out of what JSON made of it."""
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """A value of a type, out of what JSON made of it; TypeError where it is of another type."""
     if get_origin(kind) in (Union, types.UnionType):
-        return None if data is None else _build(get_args(kind)[0], data)
+        return None if data is None else _build(get_args(kind)[0], data, where)
     if get_origin(kind) is list:
-        return [_build(get_args(kind)[0], item) for item in data]
+        _expect(data, list, where)
+        return [_build(get_args(kind)[0], item, f"{where}[{at}]") for at, item in enumerate(data)]
     if is_dataclass(kind):
+        _expect(data, dict, where)
         hints = get_type_hints(kind)
-        return kind(**{name: _build(hints[name], value) for name, value in data.items()})  # type: ignore[operator]
+        strange = [name for name in data if name not in hints]
+        if strange:
+            raise TypeError(f"{where} has no {strange[0]}")
+        return kind(**{name: _build(hints[name], value, f"{where}.{name}") for name, value in data.items()})  # type: ignore[operator]
+    _expect(data, (int, float) if kind is float else get_origin(kind) or kind, where)
     return data
+
+
+def _expect(data: Any, kind: Any, where: str) -> None:
+    if kind is not Any and not isinstance(data, kind):
+        raise TypeError(f"{where} is {type(data).__name__}")

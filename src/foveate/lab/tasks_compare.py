@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from foveate.lab.folders import check_free, read_json
 from foveate.lab.results import write_whole
 from foveate.lab.results_words import count, percent, seconds, size
 from foveate.lab.tasks import Task
@@ -46,6 +47,7 @@ def compare_task(
     recipe: TaskRecipe | None = None,
     rates: Sequence[float] = (),
     resume: bool = False,
+    force: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Teach the same small model the task with each mixer; figures, written to ``out`` after each.
@@ -57,13 +59,14 @@ def compare_task(
     A mixer learns with each of ``rates`` (the recipe's own unless given) until it solves the task with one. The
     best run counts, and holds the others under ``other_rates``; ``resume`` also adds rates to what is there.
 
-    Raises ValueError for what is no causal mixer, before any is taught, and where ``resume`` finds another
-    task or recipe.
+    Raises ValueError for what is no causal mixer, before any is taught; where ``resume`` finds another task or
+    recipe; and where ``out`` holds figures of this task that neither ``resume`` nor ``force`` says what to do with.
     """
     recipe = recipe or TaskRecipe()
     names = list(dict.fromkeys(mixers or usual()))
     file, checkpoint = out / f"{task.name}.json", out / f".{task.name}.checkpoint"
     recipes = [replace(recipe, lr=rate) for rate in dict.fromkeys(rates or [recipe.lr])]
+    check_free(out, [file.name, f"{task.name}.svg"], resume=resume, force=force)
     for name in names:
         TaskRun(task, name, recipe)
     out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,7 @@ def table(task: Task, found: dict[str, Any]) -> Table:
     for column in ("right", "rate", "state", "parameters", "steps", "time"):
         drawn.add_column(column, justify="right", no_wrap=True)
     for result in sorted(found["results"], key=lambda result: (-result["accuracy"], result["state_bytes"])):
-        drawn.add_row(result["mixer"], *row(result))
+        drawn.add_row(escape(result["mixer"]), *row(result))
     return drawn
 
 
@@ -129,7 +132,7 @@ def _teach(run: TaskRun, runs: list[dict[str, Any]], failed: list[dict[str, Any]
             runs.append({"lr": run.recipe.lr, **run.result()})
         return over
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         failed.append({"mixer": run.mixer, "lr": run.recipe.lr, "reason": reason})
         return True
 
@@ -152,9 +155,10 @@ def _before(file: Path, task: Task, recipe: TaskRecipe) -> dict[str, Any] | None
     """What the folder holds already; ValueError where it is of another task or recipe, the learning rate apart."""
     if not file.exists():
         return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    found.setdefault("rates", [found["recipe"]["lr"]])
-    wanted = about(task, replace(recipe, lr=found["recipe"]["lr"]))
+    found = read_json(file, ("task", "recipe", "results"))
+    rate = found["recipe"].get("lr", 0.0) if isinstance(found["recipe"], dict) else 0.0
+    found.setdefault("rates", [rate])
+    wanted = about(task, replace(recipe, lr=rate))
     other = [name for name, value in wanted.items() if found[name] != value]
     if other:
         raise ValueError(f"{file} holds results of another {' and '.join(other)}: choose another --out, or begin anew")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
 from foveate.adapt.named import mechanism
+from foveate.catalogue.options import made, options_of
 from foveate.lab.tasks import NOTHING, Batch
 from foveate.mixers.base import Mixer
 from foveate.mixers.short_conv import ShortConv
@@ -78,10 +78,9 @@ def make_mixer(text: str, dim: int, heads: int) -> Mixer:
     row, options = _named(text)
     if "causal" not in row.supports:
         raise ValueError(f"{row.name} is not causal: it would see the answers")
-    accepted = inspect.signature(row.mixer).parameters
-    usual = {"heads": heads} if "heads" in accepted else {}
+    usual = {"heads": heads} if "heads" in options_of(row.mixer) else {}
     try:
-        return row.mixer(dim, **(usual | options))
+        return made(row.name, row.mixer, usual | options, dim)
     except TypeError as error:
         raise ValueError(f"{text}: {error}") from None
 

@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
+from foveate.lab.folders import check_writable, read_json
+from foveate.lab.progress import bar
 from foveate.lab.results import write_whole
 from foveate.lab.stopping import asked_to_stop
 from foveate.lab.tasks import Task
@@ -41,6 +40,7 @@ def train_task(
     recipe = recipe or TaskRecipe()
     run = TaskRun(task, mixer, recipe, out / CHECKPOINT)
     identity = {"mixer": mixer, **run.about()}
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     done = _settle(out, identity, resume)
     if done is not None:
@@ -57,10 +57,9 @@ def train_task(
 
 def learn(run: TaskRun, *, progress: bool = True, label: str = "learning") -> bool:
     """Step until the run is over or a signal asks to stop, which saves it; whether it is over."""
-    with asked_to_stop() as stop, _bar(progress) as bar:
-        row = bar.add_task(label, total=1.0, note="")
+    with asked_to_stop() as stop, bar(show=progress) as shown:
         for point in run.points():
-            bar.update(row, completed=run.progress(), note=in_words(point))
+            shown.update(run.progress(), f"{label}  {in_words(point)}")
             if stop:
                 run.save()
                 return False
@@ -83,18 +82,11 @@ def _settle(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any]
             (out / name).unlink(missing_ok=True)
     settings = out / "settings.json"
     if resume and settings.exists():
-        before = json.loads(settings.read_text(encoding="utf-8"))
+        before = read_json(settings)
         other = [name for name, value in identity.items() if before.get(name) != value]
         if other:
             raise ValueError(f"{out} holds a run of another {' and '.join(other)}: take another folder or resume=False")
         if (out / RESULT).exists():
-            result: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
-            return result
+            return read_json(out / RESULT, ("mixer", "accuracy", "steps", "seconds", "state_bytes"))
     write_whole(settings, json.dumps(identity, indent=1) + "\n")
     return None
-
-
-def _bar(show: bool) -> Progress:
-    note = TextColumn("{task.fields[note]}")
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), note, TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not show)

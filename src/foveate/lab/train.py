@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from foveate.lab.progress import bar
 from foveate.lab.stopping import asked_to_stop
 from foveate.lab.train_export import export
 from foveate.lab.train_recipe import Phase, Recipe
@@ -75,19 +74,11 @@ def _go_on(run: Run) -> bool:
     """Step until the run is done or a signal asks to stop; whether it is done."""
     if run.checkpoint.exists():
         run.load()
-    with asked_to_stop() as stop, _progress() as bar:
-        task = bar.add_task("training", total=1.0, note="")
+    with asked_to_stop() as stop, bar() as shown:
         while run.progress() < 1 and not stop:
             loss = run.step_once()
-            bar.update(task, completed=run.progress(), note=f"step {run.step:,}  loss {loss:.3f}")
+            shown.update(run.progress(), f"training  step {run.step:,}  loss {loss:.3f}")
             run.housekeeping(loss)
     run.save()
     run.pool.shutdown()
     return not stop
-
-
-def _progress() -> Progress:
-    note = TextColumn("{task.fields[note]}")
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), note, TimeElapsedColumn(), console=Console(stderr=True)
-    )

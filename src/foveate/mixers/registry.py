@@ -201,4 +201,6 @@ def mixer(name: str, dim: int, **options: Any) -> Mixer:
     >>> mixer("moba", 64, heads=4)(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])
     """
-    return row(name).mixer(dim, **options)
+    from foveate.catalogue.options import made
+
+    return made(name, row(name).mixer, options, dim)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foveate.patterns.algebra import Pattern
 
+FARTHEST = 2**48  # sums of a few such positions still fit 64 bits
 _JOINS = {ast.BitAnd: and_, ast.BitOr: or_}
 
 
@@ -105,7 +106,7 @@ def _argument(node: ast.AST, held: Iterator[Tensor]) -> Any:
         items = [_argument(item, held) for item in node.elts]
         return tuple(items) if isinstance(node, ast.Tuple) else items
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, type(None))):
-        return node.value
+        return _within_reach(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return _negative(node.operand)
     if isinstance(node, ast.Constant) and node.value is ...:
@@ -113,6 +114,12 @@ def _argument(node: ast.AST, held: Iterator[Tensor]) -> Any:
     if isinstance(node, ast.Constant):
         raise ValueError(f"{_shown(node)} cannot be written in a text: only numbers, flags, lists and patterns")
     return _pattern(node, held)
+
+
+def _within_reach(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not -FARTHEST <= value <= FARTHEST:
+        raise ValueError(f"numbers in a pattern go up to {FARTHEST:,}, beyond any text; got {value:.3g}")
+    return value
 
 
 def _held(held: Iterator[Tensor]) -> Tensor:
@@ -124,7 +131,7 @@ def _held(held: Iterator[Tensor]) -> Tensor:
 
 def _negative(node: ast.AST) -> int | float:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        return -node.value
+        return -_within_reach(node.value)
     raise ValueError(f"only a number has a sign; got -{_shown(node)}")
 
 
