@@ -28,7 +28,7 @@ help:
 
 demo: $(DEMO_READY)
 	.venv/bin/foveate compare --model builtin --text $(DEMO_TEXT) --length 8192 --windows 2 --repeats 3 --max-loss 0.03 \
-	    --out $(DEMO_OUT) $(DEMO_MECHANISMS)
+	    --force --out $(DEMO_OUT) $(DEMO_MECHANISMS)
 
 test: $(DEV_READY)
 	$(PY) -m pytest

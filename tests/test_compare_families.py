@@ -79,6 +79,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         SHAPE | dict(num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=40, head_dim=8),
         "text",
     ),
+    "Bloom": ("BloomForCausalLM", "BloomConfig", dict(vocab_size=310, hidden_size=32, n_layer=2, n_head=4), "text"),
     "BERT": ("BertForMaskedLM", "BertConfig", SHAPE, "masked"),
     "RoBERTa": ("RobertaForMaskedLM", "RobertaConfig", SHAPE | dict(max_position_embeddings=150), "masked"),
     "BERT without a head": ("BertModel", "BertConfig", SHAPE, "states"),
@@ -289,11 +290,6 @@ def test_an_encoder_needs_a_mask_token(tmp_path: Path) -> None:
             "MambaForCausalLM",
             transformers.MambaConfig(vocab_size=310, hidden_size=32, num_hidden_layers=1),
             "MambaForCausalLM has no attention",
-        ),
-        (
-            "BloomForCausalLM",
-            transformers.BloomConfig(vocab_size=310, hidden_size=32, n_layer=1, n_head=4),
-            "BloomForCausalLM computes attention in its own code",
         ),
     ],
 )

@@ -361,7 +361,7 @@ def test_a_mixer_that_fails_is_noted_and_the_others_go_on(tmp_path: Path, monkey
 
     monkeypatch.setattr(row("gla").mixer, "mix", broken)
     found = compare_task(SMALL, ["gla", "linear_transformer"], out=tmp_path, recipe=BRIEF, progress=False)
-    assert found["failed"] == [{"mixer": "gla", "lr": BRIEF.lr, "reason": "out of luck"}]
+    assert found["failed"] == [{"mixer": "gla", "lr": BRIEF.lr, "reason": "out of luck and more"}]
     assert [result["mixer"] for result in found["results"]] == ["linear_transformer"]
     monkeypatch.undo()
     found = compare_task(SMALL, ["gla"], out=tmp_path, recipe=BRIEF, resume=True, progress=False)
