@@ -13,24 +13,30 @@ from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene
 from foveate.patterns.bits import own
 
 
+BLOCK = 64  # tokens
+
+
 class Extremes(NamedTuple):
-    """Least and greatest label of every stretch of 1, 2, 4, ... tokens, each (B, H, levels, tokens)."""
+    """Least and greatest label of every stretch of 1, 2, 4, ... blocks of BLOCK tokens, each (B, H, levels, blocks)."""
 
     low: Tensor
     high: Tensor
 
     @classmethod
     def of(cls, labels: Tensor) -> Extremes:
-        low, high = [labels], [labels]
+        last = labels[..., -1:].expand(-1, -1, -labels.shape[2] % BLOCK)
+        blocks = torch.cat([labels, last], 2).unflatten(2, (-1, BLOCK))
+        low, high = [blocks.amin(3)], [blocks.amax(3)]
         width = 1
-        while 2 * width <= labels.shape[2]:
+        while 2 * width <= blocks.shape[2]:
             low.append(torch.minimum(low[-1], _ahead(low[-1], width)))
             high.append(torch.maximum(high[-1], _ahead(high[-1], width)))
             width *= 2
         return cls(torch.stack(low, 2), torch.stack(high, 2))
 
     def between(self, batch: Index, head: Index, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each range: two stretches cover it."""
+        """Of each range of tokens, of those beside it in their blocks too: two stretches cover it."""
+        first, last = first // BLOCK, last // BLOCK
         level = torch.frexp((last - first + 1).double()).exponent.long() - 1
         second = last + 1 - (1 << level)
         row = own(batch, head, self.low)
