@@ -126,7 +126,12 @@ def _biases(bias: Tensor | Bias | None, weights: Weights, q: Tensor, k: Tensor) 
     biases: list[Bias] = []
     if isinstance(bias, Tensor):
         biases.append(Dense(bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias))
-    elif isinstance(bias, (Alibi, LogDecay, RelativeTable)):
+    elif isinstance(bias, Alibi):  # distances are no numbers of half precision
+        slopes = bias.parameter.to(
+            torch.promote_types(torch.promote_types(bias.parameter.dtype, q.dtype), torch.float32)
+        )
+        biases.append(replace(bias, parameter=slopes, offset=k.shape[2] - q.shape[2]))
+    elif isinstance(bias, (LogDecay, RelativeTable)):
         biases.append(replace(bias, offset=k.shape[2] - q.shape[2]))
     elif isinstance(bias, Bias):
         biases.append(bias)
@@ -137,6 +142,8 @@ def _biases(bias: Tensor | Bias | None, weights: Weights, q: Tensor, k: Tensor) 
     if weights.bias is not None:
         biases.append(PerHead(weights.bias.to(q.device)))
     for one in biases:
+        if one.parameter.layout is not torch.strided:
+            raise TypeError(f"a bias is a dense tensor; got {one.parameter.layout}: pass it through .to_dense()")
         if not one.parameter.is_floating_point() or one.parameter.device != q.device:
             raise ValueError(
                 f"a bias is a float tensor on {q.device}; got {one.parameter.dtype} on {one.parameter.device}"

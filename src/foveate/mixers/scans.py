@@ -279,8 +279,9 @@ class ZigMa(Mixer):
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         assert isinstance(layout, Grid)
         order, lines = self.path(layout)
-        real = None if padding is None else order.apply(padding).reshape(x.shape[0] * lines, -1)
-        along = order.apply(x).reshape(x.shape[0] * lines, -1, self.dim)
+        sequences, length = x.shape[0] * lines, x.shape[1] // lines
+        real = None if padding is None else order.apply(padding).reshape(sequences, length)
+        along = order.apply(x).reshape(sequences, length, self.dim)
         return order.undo(self.mamba(along, padding=real).reshape(x.shape))
 
     def path(self, grid: Grid) -> tuple[Order, int]:

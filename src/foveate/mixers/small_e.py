@@ -148,5 +148,6 @@ def sinusoids(length: int, width: int) -> Tensor:
     tensor([[0.0000, 0.0000, 1.0000, 1.0000],
             [0.8415, 0.0100, 0.5403, 0.9999]])
     """
-    angles = torch.arange(length)[:, None] * 10_000.0 ** (-torch.arange(0, width, 2) / width)
+    steps = torch.arange(0, width, 2, dtype=torch.float32)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * 10_000.0 ** (-steps / width)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

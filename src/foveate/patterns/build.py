@@ -84,7 +84,8 @@ def build(
     """Build the selection of a resolved pattern; without ``reorder`` in the natural order of tokens."""
     if tile % 8 or tile < 8:
         raise ValueError(f"a tile is a multiple of 8 tokens; got {tile}")
-    reorder = reorder and resolved.needs_axes and scene.offset == 0
+    patches = tile & (tile - 1) == 0  # boxes of grid tokens have sides of powers of two
+    reorder = reorder and resolved.needs_axes and scene.offset == 0 and patches
     if tile == native.TILE and not reorder and (selection := native.select(resolved, scene, device)):
         return selection
     slots = scene.layout.slots(tile, device) if reorder else None

@@ -72,7 +72,16 @@ def check_chunk(chunk: int) -> None:
         raise ValueError(f"chunk must be a power of two, got {chunk}; 64 suits most calls")
 
 
+def check_dense(name: str, x: object) -> None:
+    """An argument that must be a tensor with strides, nothing sparse."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}; torch.as_tensor makes one of numbers")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}; pass {name}.to_dense()")
+
+
 def check_state(state: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    check_dense("state", state)
     if tuple(state.shape) != tuple(shape):
         raise ValueError(f"state must be (sequences, state heads, D, Dv) = {tuple(shape)}, got {tuple(state.shape)}")
     if state.dtype != dtype:
@@ -83,8 +92,7 @@ def check_state(state: Tensor, shape: Sequence[int], dtype: torch.dtype, device:
 
 def _check_kinds(given: dict[str, Tensor]) -> None:
     for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_dense(name, x)
         if not x.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
         if x.device != given["q"].device:

@@ -84,11 +84,11 @@ def scan(
 
     Paper: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, arXiv 2312.00752.
     """
-    if lengths is None and x.shape[-2:-1] == (1,):
+    if lengths is None and isinstance(x, Tensor) and x.shape[-2:-1] == (1,):
         quick = scan_token(x, dt, A, B, C, D, z, dt_bias, softplus, state, impl)
         if quick is not None:
             return Scanned(*quick)
-    B, C = (v.unsqueeze(2) if v.dim() == 3 else v for v in (B, C))
+    B, C = (v.unsqueeze(2) if isinstance(v, Tensor) and v.dim() == 3 else v for v in (B, C))
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, softplus)
     check_scan(inputs)
     state = _state(inputs, state, lengths, tuple(A.shape))
@@ -118,7 +118,7 @@ def scan_step(
 
     Shapes, dtypes, errors and the paper are those of `scan`; x has one token, (B, 1, C).
     """
-    if x.dim() == 3 and x.shape[1] != 1:
+    if isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] != 1:
         raise ValueError(f"scan_step takes one token, (B, 1, C), got x {tuple(x.shape)}; use scan for several")
     return scan(x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, state=state, impl=impl)
 

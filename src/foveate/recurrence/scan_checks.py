@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from foveate.plain import is_plain
+from foveate.recurrence.checks import check_dense
 from foveate.recurrence.scan_inputs import ConvInputs, Inputs, LinearInputs, ScanInputs
 
 
@@ -57,6 +59,7 @@ def check_lengths(x: Tensor, lengths: Sequence[int]) -> None:
 
 def check_state(state: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """A state carried over from an earlier call."""
+    check_dense("state", state)
     if tuple(state.shape) != tuple(shape):
         axes = "(sequences, C, S)" if len(shape) == 3 else "(sequences, C)"
         raise ValueError(f"state must be {axes} = {tuple(shape)}, got {tuple(state.shape)}")
@@ -67,6 +70,7 @@ def check_state(state: Tensor, shape: Sequence[int], dtype: torch.dtype, device:
 
 def check_tail(tail: Tensor, shape: Sequence[int], device: torch.device) -> None:
     """The last inputs of an earlier call."""
+    check_dense("tail", tail)
     if tuple(tail.shape) != tuple(shape):
         raise ValueError(f"tail must be (sequences, C, width - 1) = {tuple(shape)}, got {tuple(tail.shape)}")
     if not tail.is_floating_point():
@@ -75,6 +79,10 @@ def check_tail(tail: Tensor, shape: Sequence[int], device: torch.device) -> None
 
 
 def _check_kinds(inputs: Inputs) -> None:
+    for field in fields(inputs):
+        value = getattr(inputs, field.name)
+        if not (value is None or isinstance(value, bool)):
+            check_dense(field.name, value)
     given = inputs.tensors()
     for name, x in given.items():
         if not x.is_floating_point():

@@ -111,7 +111,8 @@ def evolve(
             each = partial(evolve, final=False, chunk=chunk, impl=impl)
             outs = [each(piece, transition, write, read).out for piece in x.split(list(lengths), dim=1)]
             return Evolved(torch.cat(outs, dim=1), None)
-        run = _token_by_token if _chosen(impl, "fft", x.shape[1]) == "reference" else _by_transform
+        few = 0 if x.shape[0] == 0 else x.shape[1]  # transforms of nothing are refused
+        run = _token_by_token if _chosen(impl, "fft", few) == "reference" else _by_transform
         outs = []
         pieces = x.to(transition.real.dtype).split(chunk or max(1, x.shape[1]), dim=1)
         for number, piece in enumerate(pieces, 1):

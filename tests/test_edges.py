@@ -1,0 +1,102 @@
+"""At the edge: what is no tensor, sparse ones, nothing at all, constants under another default dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate import Grid, alibi, attend, causal_conv, linear_scan, neighborhood, recur, scan, scan_step, topk_blocks
+from foveate.mixers.registry import rows
+from foveate.patterns import Scene, resolve
+from foveate.patterns.dense import dense_mask
+from foveate.recurrence import evolve
+from foveate.testing.subject import Subject
+
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, tuple[int, ...]]]] = {
+    "recur": (recur, {"q": (2, 2, 5, 3), "k": (2, 2, 5, 3), "v": (2, 2, 5, 3), "state": (2, 2, 3, 3)}),
+    "scan": (
+        scan,
+        {"x": (2, 5, 4), "dt": (2, 5, 4), "A": (4, 3), "B": (2, 5, 3), "C": (2, 5, 3), "D": (4,), "state": (2, 4, 3)},
+    ),
+    "scan_step": (scan_step, {"x": (2, 1, 4), "dt": (2, 1, 4), "A": (4, 3), "B": (2, 1, 3), "C": (2, 1, 3)}),
+    "linear_scan": (linear_scan, {"x": (2, 5, 4), "decay": (2, 5, 4), "state": (2, 4)}),
+    "causal_conv": (causal_conv, {"x": (2, 5, 4), "weight": (4, 3), "bias": (4,), "tail": (2, 4, 2)}),
+    "attend": (attend, {"q": (2, 2, 5, 3), "k": (2, 2, 5, 3), "v": (2, 2, 5, 3), "bias": (2, 5, 5)}),
+}
+ARGUMENTS = [(name, argument) for name, (_, shapes) in CALLS.items() for argument in shapes]
+NEGATIVE = {"A", "decay"}
+
+
+def arguments(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    operator, shapes = CALLS[name]
+    return operator, {n: -torch.rand(s) if n in NEGATIVE else torch.rand(s) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+@pytest.mark.parametrize("wrong", ["text", 3, [1.0, 2.0], "sparse"])
+def test_what_is_no_dense_tensor_is_refused(name: str, argument: str, wrong: Any) -> None:
+    operator, given = arguments(name)
+    operator(**given)
+    given[argument] = given[argument].to_sparse() if wrong == "sparse" else wrong
+    with pytest.raises(TypeError, match=r"must be a|is a dense tensor|bias must be"):
+        operator(**given)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiles", "auto"])
+@pytest.mark.parametrize(("slopes", "dtype", "error"), [("float32", "float64", 1e-12), ("bfloat16", "float32", 1e-4)])
+def test_alibi_counts_distances_exactly(impl: str, slopes: str, dtype: str, error: float) -> None:
+    q, k, v = torch.randn(3, 1, 2, 700, 4, dtype=getattr(torch, dtype)).unbind(0)
+    slope = torch.tensor([0.01, -0.003]).to(getattr(torch, slopes))
+    place = torch.arange(700, dtype=torch.float64)
+    bias = -slope.double().view(2, 1, 1) * (place[:, None] - place).abs()
+    exact = torch.softmax(q.double() @ k.double().mT / 2 + bias, -1) @ v.double()
+    assert (attend(q, k, v, bias=alibi(slope), impl=impl) - exact).abs().max() < error
+
+
+@pytest.mark.parametrize("tile", [8, 24, 40, 64])
+def test_tiles_of_any_multiple_of_8_on_grids(tile: int) -> None:
+    grid = Grid(7, 9)
+    q = k = torch.randn(1, 2, grid.length, 4)
+    for pattern in (neighborhood(3), topk_blocks(4, k=2) | neighborhood((3, 5))):
+        scene = Scene(grid.length, grid.length, grid, q, k)
+        expected = dense_mask(resolve(pattern, scene), scene)
+        assert torch.equal(pattern.select(q, k, grid, tile=tile).to_dense(), expected)
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 0]])
+def test_no_tokens_are_differentiable(lengths: list[int] | None) -> None:
+    q, k, v = torch.randn(3, 1, 2, 0, 4).requires_grad_().unbind(0)
+    out = recur(q, k, v, decay=-torch.rand(2), lengths=lengths).out
+    assert out.shape == (1, 2, 0, 4)
+    out.sum().backward()
+
+
+def test_no_sequences_evolve() -> None:
+    transition = torch.complex(-torch.rand(3, 2), torch.randn(3, 2))
+    ones = torch.ones_like(transition)
+    for length in (1, 20):
+        out, state = evolve(torch.randn(0, length, 3), transition, ones, ones)
+        assert out.shape == (0, length, 3) and state is not None and state.shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize("name", [row.name for row in rows()])
+def test_mixers_of_no_sequences_and_under_other_defaults(name: str) -> None:
+    found = next(row for row in rows() if row.name == name)
+    subject = Subject(found, getattr(found.mixer, "tiny", {}), "causal" in found.supports)
+    mixer, place = subject.mixer(torch.float32), subject.places(19)[0]
+    x: Tensor = subject.tokens(place.length).float()
+    with torch.no_grad():
+        assert mixer(x[:0], layout=place.layout).shape == x[:0].shape
+        usual = mixer(x, layout=place.layout)
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            try:
+                other = mixer(x, layout=place.layout)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert other.dtype == x.dtype
+            assert torch.allclose(other, usual, rtol=1e-5, atol=1e-6), dtype
