@@ -62,7 +62,7 @@ def test_recur_refuses(changes: dict, error: type[Exception], words: str) -> Non
     ("lengths", "words"),
     [
         ([4, 4], "sum to 8, but q, k and v have 9"),
-        ([10, -1], "shorter than 0"),
+        ([10, -1], "0 or more"),
         ([], "at least one sequence"),
     ],
 )

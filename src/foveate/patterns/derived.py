@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from foveate.counts import whole_numbers
 from foveate.patterns.algebra import Pattern, Scene
 from foveate.patterns.decided import Columns
 from foveate.patterns.listed import Documents
@@ -128,7 +129,7 @@ def spans(spans: Iterable[tuple[int, int]]) -> Pattern:
 
     Raises ValueError for spans that overlap, or that hold no token.
     """
-    placed = tuple(sorted((int(start), int(count)) for start, count in spans))
+    placed = tuple(sorted((start, count) for start, count in (whole_numbers("spans", span) for span in spans)))
     ends = [0, *(start + count for start, count in placed)]
     if not placed or any(start < end or count < 1 for (start, count), end in zip(placed, ends, strict=False)):
         raise ValueError(f"spans takes (first token, tokens) of spans that do not overlap; got {list(placed)}")
@@ -136,10 +137,10 @@ def spans(spans: Iterable[tuple[int, int]]) -> Pattern:
 
 
 def _whole(pattern: str, lengths: Iterable[int]) -> tuple[int, ...]:
-    values = tuple(lengths)
-    if not values or any(int(n) != n or n < 0 for n in values):
-        raise ValueError(f"{pattern} takes whole lengths, each >= 0; got {list(values)}")
-    return tuple(int(n) for n in values)
+    values = whole_numbers(f"whole lengths that {pattern} takes", lengths)
+    if not values:
+        raise ValueError(f"{pattern} takes whole lengths, at least one; got []")
+    return values
 
 
 def _marked(spans: Iterable[tuple[int, int]], scene: Scene) -> Pattern:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.counts import whole_numbers
 from foveate.plain import remembered
 
 
@@ -121,10 +122,7 @@ class Packed(Layout):
     lengths: tuple[int, ...]
 
     def __init__(self, lengths: list[int] | tuple[int, ...]) -> None:
-        lengths = tuple(int(n) for n in lengths)
-        if any(n < 0 for n in lengths):
-            raise ValueError(f"lengths of packed sequences are zero or more; got {list(lengths)}")
-        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "lengths", whole_numbers("lengths of packed sequences", lengths))
 
     @property
     def length(self) -> int:

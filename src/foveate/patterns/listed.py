@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.counts import whole_numbers
 from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene, mix_hash
 from foveate.patterns.sequence import positive, same_group
 
@@ -42,9 +43,9 @@ def documents(lengths: Iterable[int]) -> Pattern:
             [1, 1, 0],
             [0, 0, 1]], dtype=torch.int32)
     """
-    lengths = tuple(int(n) for n in lengths)
-    if not lengths or any(n < 0 for n in lengths):
-        raise ValueError(f"documents takes the lengths of the documents, each >= 0; got {list(lengths)}")
+    lengths = whole_numbers("lengths of the documents", lengths)
+    if not lengths:
+        raise ValueError("documents takes the lengths of the documents, at least one; got []")
     return Documents(lengths)
 
 
@@ -85,9 +86,9 @@ def global_tokens(positions: Iterable[int]) -> Pattern:
             [1, 1, 1],
             [0, 1, 0]], dtype=torch.int32)
     """
-    positions = tuple(sorted({int(p) for p in positions}))
-    if not positions or positions[0] < 0:
-        raise ValueError(f"global_tokens takes token positions >= 0; got {list(positions)}")
+    positions = tuple(sorted(set(whole_numbers("global_tokens takes token positions >= 0, which", positions))))
+    if not positions:
+        raise ValueError("global_tokens takes token positions >= 0, at least one; got []")
     return GlobalTokens(positions)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 
+from foveate.counts import whole_numbers
 from foveate.options import FORCED
 from foveate.recurrence import native
 from foveate.recurrence.checks import check_call, check_chunk, check_ranges, check_state
@@ -114,6 +115,7 @@ def recur(
         plain = recur_plain(q, k, v, decay, beta, low_rank, scale, state)
         if plain is not None:
             return Recurrent(*plain)
+    lengths = None if lengths is None else whole_numbers("lengths", lengths)
     check_call(q, k, v, decay=decay, beta=beta, low_rank=low_rank, bonus=bonus, lengths=lengths, causal=causal)
     tokens = _tokens(q, k, v, decay, beta, scale, low_rank, bonus)
     _, *shape = tokens.state_shape

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.counts import whole_numbers
 from foveate.recurrence.scan_checks import (
     check_conv,
     check_lengths,
@@ -88,6 +89,7 @@ def scan(
         quick = scan_token(x, dt, A, B, C, D, z, dt_bias, softplus, state, impl)
         if quick is not None:
             return Scanned(*quick)
+    lengths = None if lengths is None else whole_numbers("lengths", lengths)
     B, C = (v.unsqueeze(2) if isinstance(v, Tensor) and v.dim() == 3 else v for v in (B, C))
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, softplus)
     check_scan(inputs)
@@ -148,6 +150,7 @@ def linear_scan(
 
     Paper: Martin and Cundy, Parallelizing Linear Recurrent Neural Nets Over Sequence Length, arXiv 1709.04057.
     """
+    lengths = None if lengths is None else whole_numbers("lengths", lengths)
     inputs = LinearInputs(x, decay)
     check_linear(inputs)
     return Scanned(*run(inputs, _state(inputs, state, lengths, tuple(x.shape[2:])), lengths, impl))
@@ -181,6 +184,7 @@ def causal_conv(
     """
     if activation not in (None, "silu"):
         raise ValueError(f'activation must be None or "silu", got {activation!r}')
+    lengths = None if lengths is None else whole_numbers("lengths", lengths)
     inputs = ConvInputs(x, weight, bias, activation == "silu")
     check_conv(inputs)
     shape = _sequences(x, lengths), x.shape[2], weight.shape[1] - 1

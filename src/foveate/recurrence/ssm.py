@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.amp import is_autocast_available
 
+from foveate.counts import whole_numbers
 from foveate.options import FORCED
 
 SHORT = 8  # tokens up to which the loop over tokens is faster than transforms
@@ -101,6 +102,7 @@ def evolve(
     Papers: Gu et al., On the Parameterization and Initialization of Diagonal State Space Models, arXiv 2206.11893;
     state passing: Fu et al., Hungry Hungry Hippos, 2212.14052.
     """
+    lengths = None if lengths is None else whole_numbers("lengths", lengths)
     _check(x, transition, write, read, lengths)
     if lengths is not None and state is not None:
         raise ValueError("packed sequences start afresh: pass no state beside lengths")
