@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 from compat_inputs import CASES, FIXED, chosen, draw, plain, states_for, with_option
+from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from foveate.compat import fla
 from foveate.compat.fla import chunk_gated_delta_rule, chunk_kda, fused_recurrent_gated_delta_rule
+
+
+def assert_close(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", with_option("use_qk_l2norm_in_kernel"))
@@ -22,7 +27,7 @@ def test_queries_and_keys_can_be_made_unit(name: str) -> None:
     call = chosen(drawn, CASES[name][0])
     made = {x: drawn[x] / (drawn[x].square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in ("q", "k")}
     got = getattr(fla, name)(**call, use_qk_l2norm_in_kernel=True)[0]
-    torch.testing.assert_close(got, getattr(fla, name)(**call | made)[0])
+    assert_close(got, getattr(fla, name)(**call | made)[0])
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -37,14 +42,14 @@ def test_gated_delta_gates_can_be_made_inside(function: Callable[..., Any], nega
         use_beta_sigmoid_in_kernel=True, allow_neg_eigval=negative,
     )[0]  # fmt: skip
     beta = logits.sigmoid() * (2 if negative else 1)
-    torch.testing.assert_close(got, function(q, k, v, -A_log.exp() * softplus(raw + bias), beta=beta)[0])
+    assert_close(got, function(q, k, v, -A_log.exp() * softplus(raw + bias), beta=beta)[0])
 
 
 def test_gk_and_g_of_the_gated_delta_rule_add_up() -> None:
     drawn = draw()
     q, k, v, g, gk = (drawn[name] for name in ("q", "k", "v", "g", "gk"))
     got = fused_recurrent_gated_delta_rule(q, k, v, g, gk, beta=drawn["beta"])[0]
-    torch.testing.assert_close(got, chunk_kda(q, k, v, gk + g.unsqueeze(-1), drawn["beta"])[0])
+    assert_close(got, chunk_kda(q, k, v, gk + g.unsqueeze(-1), drawn["beta"])[0])
 
 
 @pytest.mark.parametrize("bounded", [False, True])
@@ -60,10 +65,10 @@ def test_kda_gates_can_be_made_inside(name: str, bounded: bool) -> None:
         q, k, v, raw, logits, use_gate_in_kernel=True, A_log=A_log, dt_bias=bias,
         use_beta_sigmoid_in_kernel=True, lower_bound=-4.0 if bounded else None,
     )[0]  # fmt: skip
-    torch.testing.assert_close(got, function(q, k, v, g, logits.sigmoid())[0])
+    assert_close(got, function(q, k, v, g, logits.sigmoid())[0])
     if bounded:
         without = function(q, k, v, raw, drawn["beta"], use_gate_in_kernel=True, lower_bound=-4.0)[0]
-        torch.testing.assert_close(without, function(q, k, v, -4 * raw.sigmoid(), drawn["beta"])[0])
+        assert_close(without, function(q, k, v, -4 * raw.sigmoid(), drawn["beta"])[0])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -80,9 +85,9 @@ def test_normalized_linear_attention_divides_by_the_keys_so_far(name: str, packe
     o, (state, z_state) = getattr(fla, name)(
         q, k, v, 0.3, initial_state=(states, z), output_final_state=True, normalize=True, **more
     )
-    torch.testing.assert_close(o, out / below)
-    torch.testing.assert_close(state, last)
-    torch.testing.assert_close(z_state, last_z.squeeze(-1).unsqueeze(1))
+    assert_close(o, out / (below + 1e-10))
+    assert_close(state, last)
+    assert_close(z_state, last_z.squeeze(-1).unsqueeze(1))
     only = getattr(fla, name)(q, k, v, 0.3, initial_state=states, normalize=True, **more)
     zeros = getattr(fla, name)(q, k, v, 0.3, initial_state=(states, 0 * z), normalize=True, **more)
     assert torch.equal(only[0], zeros[0]) and only[1] is None
@@ -93,13 +98,15 @@ def test_the_fused_form_of_rwkv7_makes_a_and_b_itself() -> None:
     q, k, v, w, kk = (drawn[name] for name in ("q", "k", "v", "gk", "a"))
     rate = torch.rand_like(kk)
     got = fla.fused_mul_recurrent_rwkv7(q, w, k, v, kk, rate)[0]
-    torch.testing.assert_close(got, fla.chunk_rwkv7(q, w, k, v, -kk, kk * rate)[0])
+    assert_close(got, fla.chunk_rwkv7(q, w, k, v, -kk, kk * rate)[0])
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_hgrn_is_a_scan(packed: bool) -> None:
     offsets = [0, 4, 4, 11, 20] if packed else None
-    x, states = torch.randn(1 if packed else 2, 20, 5), torch.randn(4 if packed else 2, 5)
+    x, states = (
+        torch.randn(shape, dtype=torch.float64) for shape in ((1 if packed else 2, 20, 5), (4 if packed else 2, 5))
+    )
     g = logsigmoid(torch.randn_like(x))
     stretches = [(0, a, b) for a, b in pairwise(offsets)] if offsets else [(0, 0, 20), (1, 0, 20)]
     wanted, last = torch.empty_like(x), []
@@ -110,8 +117,8 @@ def test_hgrn_is_a_scan(packed: bool) -> None:
         last.append(state)
     more = {} if offsets is None else {"cu_seqlens": torch.tensor(offsets)}
     o, final = fla.fused_recurrent_hgrn(x, g, states, output_final_state=True, **more)
-    torch.testing.assert_close(o, wanted)
-    torch.testing.assert_close(final, torch.stack(last))
+    assert_close(o, wanted)
+    assert_close(final, torch.stack(last))
     assert fla.chunk_hgrn(x, g)[1] is None
 
 

@@ -26,7 +26,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def assert_same(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 # ---- Mamba-2 ---------------------------------------------------------------------------------------------------

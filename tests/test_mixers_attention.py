@@ -179,13 +179,14 @@ def test_streaming_decodes_at_constant_memory() -> None:
     assert state.positions.tolist() == [0, 1, 45, 46, 47, 48, 49]
 
 
-def test_swat_is_its_formula() -> None:
-    model = mixer("swat", 32, heads=4, window=6, rotary=None).double()
-    x = heads(2, 23, 32)
+@pytest.mark.parametrize("half", [2, 3])
+def test_swat_is_its_formula(half: int) -> None:
+    model = mixer("swat", 16 * half, heads=2 * half, window=6, rotary=None).double()
+    x = heads(2, 23, 16 * half)
     q, k, v = model.heads_of(x, x)
     distance = torch.arange(23).unsqueeze(1) - torch.arange(23)
-    slopes = model.slopes.double().view(4, 1, 1)
-    assert (slopes > 0).sum() == (slopes < 0).sum() == 2 and slopes.sum() == 0
+    steep = [2.0 ** (-8 * number / half) for number in range(1, half + 1)]
+    slopes = torch.tensor([*steep, *(-slope for slope in steep)], dtype=torch.float64).view(-1, 1, 1)
     weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - slopes * distance.abs())
     out = (weights * ((distance >= 0) & (distance < 6))) @ v
     agree(model(x), model.to_out(out.transpose(1, 2).flatten(2)), x, *model.parameters())

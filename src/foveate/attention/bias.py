@@ -169,13 +169,14 @@ def alibi(slopes: Tensor) -> Alibi:
     return Alibi(slopes)
 
 
-def alibi_slopes(heads: int) -> Tensor:
-    """The geometric slopes of the ALiBi paper, (heads,).
+def alibi_slopes(heads: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    """The geometric slopes of the ALiBi paper, (heads,); ask for float64 ones beside float64 queries.
 
     >>> alibi_slopes(4)
     tensor([0.2500, 0.0625, 0.0156, 0.0039])
     """
-    return 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float32, device=torch.get_default_device()) / heads)
+    device = torch.get_default_device() if device is None else device
+    return 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=dtype, device=device) / heads)
 
 
 def relative_table(table: Tensor, dims: tuple[int, ...] | None = None) -> RelativeTable:

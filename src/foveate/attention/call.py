@@ -90,7 +90,7 @@ def prepare(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     sink = weights.sink
     if sink is not None:
-        sink = _on_heads("sink", sink, heads).to(q.device)
+        sink = _beside(q, _on_heads("sink", sink, heads))
     needs_lse, dropped = needs_lse or sink is not None, as_dropout(dropout, seed)
     return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout, needs_lse, dropped), sink
 
@@ -140,7 +140,7 @@ def _biases(bias: Tensor | Bias | None, weights: Weights, q: Tensor, k: Tensor) 
             f"bias must be a tensor, alibi(...), relative_table(...) or log_decay(...); got {type(bias).__name__}"
         )
     if weights.bias is not None:
-        biases.append(PerHead(weights.bias.to(q.device)))
+        biases.append(PerHead(_beside(q, weights.bias)))
     for one in biases:
         if one.parameter.layout is not torch.strided:
             raise TypeError(f"a bias is a dense tensor; got {one.parameter.layout}: pass it through .to_dense()")
@@ -150,6 +150,12 @@ def _biases(bias: Tensor | Bias | None, weights: Weights, q: Tensor, k: Tensor) 
             )
         one.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     return tuple(biases)
+
+
+def _beside(q: Tensor, values: Tensor) -> Tensor:
+    """Numbers on q's device; float64 ones are kept beside float64 queries only."""
+    narrow = values.dtype == torch.float64 and q.dtype != torch.float64
+    return values.to(q.device, torch.float32 if narrow else values.dtype)
 
 
 def _on_heads(name: str, values: Tensor, heads: int) -> Tensor:

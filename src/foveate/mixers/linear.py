@@ -11,7 +11,7 @@ from torch.nn.functional import pad, rms_norm, silu
 
 from foveate.attention import alibi_slopes
 from foveate.mixers.base import join_heads
-from foveate.mixers.recurrent import Inputs, RecurrentMixer, widened
+from foveate.mixers.recurrent import Inputs, RecurrentMixer, wide, widened
 from foveate.mixers.registry import register
 
 
@@ -104,11 +104,11 @@ class LightningAttention2(RecurrentMixer):
         self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        return Inputs(silu(q), silu(k), v, decay=self.decay(x.device))
+        return Inputs(silu(q), silu(k), v, decay=self.decay(x))
 
-    def decay(self, device: torch.device) -> Tensor:
-        """Logarithm of what each head keeps of its state, (H,)."""
-        return -self.pace * alibi_slopes(self.heads).to(device)
+    def decay(self, x: Tensor) -> Tensor:
+        """Logarithm of what each head keeps of its state, (H,), in the dtype of x's state."""
+        return -self.pace * alibi_slopes(self.heads, dtype=wide(x.dtype), device=x.device)
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         flat = join_heads(heads)

@@ -26,8 +26,10 @@ def nearest(layout: Points | Grid, count: int) -> Tensor:
             [1, 0],
             [2, 1]])
     """
-    at = torch.stack(layout.coordinates(torch.arange(layout.length)), dim=1).float()
-    rows = [torch.cdist(some, at).topk(min(count, len(at)), largest=False).indices for some in at.split(CHUNK)]
+    at = torch.stack(layout.coordinates(torch.arange(layout.length)), dim=1)
+    at = at.float() if at.device.type == "mps" else at.double()
+    count, exact = min(count, len(at)), "donot_use_mm_for_euclid_dist"  # products cancel far from the origin
+    rows = [torch.cdist(some, at, compute_mode=exact).topk(count, largest=False).indices for some in at.split(CHUNK)]
     return torch.cat(rows)
 
 

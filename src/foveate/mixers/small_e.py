@@ -140,14 +140,14 @@ def one_head(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """Position features (length, width): sines and cosines at wavelengths from 2 pi to 20000 pi.
+    """Position features (length, width) in float64: sines and cosines at wavelengths from 2 pi to 20000 pi.
 
     Vaswani et al., Attention Is All You Need, arXiv 1706.03762.
 
-    >>> sinusoids(2, 4)
+    >>> sinusoids(2, 4).float()
     tensor([[0.0000, 0.0000, 1.0000, 1.0000],
             [0.8415, 0.0100, 0.5403, 0.9999]])
     """
-    steps = torch.arange(0, width, 2, dtype=torch.float32)
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * 10_000.0 ** (-steps / width)
+    places, channels = (torch.arange(*span, dtype=torch.float64, device="cpu") for span in ((length,), (0, width, 2)))
+    angles = places[:, None] * 10_000.0 ** (-channels / width)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

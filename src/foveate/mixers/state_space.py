@@ -29,8 +29,9 @@ class Dynamics(nn.Module):
     def __init__(self, rates: Tensor, *, steps: int, method: str = "zoh") -> None:
         super().__init__()
         self.method = method
-        self.log_decay = nn.Parameter((-rates.real).log().clone())
-        self.frequency = nn.Parameter(rates.imag.clone())
+        dtype = torch.get_default_dtype()
+        self.log_decay = nn.Parameter((-rates.real).log().to(dtype))
+        self.frequency = nn.Parameter(rates.imag.to(dtype, copy=True))
         self.log_step = nn.Parameter(torch.empty(steps).uniform_(math.log(1e-3), math.log(1e-1)))
 
     def forward(self) -> Discrete:

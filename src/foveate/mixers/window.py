@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.attention import Bias, Weights, alibi, alibi_slopes, attend, attend_partial, merge
 from foveate.mixers.attention import AttentionMixer, KeyValues
 from foveate.mixers.core import PatternCore, joined
+from foveate.mixers.recurrent import wide
 from foveate.mixers.registry import register
 from foveate.mixers.rotary import rotate
 from foveate.patterns import Layout, Pattern, per_head, window
@@ -100,7 +101,6 @@ class SWAT(AttentionMixer):
     """
 
     tiny: ClassVar[dict[str, Any]] = {"window": 6}
-    slopes: Tensor
 
     def __init__(
         self,
@@ -112,22 +112,21 @@ class SWAT(AttentionMixer):
         **options: Any,
     ) -> None:
         super().__init__(dim, heads, core=PatternCore(recent(window)), rotary=rotary, **options)
-        self.register_buffer("slopes", balanced_slopes(heads), persistent=False)
 
     def weights(self, num_keys: int) -> Weights | str:
         return "sigmoid"
 
     def bias(self) -> Bias | None:
-        return alibi(self.slopes)
+        return alibi(balanced_slopes(self.heads, wide(self.weight.dtype), self.weight.device))
 
 
-def balanced_slopes(heads: int) -> Tensor:
+def balanced_slopes(heads: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
     """ALiBi slopes, positive for the first half of the heads and their opposites for the rest.
 
     >>> balanced_slopes(4)
     tensor([ 0.0625,  0.0039, -0.0625, -0.0039])
     """
-    slopes = alibi_slopes(-(-heads // 2))
+    slopes = alibi_slopes(-(-heads // 2), dtype=dtype, device=device)
     return torch.cat([slopes, -slopes])[:heads]
 
 

@@ -16,7 +16,7 @@ from foveate.options import FORCED
 from foveate.recurrence import native
 from foveate.recurrence.checks import check_call, check_chunk, check_ranges, check_state
 from foveate.recurrence.chunks import recur_by_chunk
-from foveate.recurrence.layout import Lengths, LowRank, Tokens, one_by_one
+from foveate.recurrence.layout import Lengths, LowRank, Tokens, one_by_one, state_dtype
 from foveate.recurrence.native_call import OutOfRange
 from foveate.recurrence.quick import recur_plain
 from foveate.recurrence.reference import recur_by_token
@@ -200,7 +200,7 @@ def _tokens(
 ) -> Tokens:
     fades = decay is not None
     if decay is None:
-        decay = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=q.device)
+        decay = torch.zeros(1, 1, 1, 1, dtype=state_dtype(q, k, v), device=q.device)
     elif decay.dim() == 1:
         decay = decay[None, :, None, None]
     elif decay.dim() == 3:

@@ -54,6 +54,8 @@ def discretize(rates: Tensor, step: Tensor, method: str = "zoh") -> Discrete:
 def hippo_rates(count: int) -> Tensor:
     """Eigenvalues (count,), with positive imaginary part, of the normal part of the HiPPO-LegS matrix.
 
+    They are complex64, or complex128 where float64 is torch's default dtype.
+
     >>> hippo_rates(2)
     tensor([-0.5000+0.5565j, -0.5000+4.6033j])
 
@@ -62,7 +64,8 @@ def hippo_rates(count: int) -> Tensor:
     order = (torch.arange(2 * count, dtype=torch.float64, device=torch.get_default_device()) + 0.5).sqrt()
     skew = torch.outer(order, order).triu(1)
     imaginary = torch.linalg.eigvalsh(1j * (skew - skew.T))[count:]
-    return torch.complex(torch.full_like(imaginary, -0.5), imaginary).to(torch.complex64)
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return torch.complex(*(part.to(dtype) for part in (torch.full_like(imaginary, -0.5), imaginary)))
 
 
 def evolve(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from foveate.attention import attend
+from foveate.attention import attend, log_decay
 from foveate.compat.fla.layout import LAYOUT, Sequences
-from foveate.compat.widen import wide
 from foveate.patterns import Packed, Pattern, causal, window
-from foveate.recurrence.layout import state_dtype
 
 
 def parallel_forgetting_attn(
@@ -23,13 +20,14 @@ def parallel_forgetting_attn(
 ) -> Tensor:
     """Forgetting attention: causal softmax over scale q_i k_j + g_{j+1} + ... + g_i.
 
+    >>> import torch
     >>> q, k, v = torch.randn(2, 10, 4, 8), torch.randn(2, 10, 2, 8), torch.randn(2, 10, 2, 8)
     >>> parallel_forgetting_attn(q, k, v, -torch.rand(2, 10, 4)).shape
     torch.Size([2, 10, 4, 8])
 
     q is [B, T, HQ, K], k [B, T, H, K], v [B, T, H, V], HQ a multiple of H, g (log-decays) [B, T, HQ]; the value
     [B, T, HQ, V]. With window_size a query sees that many tokens, its own included. cu_seqlens [N + 1] are offsets of
-    sequences packed in B = 1. Any floating dtype, sums of g in float32 or float64.
+    sequences packed in B = 1. Any floating dtype; sums of g are float64.
     Raises ValueError where shapes do not fit.
 
     Lin et al., Forgetting Transformer: Softmax Attention with a Forget Gate, arXiv 2503.02130.
@@ -40,15 +38,13 @@ def parallel_forgetting_attn(
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size counts the query's own token, so it is at least 1; got {window_size}")
     lengths = Sequences(cu_seqlens=cu_seqlens).lengths(*q.shape[:2])
-    # the sums up to the query are the same for all its keys: softmax does not see them
-    sums = torch.cat([piece.cumsum(1) for piece in wide(g).split(lengths or [g.shape[1]], 1)], 1)
     pattern: Pattern = causal if window_size is None else window(window_size - 1) & causal
     out = attend(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         pattern,
-        bias=-sums.to(state_dtype(q, k, v)).transpose(1, 2).unsqueeze(2),  # (B, HQ, 1, T)
+        bias=log_decay(g.transpose(1, 2)),
         scale=scale,
         layout=None if lengths is None else Packed(lengths),
     )
