@@ -269,6 +269,7 @@ REFUSED: list[tuple[str, Callable[[], Any], type[Exception]]] = [
     ("dt must be", lambda: scanned(dt=torch.randn(2, 4, 13)), ValueError),
     ("multiple of the 3 groups", lambda: scanned(B=torch.randn(2, 13, 3, 3)), ValueError),
     (r"seq_idx must be .*\(2, 13\)", lambda: scanned(seq_idx=SEQ), ValueError),
+    ("whole numbers", lambda: scanned(seq_idx=torch.zeros(2, 13)), TypeError),
     ("A must be real", lambda: selective_scan_fn(**channels() | {"A": torch.randn(6, 3) + 0j}), NotImplementedError),
     ("u must be", lambda: selective_scan_fn(**channels() | {"A": torch.randn(13, 3)}), ValueError),
     ("B must be", lambda: selective_scan_fn(**channels() | {"B": torch.randn(2, 13, 3)}), ValueError),

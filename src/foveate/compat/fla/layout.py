@@ -10,12 +10,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.counts import whole_numbers
 from foveate.recurrence import recur
 from foveate.recurrence.layout import state_dtype
 
 LAYOUT = "tensors are [B, T, H, D]: batch, tokens, heads, dim"
-
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -138,17 +137,10 @@ def lengths_of(cu_seqlens: Tensor, num_tokens: int) -> list[int]:
     >>> lengths_of(torch.tensor([0, 3, 3, 7]), 7)
     [3, 0, 4]
     """
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a tensor of whole numbers (N + 1,), got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in WHOLE or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"cu_seqlens must be whole numbers (N + 1,), 0 first and the number of tokens last, got "
-            f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
-        )
-    offsets = cu_seqlens.tolist()
+    offsets = whole_numbers("cu_seqlens", cu_seqlens)
     lengths = [end - start for start, end in pairwise(offsets)]
-    if offsets[0] != 0 or offsets[-1] != num_tokens or min(lengths) < 0:
-        raise ValueError(f"cu_seqlens must rise from 0 to the {num_tokens} tokens there are, got {offsets}")
+    if not lengths or offsets[0] != 0 or offsets[-1] != num_tokens or min(lengths) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to the {num_tokens} tokens there are, got {list(offsets)}")
     return lengths
 
 

@@ -14,6 +14,8 @@ def run_lengths(seq_idx: Tensor, batch: int, num_tokens: int) -> list[list[int]]
     """
     if tuple(seq_idx.shape) != (batch, num_tokens):
         raise ValueError(f"seq_idx must be (batch, tokens) = {(batch, num_tokens)}, got {tuple(seq_idx.shape)}")
+    if seq_idx.is_floating_point() or seq_idx.is_complex():
+        raise TypeError(f"seq_idx must hold whole numbers, one for each sequence, got {seq_idx.dtype}")
     if num_tokens == 0:
         return [[0]] * batch
     return [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in seq_idx]
