@@ -23,7 +23,7 @@ help:
 	@echo 'make test-all  run the tests and the longer sweeps: native kernels under sanitizers, NEON in an emulator'
 	@echo 'make fuzz      random calls of everything for MINUTES=10, on WORKERS=2 processes; SANITIZE=1: kernels with checks'
 	@echo 'make lint      check style and types'
-	@echo 'make docs      write the index of the catalogue and the pages of docs/ again'
+	@echo 'make docs      write the index of the catalogue, the evidence of its tests and the pages of docs/ again'
 	@echo 'make clean     remove the virtual environment and what the demo wrote'
 
 demo: $(DEMO_READY)
@@ -49,6 +49,7 @@ lint: $(DEV_READY)
 
 docs: $(DEV_READY)
 	$(PY) -m foveate.catalogue.index
+	$(PY) -m foveate.catalogue.evidence tests
 	$(PY) -m foveate.lab.catalogue_page docs/catalogue.md
 	$(PY) -m foveate.lab.patterns_page docs
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from foveate.catalogue.evidence import UNRUN, check_mark
+
 THREADS = 2
 
 
@@ -51,6 +53,19 @@ def pytest_configure(config: pytest.Config) -> None:
     # torch then fills what torch.empty and its kin return with NaN (or the greatest integer).
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Evidence names a paper of the catalogue and a kind, and is on a test that runs."""
+    for item in items:
+        for mark in item.iter_markers("paper"):
+            try:
+                check_mark(*mark.args, **mark.kwargs)
+            except (TypeError, ValueError) as error:
+                raise pytest.UsageError(f"{item.nodeid}: {error}") from None
+            unrun = UNRUN & {other.name for other in item.iter_markers()}
+            if unrun:
+                raise pytest.UsageError(f"{item.nodeid} is no evidence: it is marked {', '.join(sorted(unrun))}")
 
 
 def pytest_report_header() -> str:

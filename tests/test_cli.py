@@ -20,7 +20,7 @@ from foveate.native.search import Loaded, Status
 from foveate.native.variants import BY_NAME
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("compare", "list", "show", "train", "check", "doctor")
+COMMANDS = ("compare", "list", "show", "rows", "train", "check", "doctor")
 
 LEAKY = '''
 from foveate.attention import attend

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted_work import work
 from test_mixers_mamba import DIM, convolved, scanned, shaken, tokens
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, silu
@@ -18,13 +19,30 @@ from foveate.mixers.mamba import Branch, Mamba
 from foveate.mixers.mamba3d import LocalNormPooling, Mamba3D, nearest
 from foveate.mixers.scans import BidirectionalMamba, SMamba, VideoMamba, VMamba, ZigMa, insert_middle
 from foveate.mixers.viper import FiLM, ViperScan
-from foveate.recurrence import cross_scan, spatio_temporal, zigzag
+from foveate.recurrence import zigzag
 
 
 def passed(branch: nn.Module, u: Tensor) -> Tensor:
     """One pass of a branch, by hand."""
     assert isinstance(branch, Branch)
     return scanned(branch.ssm, convolved(branch.conv, u))
+
+
+def rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def gated(mamba: Mamba, x: Tensor) -> Tensor:
+    """A whole Mamba block, by hand."""
+    u, gate = mamba.to_in(x).chunk(2, -1)
+    return mamba.to_out(passed(mamba.branch, u) * silu(gate))
+
+
+def both_ways(block: BidirectionalMamba, x: Tensor) -> Tensor:
+    """A bidirectional block, by hand."""
+    u, gate = block.to_in(x).chunk(2, -1)
+    y = passed(block.passes[0], u) + passed(block.passes[1], u.flip(1)).flip(1)
+    return block.to_out(y * silu(gate))
 
 
 def along(index: Tensor, run: Any, u: Tensor) -> Tensor:
@@ -37,11 +55,11 @@ def along(index: Tensor, run: Any, u: Tensor) -> Tensor:
 # ---- both ways -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("AuM (Audio Mamba)", "definition")
+@pytest.mark.paper("AuM (Audio Mamba)", "works_when")
 def test_bidirectional_mamba_is_two_scans() -> None:
     mixer, x = shaken(BidirectionalMamba(DIM, state=5)), tokens(23)
-    u, gate = mixer.to_in(x).chunk(2, -1)
-    y = passed(mixer.passes[0], u) + passed(mixer.passes[1], u.flip(1)).flip(1)
-    assert_close(mixer(x), mixer.to_out(y * silu(gate)))
+    assert_close(mixer(x), both_ways(mixer, x))
 
 
 @pytest.mark.parametrize("kind", [BidirectionalMamba, SMamba])
@@ -51,9 +69,10 @@ def test_documents_are_walked_backwards_each_on_its_own(kind: Any) -> None:
     assert_close(mixer(x, layout=Packed(lengths)), expected)
 
 
+@pytest.mark.paper("VideoMamba (ST-SSM)", "definition")
 def test_videomamba_turns_space_and_time_round() -> None:
     grid, x = Grid(3, 4, 5), tokens(60)
-    space, time, *_ = (order.index for order in spatio_temporal(grid))
+    space, time = torch.arange(60), torch.arange(60).view(3, 20).T.flatten()
     for first, forwards in (("space", space), ("time", time)):
         mixer = shaken(VideoMamba(DIM, first=first, state=5))
         u, gate = mixer.to_in(x).chunk(2, -1)
@@ -76,6 +95,7 @@ class VideoClassifier(nn.Module):
         return self.head((x + self.block(self.norm(x), layout=self.grid)).mean(1))
 
 
+@pytest.mark.paper("VideoMamba (ST-SSM)", "works_when")
 def test_a_classifier_of_videos_tells_which_event_came_first() -> None:
     grid = Grid(4, 2, 2)
     model = VideoClassifier(grid, tubelet=3, dim=16, classes=2)
@@ -93,9 +113,23 @@ def test_a_classifier_of_videos_tells_which_event_came_first() -> None:
     assert (model(tubelets).argmax(-1) == label).float().mean() > 0.9
 
 
-def test_work_grows_linearly() -> None:
-    for mixer in (BidirectionalMamba(DIM), VideoMamba(DIM), VMamba(DIM), ZigMa(DIM), SMamba(DIM), Mamba(DIM)):
-        assert mixer.flops(4000) == 4 * mixer.flops(1000)
+@pytest.mark.parametrize(
+    ("kind", "sides"),
+    [
+        pytest.param(BidirectionalMamba, (), marks=pytest.mark.paper("AuM (Audio Mamba)", "works_when")),
+        pytest.param(VideoMamba, (16, 8), marks=pytest.mark.paper("VideoMamba (ST-SSM)", "works_when")),
+        pytest.param(VMamba, (16,), marks=pytest.mark.paper("VMamba / SS2D", "works_when")),
+        (ZigMa, (16,)),
+        (SMamba, ()),
+    ],
+)
+def test_counted_work_grows_linearly(kind: Any, sides: tuple[int, ...]) -> None:
+    mixer, counted = kind(DIM, state=4), []
+    for count in (32, 64, 128):
+        layout = Grid(count, *sides) if sides else None
+        x = torch.randn(1, layout.length if layout else 16 * count, DIM)
+        counted.append(work(lambda: mixer(x, layout=layout)))  # noqa: B023
+    assert 1.9 < counted[1] / counted[0] < 2.1 and 1.9 < counted[2] / counted[1] < 2.1
 
 
 class SpectrogramClassifier(nn.Module):
@@ -115,6 +149,7 @@ class SpectrogramClassifier(nn.Module):
         return self.head(self.norm(x)[:, place])
 
 
+@pytest.mark.paper("AuM (Audio Mamba)", "works_when")
 def test_a_classifier_of_spectrograms_trains() -> None:
     model = SpectrogramClassifier(dim=16, patches=12, patch=6, classes=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -132,13 +167,18 @@ def test_a_classifier_of_spectrograms_trains() -> None:
 # ---- images, zigzags -----------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("VMamba / SS2D", "definition")
+@pytest.mark.paper("VMamba / SS2D", "works_when")
 @pytest.mark.parametrize("grid", [Grid(5, 7), Grid(2, 3, 4)], ids=str)
 def test_vmamba_scans_an_image_in_all_directions(grid: Grid) -> None:
     mixer, x = shaken(VMamba(DIM, axes=grid.num_axes, state=5)), tokens(grid.length)
     u, gate = mixer.to_in(x).chunk(2, -1)
     u = silu(mixer.conv(u.mT.reshape(2, -1, *grid.dims))).flatten(2).mT
-    paths = [order.index for order in cross_scan(grid)]
-    assert len(paths) == len(mixer.passes) == 2 * grid.num_axes
+    place = torch.arange(grid.length).view(grid.dims)
+    ways = [(0, 1), (1, 0)] if grid.num_axes == 2 else [(0, 1, 2), (0, 2, 1), (1, 2, 0)]  # the last axis is walked
+    paths = [place.permute(way).flatten() for way in ways]
+    paths += [path.flip(0) for path in paths]
+    assert len(paths) == len(mixer.passes)
     y = sum(along(path, lambda v: scanned(ssm, v), u) for path, ssm in zip(paths, mixer.passes, strict=True))  # noqa: B023
     normed = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
     expected = mixer.to_out((normed * mixer.norm.weight + mixer.norm.bias) * silu(gate))
@@ -172,6 +212,7 @@ class Backbone(nn.Module):
         return x
 
 
+@pytest.mark.paper("VMamba / SS2D", "works_when")
 def test_vmamba_stands_in_a_hierarchical_backbone() -> None:
     model, x = shaken(Backbone(6)), torch.randn(2, 16 * 24, 6, dtype=torch.float64, requires_grad=True)
     out = model(x, Grid(16, 24))
@@ -214,9 +255,10 @@ def test_zigma_takes_videos_apart() -> None:
 # ---- time series, speech, points, text and images ------------------------------------------------------
 
 
+@pytest.mark.paper("S-Mamba", "definition")
 def test_s_mamba_is_two_blocks() -> None:
     mixer, x = shaken(SMamba(DIM, state=5)), tokens(9)
-    assert_close(mixer(x), mixer.forwards(x) + mixer.backwards(x.flip(1)).flip(1))
+    assert_close(mixer(x), gated(mixer.forwards, x) + gated(mixer.backwards, x.flip(1)).flip(1))
 
 
 class Forecaster(nn.Module):
@@ -237,6 +279,7 @@ class Forecaster(nn.Module):
         return self.to_future(x).mT
 
 
+@pytest.mark.paper("S-Mamba", "works_when")
 def test_a_forecaster_learns_what_one_variate_says_of_another() -> None:
     model = Forecaster(past=3, future=2, dim=16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
@@ -250,6 +293,7 @@ def test_a_forecaster_learns_what_one_variate_says_of_another() -> None:
     assert mse_loss(model(series), series.roll(1, 2)[:, 1:]) < 0.6 * series.var()
 
 
+@pytest.mark.paper("Dual-path Mamba", "works_when")
 @pytest.mark.parametrize("size", [2, 6, 16])
 def test_overlapping_chunks_have_an_exact_inverse(size: int) -> None:
     for length in (1, 5, 16, 37):
@@ -261,14 +305,17 @@ def test_overlapping_chunks_have_an_exact_inverse(size: int) -> None:
         assert torch.equal(chunks[:, 1:, : size // 2], chunks[:, :-1, size // 2 :])
 
 
+@pytest.mark.paper("Dual-path Mamba", "definition")
+@pytest.mark.paper("Dual-path Mamba", "works_when")
 def test_dual_path_mamba_goes_inside_chunks_and_across() -> None:
     mixer, x = shaken(DualPathMamba(DIM, chunk=8, expand=1, state=3)), tokens(29)
     hop, count = 4, 9
     whole = torch.cat([torch.zeros(2, hop, DIM).double(), x, torch.zeros(2, 7, DIM).double()], 1)
     chunks = torch.stack([whole[:, at * hop : at * hop + 8] for at in range(count)], 1)
-    inside = torch.stack([mixer.inside(mixer.norms[0](chunks[:, at])) for at in range(count)], 1)
-    second = mixer.norms[1](chunks + inside)
-    across = torch.stack([mixer.across(second[:, :, place]) for place in range(8)], 2)
+    first = rms(chunks) * mixer.norms[0].weight
+    inside = torch.stack([both_ways(mixer.inside, first[:, at]) for at in range(count)], 1)
+    second = rms(chunks + inside) * mixer.norms[1].weight
+    across = torch.stack([both_ways(mixer.across, second[:, :, place]) for place in range(8)], 2)
     total = torch.zeros_like(whole)
     for at in range(count):
         total[:, at * hop : at * hop + 8] += (inside + across)[:, at] / 2
@@ -282,6 +329,7 @@ def test_dual_paths_reach_everywhere() -> None:
     assert bool((gradient.abs().sum(-1) > 0).all())
 
 
+@pytest.mark.paper("Mamba3D", "works_when")
 def test_the_nearest_points_are_found() -> None:
     layout = Points(torch.rand(50, 3))
     distances = (layout.coords[:, None] - layout.coords).norm(dim=-1)
@@ -289,6 +337,7 @@ def test_the_nearest_points_are_found() -> None:
     assert nearest(Grid(2, 2), 9).shape == (4, 4)
 
 
+@pytest.mark.paper("Mamba3D", "definition")
 def test_local_norm_pooling_by_hand() -> None:
     pool, x, layout = shaken(LocalNormPooling(DIM)), tokens(17), Points(torch.rand(17, 2))
     neighbours = nearest(layout, 4)
@@ -302,6 +351,8 @@ def test_local_norm_pooling_by_hand() -> None:
     assert_close(pool(x, neighbours), silu(pool.to_out(pool.norm(out))))
 
 
+@pytest.mark.paper("Mamba3D", "definition")
+@pytest.mark.paper("Mamba3D", "works_when")
 @pytest.mark.parametrize("backward", ["reversed", "channels"])
 def test_mamba3d_scans_tokens_and_channels(backward: str) -> None:
     layout, x = Points(torch.rand(17, 3)), tokens(17)
@@ -321,6 +372,7 @@ def test_mamba3d_scans_tokens_and_channels(backward: str) -> None:
         assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
+@pytest.mark.paper("Viper-F1", "definition")
 def test_viper_modulates_its_scan_by_what_each_token_matches() -> None:
     mixer = shaken(ViperScan(DIM, top=3, match=6, state=4))
     x, patches = tokens(9), tokens(20)
