@@ -19,6 +19,7 @@ import torch
 from foveate.catalogue.evidence import UNRUN, check_mark
 
 THREADS = 2
+pytest_plugins = ("pytester",)  # tests of what happens when tests are collected
 
 
 def chosen_seed() -> int:

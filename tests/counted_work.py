@@ -14,16 +14,26 @@ from foveate.options import forced_impl
 
 
 class Made(TorchDispatchMode):
-    """Counts the elements of everything that operators return."""
+    """Counts the elements of everything that operators return, and of the largest of these."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel = 0
+        self.numel = self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.numel += sum(each.numel() for each in tree_leaves(out) if isinstance(each, Tensor))
+        for each in tree_leaves(out):
+            if isinstance(each, Tensor):
+                self.numel += each.numel()
+                self.largest = max(self.largest, each.numel())
         return out
+
+
+def largest(call: Callable[[], Tensor]) -> int:
+    """Elements of the largest tensor that a forward and its backward make."""
+    with Made() as made:
+        call().sum().backward()
+    return made.largest
 
 
 def work(call: Callable[[], Tensor], impl: str | None = "chunks") -> int:

@@ -61,6 +61,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return noise + torch.linspace(-1, 1, SIDE), torch.randn(4, DIM), noise
 
 
+@pytest.mark.paper("LiT", "works_when")
 def test_all_weights_but_the_attentions_are_inherited() -> None:
     teacher = DiT().double()
     student = copy.deepcopy(teacher)
@@ -97,6 +98,7 @@ def test_what_cannot_be_linear_is_refused() -> None:
         distillation_loss(torch.randn(1, 2, 3, 3), torch.randn(1, 4, 3, 3), torch.randn(1, 2, 3, 3))
 
 
+@pytest.mark.paper("LiT", "works_when")
 def test_the_loss_is_noise_and_both_of_the_teachers_opinions() -> None:
     student, teacher = (torch.randn(3, 4, 5, 5, requires_grad=True) for _ in range(2))
     noise = torch.randn(3, 2, 5, 5)
@@ -110,6 +112,7 @@ def test_the_loss_is_noise_and_both_of_the_teachers_opinions() -> None:
     assert teacher.grad is None and student.grad is not None
 
 
+@pytest.mark.paper("LiT", "works_when")
 def test_the_student_learns_noise_and_variance_from_its_teacher() -> None:
     teacher = DiT().eval()
     student = copy.deepcopy(teacher)

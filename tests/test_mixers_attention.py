@@ -50,6 +50,14 @@ def agree(got: Tensor, expected: Tensor, *inputs: Tensor) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)
 
 
+def turned(x: Tensor, places: Tensor, base: float) -> Tensor:
+    """Rotary positions: channels c and c + D / 2 are a complex number, turned by the place."""
+    half = x.shape[-1] // 2
+    angles = places.double().unsqueeze(-1) * base ** (-torch.arange(half, dtype=torch.float64) / half)
+    number = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([number.real, number.imag], -1)
+
+
 def stepped(model: torch.nn.Module, x: Tensor) -> Tensor:
     state, outs = model.start(x.shape[0]), []
     for token in x.split(1, dim=1):
@@ -119,6 +127,7 @@ def test_chunked_attention_survives_extreme_logits_and_keeps_to_padding_and_docu
 # ---- sigmoid ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("Sigmoid-Attention", "definition")
 @pytest.mark.parametrize("length", [None, 100])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_sigmoid_attention_is_its_formula(length: int | None, is_causal: bool) -> None:
@@ -137,6 +146,7 @@ def test_sigmoid_attention_is_its_formula(length: int | None, is_causal: bool) -
 # ---- windows ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("SWAT (LLM)", "works_when")
 def test_rotary_mixers_decode_as_they_read() -> None:
     x = torch.randn(2, 41, 32, dtype=torch.float64)
     for name, options in (
@@ -155,17 +165,18 @@ def test_rotary_mixers_decode_as_they_read() -> None:
         assert not torch.allclose(plain_model(x), model(x)), f"{name} does not turn"
 
 
+@pytest.mark.paper("StreamingLLM", "definition")
 def test_streaming_positions_count_inside_the_cache() -> None:
     sinks, window, n = 2, 5, 19
     model = mixer("streaming_llm", 32, heads=4, sinks=sinks, window=window, rotary=20.0).double()
     x = heads(1, n, 32)
-    q, k, v = model.heads_of(x, x)
+    q, k, v = (split_heads(layer(x), 4) for layer in (model.to_q, model.to_k, model.to_v))
     rows = []
     for i in range(n):
         kept = torch.tensor([j for j in range(i + 1) if j < sinks or j > i - window])
         at = torch.arange(len(kept))
-        turned = rotate(q[:, :, i : i + 1], at[-1:], 20.0), rotate(k[:, :, kept], at, 20.0)
-        rows.append(plain(*turned, v[:, :, kept], torch.ones(1, len(kept)).bool()))
+        query, keys = turned(q[:, :, i : i + 1], at[-1:], 20.0), turned(k[:, :, kept], at, 20.0)
+        rows.append(plain(query, keys, v[:, :, kept], torch.ones(1, len(kept)).bool()))
     expected = model.to_out(torch.cat(rows, 2).transpose(1, 2).flatten(2))
     agree(model(x), expected, x)
 
@@ -179,12 +190,16 @@ def test_streaming_decodes_at_constant_memory() -> None:
     assert state.positions.tolist() == [0, 1, 45, 46, 47, 48, 49]
 
 
+@pytest.mark.paper("SWAT (LLM)", "definition")
+@pytest.mark.paper("SWAT (LLM)", "works_when")
 @pytest.mark.parametrize("half", [2, 3])
-def test_swat_is_its_formula(half: int) -> None:
-    model = mixer("swat", 16 * half, heads=2 * half, window=6, rotary=None).double()
-    x = heads(2, 23, 16 * half)
-    q, k, v = model.heads_of(x, x)
-    distance = torch.arange(23).unsqueeze(1) - torch.arange(23)
+@pytest.mark.parametrize("rotary", [None, 30.0])
+def test_swat_is_its_formula(half: int, rotary: float | None) -> None:
+    model = mixer("swat", 16 * half, heads=2 * half, window=6, rotary=rotary).double()
+    x, places = heads(2, 23, 16 * half), torch.arange(23)
+    q, k, v = (split_heads(layer(x), 2 * half) for layer in (model.to_q, model.to_k, model.to_v))
+    q, k = (q, k) if rotary is None else (turned(y, places, rotary) for y in (q, k))
+    distance = places.unsqueeze(1) - places
     steep = [2.0 ** (-8 * number / half) for number in range(1, half + 1)]
     slopes = torch.tensor([*steep, *(-slope for slope in steep)], dtype=torch.float64).view(-1, 1, 1)
     weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - slopes * distance.abs())
@@ -192,6 +207,7 @@ def test_swat_is_its_formula(half: int) -> None:
     agree(model(x), model.to_out(out.transpose(1, 2).flatten(2)), x, *model.parameters())
 
 
+@pytest.mark.paper("MSWA", "definition")
 @pytest.mark.parametrize("num_heads", [3, 4, 8])
 def test_mswa_gives_each_group_of_heads_its_window(num_heads: int) -> None:
     q, k, v = heads(1, num_heads, 41, 8), heads(1, 1, 41, 8), heads(1, 1, 41, 8)
@@ -225,6 +241,7 @@ def test_power_attention_reaches_every_block_of_a_power_of_two_in_as_many_layers
         assert not bool((reached.bool() & (key > query)).any())
 
 
+@pytest.mark.paper("MoBA", "definition")
 def test_moba_is_its_formula() -> None:
     block, count, n = 5, 3, 33
     q, k, v = qkv(n)
@@ -281,6 +298,7 @@ def test_the_search_finds_the_pattern_that_was_planted() -> None:
 # ---- delta correction -------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("Delta Attention", "definition")
 @pytest.mark.parametrize("stride", [1, 4, 100])
 @pytest.mark.parametrize(("n", "m"), [(30, 30), (11, 30)])
 def test_delta_attention_is_its_formula(stride: int, n: int, m: int) -> None:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from counted_work import largest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,6 +117,7 @@ def squeeze(compressor: nn.Module, tokens: Tensor) -> Tensor:
     return compressor.down(F.gelu(compressor.up((tokens + compressor.place).flatten())))
 
 
+@pytest.mark.paper("NSA", "definition")
 @pytest.mark.parametrize("n", [3, 4, 29, 43])
 def test_nsa_is_its_formula(n: int) -> None:
     model, x = nsa(), heads(2, n, 32)
@@ -165,6 +167,7 @@ def test_the_selector_counts_how_much_blocks_overlap() -> None:
 # ---- HiLo and agents --------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("HiLo / LITv2", "definition")
 @pytest.mark.parametrize("alpha", [0, 0.25, 0.5, 1])
 @pytest.mark.parametrize(("grid", "window"), [(Grid(5, 7), 2), (Grid(4, 6), 3), (Grid(3, 4, 3), 2), (Grid(13), 4)])
 def test_hilo_is_its_formula(alpha: float, grid: Grid, window: int) -> None:
@@ -195,6 +198,7 @@ def test_hilo_with_a_window_of_one_is_plain_attention() -> None:
     agree(model(x, layout=Grid(5, 7)), model.low.to_out(join(plain(q, k, v))), x)
 
 
+@pytest.mark.paper("Agent Attention", "definition")
 @pytest.mark.parametrize("grid", [Grid(8, 6), Grid(5, 7), None])
 def test_agent_attention_is_its_formula(grid: Grid | None) -> None:
     model, x = (
@@ -255,19 +259,33 @@ def near(at: int, size: int, kernel: int, dilation: int) -> list[int]:
     return same[first : first + kernel]
 
 
+@pytest.mark.paper("NAT / NATTEN", "definition")
+@pytest.mark.paper("NAT / NATTEN", "works_when")
+@pytest.mark.paper("DiNAT (DiNA)", "definition")
 @pytest.mark.parametrize(
     ("dims", "kernel", "dilation"),
-    [((7, 5), 3, 1), ((7, 9), (5, 3), (1, 3)), ((6, 7), 3, 2), ((3, 4, 5), 3, 1), ((19,), 5, 3)],
+    [
+        ((7, 5), 3, 1),
+        ((3, 4), 3, 1),
+        ((7, 9), (5, 3), (1, 3)),
+        ((6, 7), 3, 2),
+        ((3, 4, 5), 3, 1),
+        ((19,), 5, 3),
+        ((6,), 5, 1),
+    ],
 )
+@pytest.mark.parametrize("biased", [True, False])
 def test_neighborhoods_are_gathered_neighbours(
-    dims: tuple[int, ...], kernel: int | tuple[int, ...], dilation: int | tuple[int, ...]
+    dims: tuple[int, ...], kernel: int | tuple[int, ...], dilation: int | tuple[int, ...], biased: bool
 ) -> None:
     axes = len(dims)
-    model = mixer("dilated_neighborhood_attention", 32, heads=4, kernel=kernel, dilation=dilation, axes=axes)
+    name = "neighborhood_attention" if dilation == 1 else "dilated_neighborhood_attention"
+    options = {} if dilation == 1 else {"dilation": dilation}
+    model = mixer(name, 32, heads=4, kernel=kernel, axes=axes, relative_bias=biased, **options)
     x = heads(2, math.prod(dims), 32)
     shaken(model)
     sides, gaps = (a if isinstance(a, tuple) else (a,) * axes for a in (kernel, dilation))
-    q, k, v = model.heads_of(x, x)
+    q, k, v = (split(layer(x), 4) for layer in (model.to_q, model.to_k, model.to_v))
     rows, places = [], list(itertools.product(*map(range, dims)))
     for row, place in enumerate(places):
         along = [near(*axis) for axis in zip(place, dims, sides, gaps, strict=True)]
@@ -275,10 +293,19 @@ def test_neighborhoods_are_gathered_neighbours(
         offsets = [tuple(p - c for p, c in zip(place, key, strict=True)) for key in keys]
         reach = [(side - 1) * gap for side, gap in zip(sides, gaps, strict=True)]
         entries = [tuple(o + r for o, r in zip(offset, reach, strict=True)) for offset in offsets]
-        bias = torch.stack([model.table[(slice(None), *entry)] for entry in entries], -1).unsqueeze(1)
+        bias: Tensor | float = 0.0
+        if biased:
+            bias = torch.stack([model.table[(slice(None), *entry)] for entry in entries], -1).unsqueeze(1)
         chosen = torch.tensor([places.index(key) for key in keys])
         rows.append(plain(q[:, :, row : row + 1], k[:, :, chosen], v[:, :, chosen], bias=bias))
     agree(model(x, layout=Grid(*dims)), model.to_out(join(torch.cat(rows, 2))), x, *model.parameters())
+
+
+@pytest.mark.paper("NAT / NATTEN", "works_when")
+def test_neighborhoods_hold_no_matrix_of_all_pairs() -> None:
+    model, grid = mixer("neighborhood_attention", 32, heads=4, kernel=5), Grid(64, 49)
+    x = torch.randn(1, grid.length, 32, requires_grad=True)
+    assert largest(lambda: model(x, layout=grid)) < grid.length**2 // 8
 
 
 def test_a_neighborhood_of_the_whole_grid_is_attention_and_a_stride_of_the_kernel_is_windows() -> None:
@@ -313,6 +340,7 @@ def swin(q: Tensor, k: Tensor, v: Tensor, dims: tuple[int, int], side: int, shif
     return out.flatten(4, 5).flatten(2, 3).roll((shift, shift), (2, 3)).flatten(2, 3)
 
 
+@pytest.mark.paper("FlashWindowAttention", "definition")
 @pytest.mark.parametrize(("dims", "side", "shift"), [((6, 9), 3, 1), ((8, 8), 4, 2), ((4, 6), 2, 0), ((5, 5), 5, 2)])
 def test_windows_equal_swin(dims: tuple[int, int], side: int, shift: int) -> None:
     n = math.prod(dims)

@@ -58,6 +58,7 @@ def said(mixer: Any, q: Tensor, state: Tensor) -> Tensor:
     return mixer.head_dim**-0.5 * (q.unsqueeze(-2) @ state)
 
 
+@pytest.mark.paper("DeltaNet", "definition")
 @pytest.mark.parametrize("negative", [False, True])
 def test_deltanet_overwrites_what_its_keys_recall(negative: bool) -> None:
     mixer, x = make(DeltaNet, negative=negative), tokens()
@@ -100,6 +101,7 @@ def matrix_exponential_state(state: Tensor, k: Tensor, v: Tensor, time: Tensor) 
     return grown[:size, :size] @ state + torch.outer(grown[:size, size], v)
 
 
+@pytest.mark.paper("EFLA", "works_when")
 @pytest.mark.parametrize("size", [1e-4, 1.0, 4.0])
 def test_efla_solves_the_differential_equation(size: float) -> None:
     k, v = size * torch.randn(1, 1, 11, 5, dtype=torch.float64), torch.randn(1, 1, 11, 3, dtype=torch.float64)
@@ -114,6 +116,7 @@ def test_efla_solves_the_differential_equation(size: float) -> None:
         assert_close(found.state[0, 0], state)
 
 
+@pytest.mark.paper("EFLA", "works_when")
 def test_gradients_of_efla_are_those_of_the_differential_equation() -> None:
     k, v = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64)
     beta, before = torch.rand((), dtype=torch.float64, requires_grad=True), torch.randn(5, 3, dtype=torch.float64)
@@ -125,6 +128,7 @@ def test_gradients_of_efla_are_those_of_the_differential_equation() -> None:
         assert_close(mine, theirs)
 
 
+@pytest.mark.paper("EFLA", "definition")
 def test_efla_is_the_delta_rule_with_exact_strengths() -> None:
     mixer, x = make(EFLA), tokens()
     q, k, v = convolved(mixer, x)
@@ -137,6 +141,7 @@ def test_efla_is_the_delta_rule_with_exact_strengths() -> None:
     assert_close(mixer(x), mixer.to_out(join_heads(rms(torch.cat(outs, 2), mixer.norm.weight))))
 
 
+@pytest.mark.paper("EFLA", "works_when")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exact_strengths_tend_to_the_delta_rules_for_short_keys(dtype: torch.dtype) -> None:
     beta = torch.rand(9, dtype=dtype).requires_grad_()
@@ -213,6 +218,7 @@ def test_one_step_is_deltanet() -> None:
     assert_close(product(x), plain(x))
 
 
+@pytest.mark.paper("EFLA", "works_when")
 def test_an_earlier_state_goes_on() -> None:
     for mixer in (make(DeltaNet), make(EFLA), make(KDA), make(DeltaProduct, steps=3, gated=True)):
         x = tokens(70)

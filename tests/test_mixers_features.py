@@ -26,6 +26,7 @@ def series(q: Tensor, k: Tensor) -> Tensor:
     return 1 + s + s.square() / 2
 
 
+@pytest.mark.paper("BASED", "definition")
 @pytest.mark.parametrize("causal", [True, False])
 def test_based_weighs_by_the_taylor_series(causal: bool) -> None:
     mixer, x = make(BasedLinear, heads=HEADS, head_dim=5, causal=causal), tokens()
@@ -43,12 +44,15 @@ def jrt_formula(mixer: Any, x: Tensor, prefix: int) -> Tensor:
     return mixer.to_out(join_heads(row_shares(weights) @ torch.cat([v, v_first], 2)))
 
 
+@pytest.mark.paper("JRT-RNN", "definition")
+@pytest.mark.paper("JRT-RNN", "works_when")
 @pytest.mark.parametrize("prefix", [0, 1, 9, LENGTH, 1000])
 def test_jrt_knows_its_prefix_and_reads_the_rest_causally(prefix: int) -> None:
     mixer, x = make(JRT, heads=HEADS, head_dim=3, prefix=prefix), tokens()
     assert_close(mixer(x), jrt_formula(mixer, x, prefix))
 
 
+@pytest.mark.paper("JRT-RNN", "works_when")
 @pytest.mark.parametrize("prompt", [1, 12, 30])
 def test_jrt_decodes_after_any_prompt(prompt: int) -> None:
     mixer, x = make(JRT, heads=HEADS, head_dim=3, prefix=9), tokens()
@@ -59,6 +63,7 @@ def test_jrt_decodes_after_any_prompt(prompt: int) -> None:
     assert state.state.nbytes == bytes_before == 2 * mixer.state_bytes(prompt)
 
 
+@pytest.mark.paper("JRT-RNN", "works_when")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_jrt_reads_a_batch_of_padded_prompts(side: str) -> None:
     mixer, x, lengths = make(JRT, heads=HEADS, head_dim=3), tokens(20, batch=3), torch.tensor([20, 7, 1])
@@ -108,6 +113,7 @@ def path_to(token: int, parents: list[int]) -> list[int]:
     return path
 
 
+@pytest.mark.paper("Linearized-LLM", "definition")
 def test_linearized_attention_adds_a_convolution_of_the_values() -> None:
     mixer, x = make(LinearizedLLM, heads=HEADS, width=4), tokens()
     q, k, v = project(mixer, x)
@@ -116,6 +122,7 @@ def test_linearized_attention_adds_a_convolution_of_the_values() -> None:
     assert_close(mixer(x), mixer.to_out(join_heads(weights @ v) + near))
 
 
+@pytest.mark.paper("Linearized-LLM", "works_when")
 @pytest.mark.parametrize("prompt", [0, 2, 20])
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_a_tree_of_drafts_is_verified_in_one_pass(prompt: int, kv_heads: int) -> None:
@@ -130,6 +137,7 @@ def test_a_tree_of_drafts_is_verified_in_one_pass(prompt: int, kv_heads: int) ->
         assert_close(out[:, token : token + 1], stepped[:, -1:])
 
 
+@pytest.mark.paper("Linearized-LLM", "works_when")
 def test_accepting_a_branch_goes_on_from_it() -> None:
     mixer = make(LinearizedLLM, heads=HEADS, width=4)
     prompt, drafts, following = tokens(10), tokens(len(TREE)), tokens(1)

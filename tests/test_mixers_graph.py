@@ -57,6 +57,7 @@ def test_gradients_of_edge_attention() -> None:
     assert torch.autograd.gradcheck(lambda *pair: edge_attention(*pair, edges), inputs)
 
 
+@pytest.mark.paper("Polynormer", "definition")
 @pytest.mark.parametrize("shared", [True, False])
 def test_polynormer_is_its_formula(shared: bool) -> None:
     mixer, x, edges = make(shared=shared, local_layers=2, global_layers=2), tokens(), some_edges()
@@ -80,6 +81,7 @@ def test_polynormer_is_its_formula(shared: bool) -> None:
     assert_close(mixer(x, layout=Graph(edges, NODES)), out)
 
 
+@pytest.mark.paper("Polynormer", "works_when")
 def test_order_of_nodes_and_edges_does_not_matter() -> None:
     mixer, x, edges = make(), tokens(), some_edges()
     order = torch.randperm(NODES)
@@ -107,6 +109,7 @@ def test_a_grid_is_the_graph_of_its_neighbours() -> None:
     assert pairs == near and edges.shape[1] == len(near)
 
 
+@pytest.mark.paper("Polynormer", "works_when")
 def test_it_runs_on_many_nodes_and_edges() -> None:
     """A matrix of 60,000 x 60,000 would not fit."""
     mixer = Polynormer(8, heads=2)

@@ -37,6 +37,7 @@ def features(map: HedgehogMap, x: Tensor) -> Tensor:
     return torch.cat([exponents.exp(), (-exponents).exp()], -1)
 
 
+@pytest.mark.paper("Hedgehog", "definition")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rotary", [None, 100.0])
 def test_hedgehog_weighs_by_exponential_features(causal: bool, rotary: float | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted_work import work
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close
@@ -16,6 +17,7 @@ from foveate.mixers.additive import Fastformer
 from foveate.mixers.base import Mixer, join_heads, split_heads
 from foveate.mixers.flow import FlowAttention
 from foveate.mixers.hrrformer import Hrrformer, superposed, unbound
+from foveate.mixers.linear import LinearTransformer
 from foveate.mixers.wersa import WERSA, haar, random_feature_attention, unhaar
 from foveate.mixers.yoso import YOSO, buckets, expected_weights, yoso, yoso_expectation
 
@@ -33,13 +35,28 @@ def tokens(length: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, length, DIM, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", [FlowAttention, Fastformer, YOSO, Hrrformer, WERSA])
-def test_cost_is_linear_in_tokens(kind: type[Mixer]) -> None:
-    mixer = kind(64, causal=False)
-    assert mixer.flops(400_000) < 2.0001 * mixer.flops(200_000)
-    assert mixer.flops(400_000) > 1.99 * mixer.flops(200_000)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(
+            FlowAttention, {"causal": False}, marks=pytest.mark.paper("Flowformer / Flow-Attention", "works_when")
+        ),
+        pytest.param(
+            FlowAttention, {"causal": True}, marks=pytest.mark.paper("Flowformer / Flow-Attention", "works_when")
+        ),
+        pytest.param(Fastformer, {}, marks=pytest.mark.paper("Fastformer", "works_when")),
+        pytest.param(YOSO, {"hashes": 3}, marks=pytest.mark.paper("YOSO", "works_when")),
+        pytest.param(Hrrformer, {}, marks=pytest.mark.paper("Hrrformer", "works_when")),
+        (WERSA, {"features": 8}),
+    ],
+)
+def test_counted_work_is_linear_in_tokens(kind: type[Mixer], options: dict[str, Any]) -> None:
+    mixer = kind(16, heads=2, **options)
+    counted = [work(lambda: mixer(torch.randn(1, n, 16))) for n in (1024, 2048, 4096)]  # noqa: B023
+    assert 1.8 < counted[1] / counted[0] < 2.2 and 1.8 < counted[2] / counted[1] < 2.2
 
 
+@pytest.mark.paper("Hrrformer", "works_when")
 @pytest.mark.parametrize("kind", [Fastformer, YOSO, Hrrformer, WERSA])
 def test_no_causal_form_is_refused(kind: type[Mixer]) -> None:
     with pytest.raises(ValueError, match="no causal form"):
@@ -72,6 +89,8 @@ def flow_weights(q: Tensor, k: Tensor, *, causal: bool) -> Tensor:
     return (conserved_in * sinks / sources).sigmoid().unsqueeze(3) * pairs / incoming.unsqueeze(3) * share.unsqueeze(2)
 
 
+@pytest.mark.paper("Flowformer / Flow-Attention", "definition")
+@pytest.mark.paper("Flowformer / Flow-Attention", "works_when")
 @pytest.mark.parametrize(("causal", "read"), [(True, None), (False, None), (False, 23)])
 def test_flow_attention_is_its_matrix(causal: bool, read: int | None) -> None:
     mixer, x = make(FlowAttention, causal=causal), tokens(37)
@@ -94,6 +113,7 @@ def test_flow_is_conserved() -> None:
 # ---- Fastformer ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("Fastformer", "definition")
 def test_fastformer_is_its_formula() -> None:
     mixer, x = make(Fastformer), tokens(19)
     width = DIM // HEADS
@@ -109,6 +129,7 @@ def test_fastformer_is_its_formula() -> None:
     assert_close(mixer(x), expected)
 
 
+@pytest.mark.paper("Fastformer", "works_when")
 def test_fastformer_does_not_look_at_padding() -> None:
     mixer, x = make(Fastformer), tokens(19)
     real = torch.rand(2, 19) < 0.6
@@ -126,6 +147,7 @@ def unit(*shape: int) -> Tensor:
     return normalize(torch.randn(*shape).double(), dim=-1)
 
 
+@pytest.mark.paper("YOSO", "definition")
 def test_sampled_attention_is_the_matrix_of_collisions() -> None:
     q, k, v = unit(2, HEADS, 9, 8), unit(2, HEADS, 13, 8), torch.randn(2, HEADS, 13, 5).double()
     planes = torch.randn(7, 3, 8).double()
@@ -137,6 +159,8 @@ def test_sampled_attention_is_the_matrix_of_collisions() -> None:
     assert_close(yoso(q, k, v, planes), same / 7 @ v)
 
 
+@pytest.mark.paper("YOSO", "definition")
+@pytest.mark.paper("YOSO", "works_when")
 def test_collisions_tend_to_their_chance() -> None:
     q, k, v = unit(1, 2, 11, 6), unit(1, 2, 17, 6), torch.randn(1, 2, 17, 4).double()
     true = yoso_expectation(q, k, v, 4)
@@ -157,6 +181,7 @@ def published_gradients(
     return slopes @ k, slopes.transpose(2, 3) @ q, weights.transpose(2, 3) @ grad
 
 
+@pytest.mark.paper("YOSO", "works_when")
 def test_gradients_are_the_published_ones() -> None:
     inputs = [
         unit(1, 2, 11, 6),
@@ -220,6 +245,7 @@ def circulant(x: Tensor) -> Tensor:
     return x[..., steps]
 
 
+@pytest.mark.paper("Hrrformer", "works_when")
 @pytest.mark.parametrize("size", [8, 7])
 @pytest.mark.parametrize("inverse", ["exact", "pseudo"])
 def test_binding_is_circular_convolution(inverse: Any, size: int) -> None:
@@ -233,6 +259,7 @@ def test_binding_is_circular_convolution(inverse: Any, size: int) -> None:
     )
 
 
+@pytest.mark.paper("Hrrformer", "definition")
 @pytest.mark.parametrize("inverse", ["exact", "pseudo"])
 def test_hrrformer_weighs_values_by_how_well_they_are_found(inverse: Any) -> None:
     mixer, x = make(Hrrformer, inverse=inverse), tokens(13)
@@ -246,12 +273,14 @@ def test_hrrformer_weighs_values_by_how_well_they_are_found(inverse: Any) -> Non
     assert_close(mixer(x), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.paper("Hrrformer", "works_when")
 def test_hrrformer_leaves_out_padding_with_the_exact_inverse() -> None:
     mixer, x = make(Hrrformer), tokens(13)
     real = torch.arange(13).expand(2, -1) < 8
     assert_close(mixer(x, padding=real)[:, :8], mixer(x[:, :8]))
 
 
+@pytest.mark.paper("Hrrformer", "works_when")
 def test_hrrformer_reads_a_hundred_thousand_tokens() -> None:
     mixer = Hrrformer(16, heads=2)
     out = mixer(torch.randn(1, 100_000, 16))
@@ -338,7 +367,15 @@ def kept_for_backward(mixer: Mixer, length: int) -> int:
     return sum(sizes)
 
 
-@pytest.mark.parametrize("kind", [WERSA, Hrrformer, Fastformer])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        WERSA,
+        pytest.param(Hrrformer, marks=pytest.mark.paper("Hrrformer", "works_when")),
+        Fastformer,
+        pytest.param(LinearTransformer, marks=pytest.mark.paper("Linear Transformer", "works_when")),
+    ],
+)
 def test_memory_is_linear_up_to_128_thousand_tokens(kind: type[Mixer]) -> None:
     mixer = kind(8, heads=2, **({"features": 8} if kind is WERSA else {}))
     assert kept_for_backward(mixer, 2**17) < 2.1 * kept_for_backward(mixer, 2**16)

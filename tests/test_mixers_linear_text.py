@@ -69,6 +69,7 @@ def rodimus_formula(mixer: Any, x: Tensor) -> Tensor:
     return mixer.to_out(rms(out) * mixer.norm.weight)
 
 
+@pytest.mark.paper("Rodimus / Rodimus+", "definition")
 @pytest.mark.parametrize("heads", [1, 3])
 def test_rodimus_tempers_its_gate(heads: int) -> None:
     mixer, x = make(Rodimus, heads=heads, memory=5), tokens()
@@ -90,12 +91,16 @@ def window_formula(mixer: Any, x: Tensor, window: int) -> Tensor:
     return mixer.to_out(join_heads(weights @ v))
 
 
+@pytest.mark.paper("Rodimus / Rodimus+", "definition")
+@pytest.mark.paper("Rodimus / Rodimus+", "works_when")
 def test_heads_of_a_window_may_share_the_key_and_not_the_value() -> None:
     mixer, x = make(SharedKeyWindow, heads=HEADS, window=7, rotary=None), tokens()
     assert mixer.to_k.out_features == mixer.head_dim and mixer.to_v.out_features == HEADS * mixer.head_dim
     assert_close(mixer(x), window_formula(mixer, x, 7))
 
 
+@pytest.mark.paper("Rodimus / Rodimus+", "definition")
+@pytest.mark.paper("Rodimus / Rodimus+", "works_when")
 def test_rodimus_plus_decodes_at_constant_memory() -> None:
     mixer, x = make(RodimusPlus, heads=HEADS, window=7, memory=5, rotary=None), tokens(60)
     said = rodimus_formula(mixer.recurrent, x)
@@ -132,6 +137,7 @@ def test_one_implementation_serves_lightning_attention_and_its_second() -> None:
     assert_close(first(x), second(x), rtol=0, atol=0)
 
 
+@pytest.mark.paper("TransNormerLLM", "definition")
 @pytest.mark.parametrize("lrpe", [True, False])
 def test_transnormer_fades_and_turns_by_learned_angles(lrpe: bool) -> None:
     mixer, x = make(TransNormerLLM, heads=HEADS, pace=0.7, lrpe=lrpe), tokens()
@@ -144,6 +150,7 @@ def test_transnormer_fades_and_turns_by_learned_angles(lrpe: bool) -> None:
     assert_close(mixer(x), mixer.to_out(rms(join_heads(weights @ v), 1e-6) * mixer.to_gate(x)))
 
 
+@pytest.mark.paper("TransNormerLLM", "works_when")
 @torch.no_grad()
 def test_transnormer_decodes_tens_of_thousands_of_tokens_as_it_reads_them() -> None:
     mixer, x = TransNormerLLM(8, 2), torch.randn(1, 40_000, 8)
@@ -156,6 +163,7 @@ def test_transnormer_decodes_tens_of_thousands_of_tokens_as_it_reads_them() -> N
     assert state.state.isfinite().all() and state.tails[0] == 40_000
 
 
+@pytest.mark.paper("TransNormerLLM", "works_when")
 def test_transnormer_trains() -> None:
     mixer, x = TransNormerLLM(DIM, HEADS), torch.randn(4, 32, DIM)
     target = x.roll(2, dims=1)  # what stood two tokens ago

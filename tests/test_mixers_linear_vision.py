@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from counted_work import work
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, cross_entropy, elu, gelu, pad
 from torch.testing import assert_close
@@ -16,7 +17,6 @@ from foveate import Grid
 from foveate.mixers.additive import EfficientAdditiveAttention
 from foveate.mixers.base import Mixer, join_heads, split_heads
 from foveate.mixers.grid_linear import MagnitudeAwareLinearAttention, RankAugmentedLinearAttention
-from foveate.mixers.grid_rotary import rotate_on
 from foveate.mixers.local_conv import LocalConv
 from foveate.mixers.relu_linear import L2ViTAttention, LiTAttention, relu_attention
 from foveate.models.pyramid import Pyramid
@@ -56,6 +56,19 @@ def on_image(conv: LocalConv, x: Tensor, dims: tuple[int, int]) -> Tensor:
     return out.flatten(2).transpose(1, 2)
 
 
+def turned(x: Tensor, layout: Grid | None, base: float = 10_000.0) -> Tensor:
+    """Rotary positions: of each axis's channels, c and c + half are a complex number, turned by the place."""
+    number = torch.arange(x.shape[2])
+    places = (number,) if layout is None else (number // layout.dims[1], number % layout.dims[1])
+    parts = []
+    for part, place in zip(x.chunk(len(places), -1), places, strict=True):
+        half = part.shape[-1] // 2
+        angles = place.double().unsqueeze(-1) * base ** (-torch.arange(half, dtype=torch.float64) / half)
+        spun = torch.complex(part[..., :half], part[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+        parts += [spun.real, spun.imag]
+    return torch.cat(parts, -1)
+
+
 # ---- MALA ---------------------------------------------------------------------------------------------------
 
 
@@ -67,14 +80,16 @@ def mala_weights(mixer: Any, x: Tensor, layout: Grid | None, *, causal: bool = F
     seen = torch.ones(num, num, dtype=x.dtype).tril() if causal else torch.ones(num, num, dtype=x.dtype)
     number = seen.sum(-1, keepdim=True)
     plain = q @ k.transpose(2, 3) * seen / (number * mixer.head_dim**0.5)
-    turned = plain
+    spun = plain
     if mixer.rotary is not None:
-        turned = rotate_on(q, layout, mixer.rotary) @ rotate_on(k, layout, mixer.rotary).transpose(2, 3)
-        turned = turned * seen / (number * mixer.head_dim**0.5)
+        spun = turned(q, layout, mixer.rotary) @ turned(k, layout, mixer.rotary).transpose(2, 3)
+        spun = spun * seen / (number * mixer.head_dim**0.5)
     total = plain.sum(-1, keepdim=True)
-    return ((1 + 1 / total) * turned - total / number) * seen
+    return ((1 + 1 / total) * spun - total / number) * seen
 
 
+@pytest.mark.paper("MALA", "definition")
+@pytest.mark.paper("MALA", "works_when")
 @pytest.mark.parametrize("rotary", [None, 100.0])
 @pytest.mark.parametrize("layout", [None, GRID])
 def test_mala_equals_its_matrix(rotary: float | None, layout: Grid | None) -> None:
@@ -86,6 +101,8 @@ def test_mala_equals_its_matrix(rotary: float | None, layout: Grid | None) -> No
     assert_close(mixer(x, layout=layout), expected)
 
 
+@pytest.mark.paper("MALA", "definition")
+@pytest.mark.paper("MALA", "works_when")
 @pytest.mark.parametrize("rotary", [None, 100.0])
 def test_causal_mala_equals_its_matrix(rotary: float | None) -> None:
     mixer, x = make(MagnitudeAwareLinearAttention, heads=HEADS, rotary=rotary, causal=True), tokens(41)
@@ -96,6 +113,7 @@ def test_causal_mala_equals_its_matrix(rotary: float | None) -> None:
     assert_close(mixer(x), mixer.to_out((join_heads(heads) + local) * mixer.to_gate(x)))
 
 
+@pytest.mark.paper("MALA", "works_when")
 @pytest.mark.parametrize("causal", [False, True])
 def test_malas_weights_sum_to_one_and_sharpen_with_the_query(causal: bool) -> None:
     mixer, v = make(MagnitudeAwareLinearAttention, heads=HEADS, rotary=None, causal=causal), torch.eye(35).double()
@@ -124,14 +142,15 @@ def test_mala_is_causal_on_sequences_only() -> None:
 # ---- RALA ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("RALA / RAVLT", "definition")
 def test_rala_equals_its_matrix() -> None:
     mixer, x = make(RankAugmentedLinearAttention, heads=HEADS), tokens(35)
     q, k, v = heads_of(mixer, x)
     q, k = elu(q) + 1, elu(k) + 1
     scores = q.mean(2, keepdim=True) @ k.transpose(2, 3) * mixer.head_dim**-0.5
     alpha = 35 * scores.softmax(-1)  # (B, H, 1, M)
-    turned = rotate_on(q, GRID) @ rotate_on(k, GRID).transpose(2, 3)
-    weights = alpha * turned / (alpha * (q @ k.transpose(2, 3))).sum(-1, keepdim=True)
+    spun = turned(q, GRID) @ turned(k, GRID).transpose(2, 3)
+    weights = alpha * spun / (alpha * (q @ k.transpose(2, 3))).sum(-1, keepdim=True)
     local = on_image(mixer.local, join_heads(v), (5, 7))
     assert_close(mixer(x, layout=GRID), mixer.to_out((join_heads(weights @ v) + local) * mixer.to_gate(x)))
 
@@ -170,6 +189,7 @@ def test_ralas_gate_raises_the_rank_of_the_outputs() -> None:
 # ---- L2ViT and LiT ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("L2ViT", "works_when")
 @pytest.mark.parametrize("least", [1e-6, 20.0])
 def test_keys_first_equals_queries_first(least: float) -> None:
     q, k = torch.randn(2, HEADS, 9, 8).double(), torch.randn(2, HEADS, 37, 8).double()
@@ -197,6 +217,7 @@ def test_gradients_of_relu_attention_away_from_its_kinks() -> None:
     assert torch.autograd.gradcheck(lambda *qkv: relu_attention(*qkv, least=0.5), inputs)
 
 
+@pytest.mark.paper("L2ViT", "definition")
 def test_l2vit_is_linear_attention_then_concentration() -> None:
     mixer, x = make(L2ViTAttention, heads=HEADS), tokens(35)
     for buffer in mixer.local.norm.buffers():
@@ -211,6 +232,7 @@ def test_l2vit_is_linear_attention_then_concentration() -> None:
     assert_close(mixer(x, layout=GRID), out + on_image(mixer.local.second, hidden, (5, 7)))
 
 
+@pytest.mark.paper("LiT", "definition")
 def test_lit_is_linear_attention_beside_a_convolution_of_the_values() -> None:
     mixer, x = make(LiTAttention), tokens(35)
     assert mixer.heads == 2
@@ -221,6 +243,7 @@ def test_lit_is_linear_attention_beside_a_convolution_of_the_values() -> None:
     assert_close(mixer(x, layout=GRID), mixer.to_out(join_heads(heads) + local))
 
 
+@pytest.mark.paper("L2ViT", "works_when")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_holds_at_high_resolution(kind: type[Mixer], dtype: torch.dtype) -> None:
@@ -236,6 +259,8 @@ def test_half_precision_holds_at_high_resolution(kind: type[Mixer], dtype: torch
 # ---- SwiftFormer --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("SwiftFormer", "definition")
+@pytest.mark.paper("SwiftFormer", "works_when")
 def test_additive_attention_is_its_formula() -> None:
     mixer, x = make(EfficientAdditiveAttention), tokens(35)
     q, k = mixer.to_q(x), mixer.to_k(x)
@@ -252,10 +277,23 @@ def test_additive_attention_is_its_formula() -> None:
 # ---- costs and backbones ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_cost_is_linear_in_tokens(kind: type[Mixer]) -> None:
-    mixer = kind(64)
-    assert mixer.flops(200_000) == 2 * mixer.flops(100_000) > 0
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(MagnitudeAwareLinearAttention, {}, marks=pytest.mark.paper("MALA", "works_when")),
+        pytest.param(MagnitudeAwareLinearAttention, {"causal": True}, marks=pytest.mark.paper("MALA", "works_when")),
+        (RankAugmentedLinearAttention, {}),
+        pytest.param(L2ViTAttention, {}, marks=pytest.mark.paper("L2ViT", "works_when")),
+        (LiTAttention, {}),
+        pytest.param(EfficientAdditiveAttention, {}, marks=pytest.mark.paper("SwiftFormer", "works_when")),
+    ],
+)
+def test_counted_work_is_linear_in_tokens(kind: type[Mixer], options: dict[str, Any]) -> None:
+    mixer, counted = kind(16, **options), []
+    for rows in (32, 64, 128):
+        layout = None if options else Grid(rows, 32)
+        counted.append(work(lambda: mixer(torch.randn(1, 32 * rows, 16), layout=layout)))  # noqa: B023
+    assert 1.8 < counted[1] / counted[0] < 2.2 and 1.8 < counted[2] / counted[1] < 2.2
 
 
 def test_convolutions_refuse_what_has_no_centre() -> None:
@@ -265,6 +303,7 @@ def test_convolutions_refuse_what_has_no_centre() -> None:
         LocalConv(4, 3, axes=4)
 
 
+@pytest.mark.paper("SwiftFormer", "works_when")
 @pytest.mark.parametrize(
     ("build", "millions"),
     [(ravlt, (25, 27)), (swiftformer, (3.1, 3.6)), (l2vit, (28, 32))],
@@ -277,6 +316,7 @@ def test_backbones_have_their_papers_sizes(build: Callable[..., Pyramid], millio
     assert millions[0] < sum(p.numel() for p in model.parameters()) / 1e6 < millions[1]
 
 
+@pytest.mark.paper("L2ViT", "works_when")
 def test_l2vit_alternates_windows_and_the_whole() -> None:
     names = [
         type(block[1].inner).__name__
@@ -286,6 +326,8 @@ def test_l2vit_alternates_windows_and_the_whole() -> None:
     assert names == ["FlashWindowAttention", "L2ViTAttention"] * 3
 
 
+@pytest.mark.paper("L2ViT", "works_when")
+@pytest.mark.paper("SwiftFormer", "works_when")
 @pytest.mark.parametrize(
     ("build", "options"),
     [

@@ -187,6 +187,7 @@ def decimated(keep: int, mamba: Mamba, last: int = 1) -> DeciMamba:
     return mixer
 
 
+@pytest.mark.paper("DeciMamba", "definition")
 def test_decimamba_scans_the_tokens_with_the_greatest_steps_in_order() -> None:
     mamba, x = shaken(Mamba(DIM, state=5)), tokens(40)
     mixer = decimated(11, mamba, last=2)

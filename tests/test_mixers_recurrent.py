@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from counted_work import work
 from torch import Tensor
-from torch.nn.functional import elu, silu
+from torch.nn.functional import elu, logsigmoid, silu
 from torch.testing import assert_close
 
 from foveate.mixers.base import split_heads
 from foveate.mixers.recurrent import RecurrentMixer
 from foveate.mixers.registry import row
 from foveate.mixers.short_conv import ShortConv
+from foveate.options import forced_impl
 from foveate.patterns import Packed
 
 NAMES = ("linear_transformer", "gla", "gated_deltanet", "lightning_attention_2")
@@ -50,6 +52,8 @@ def rms(x: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
+@pytest.mark.paper("Linear Transformer", "definition")
+@pytest.mark.paper("Linear Transformer", "works_when")
 @pytest.mark.parametrize("causal", [True, False])
 def test_linear_transformer_is_attention_with_weights_from_features(causal: bool) -> None:
     mixer, x = make("linear_transformer", causal=causal), tokens(37)
@@ -61,12 +65,21 @@ def test_linear_transformer_is_attention_with_weights_from_features(causal: bool
     assert_close(mixer(x), expected)
 
 
-def test_linear_transformer_takes_any_positive_features() -> None:
-    mixer = make("linear_transformer", feature_map=lambda x: torch.cat([x.exp(), (-x).exp()], -1))
+@pytest.mark.paper("Linear Transformer", "works_when")
+@pytest.mark.parametrize("causal", [True, False])
+def test_linear_transformer_takes_any_positive_features(causal: bool) -> None:
+    mixer = make("linear_transformer", feature_map=lambda x: torch.cat([x.exp(), (-x).exp()], -1), causal=causal)
     x = tokens(19)
     q, k, v = project(mixer, x)
-    weights = 2 * torch.cosh(q.unsqueeze(3) + k.unsqueeze(2)).sum(-1).tril()
+    weights = 2 * torch.cosh(q.unsqueeze(3) + k.unsqueeze(2)).sum(-1)
+    weights = weights.tril() if causal else weights
     assert_close(mixer(x), mixer.to_out(joined(weights / weights.sum(-1, keepdim=True) @ v)))
+    if causal:
+        state, outs = mixer.start(2), []
+        for token in x.split(1, dim=1):
+            out, state = mixer.step(token, state)
+            outs.append(out)
+        assert_close(torch.cat(outs, 1), mixer(x))
 
 
 def test_linear_transformer_reads_a_context() -> None:
@@ -88,8 +101,15 @@ def test_the_divisor_does_not_overflow_float16() -> None:
     assert_close(mixer(x)[0, 64], mixer(x)[0, 0], rtol=1e-2, atol=1e-2)
 
 
-def test_lightning_attention_fades_at_a_constant_rate() -> None:
-    mixer, x = make("lightning_attention_2", pace=0.5), tokens(37)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("lightning_attention_2", marks=pytest.mark.paper("Lightning-Attention-2", "definition")),
+        pytest.param("lightning_attention", marks=pytest.mark.paper("Lightning-Attention-TNL", "definition")),
+    ],
+)
+def test_lightning_attention_fades_at_a_constant_rate(name: str) -> None:
+    mixer, x = make(name, pace=0.5), tokens(37)
     q, k, v = project(mixer, x)
     age = (torch.arange(37)[:, None] - torch.arange(37)).double()
     rate = 0.5 * torch.tensor([2**-2, 2**-4, 2**-6, 2**-8], dtype=torch.float64).view(4, 1, 1)
@@ -98,18 +118,53 @@ def test_lightning_attention_fades_at_a_constant_rate() -> None:
     assert_close(mixer(x), expected)
 
 
+def gla_formula(mixer: RecurrentMixer, x: Tensor) -> Tensor:
+    q, k, v = project(mixer, x)
+    alpha = split_heads((logsigmoid(mixer.to_decay(mixer.to_rank(x))) / 16).exp(), 4)
+    state, outs = torch.zeros(len(x), 4, k.shape[-1], v.shape[-1], dtype=torch.float64), []
+    for t in range(x.shape[1]):
+        state = alpha[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        outs.append(k.shape[-1] ** -0.5 * (q[:, :, t, None, :] @ state))
+    normed = rms(torch.cat(outs, 2), 1e-5) * mixer.norm.norm.weight
+    return mixer.to_out(joined(normed) * silu(mixer.norm.to_gate(x)))
+
+
+@pytest.mark.paper("GLA", "definition")
 def test_gla_fades_each_key_channel() -> None:
     mixer, x = make("gla"), tokens(37)
-    q, k, v = project(mixer, x)
-    alpha = split_heads(torch.sigmoid(mixer.to_decay(mixer.to_rank(x))) ** (1 / 16), 4)
-    state, outs = torch.zeros(2, 4, mixer.head_dim, mixer.value_dim, dtype=torch.float64), []
-    for t in range(37):
-        state = alpha[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
-        outs.append(mixer.head_dim**-0.5 * (q[:, :, t, None, :] @ state))
-    normed = rms(torch.cat(outs, 2), 1e-5) * mixer.norm.norm.weight
-    assert_close(mixer(x), mixer.to_out(joined(normed) * silu(mixer.norm.to_gate(x))))
+    assert_close(mixer(x), gla_formula(mixer, x))
 
 
+@pytest.mark.paper("GLA", "works_when")
+@pytest.mark.parametrize("impl", ["chunks", "reference", None])
+@pytest.mark.parametrize("shut", [0.0, 5.0, 3000.0])
+def test_gla_has_the_gradients_of_its_formula_however_far_its_gates_are_shut(shut: float, impl: str | None) -> None:
+    mixer, x = make("gla"), tokens(83).requires_grad_()
+    mixer.to_decay.bias.data -= shut * torch.rand_like(mixer.to_decay.bias)  # some channels forget at once
+    wanted, towards = [x, *mixer.parameters()], tokens(83)
+    with forced_impl(impl):
+        found = torch.autograd.grad((mixer(x) * towards).sum(), wanted)
+    expected = torch.autograd.grad((gla_formula(mixer, x) * towards).sum(), wanted)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("linear_transformer", marks=pytest.mark.paper("Linear Transformer", "works_when")),
+        pytest.param("gla", marks=pytest.mark.paper("GLA", "works_when")),
+        "gated_deltanet",
+        "lightning_attention_2",
+    ],
+)
+def test_counted_work_is_linear_in_tokens(name: str) -> None:
+    mixer = row(name).mixer(DIM, heads=4)
+    counted = [work(lambda: mixer(torch.randn(1, n, DIM))) for n in (1024, 2048, 4096)]  # noqa: B023
+    assert 1.9 < counted[1] / counted[0] < 2.1 and 1.9 < counted[2] / counted[1] < 2.1
+
+
+@pytest.mark.paper("Gated DeltaNet", "definition")
 def test_gated_deltanet_fades_erases_and_writes() -> None:
     mixer, x = make("gated_deltanet"), tokens(37)
     q, k, v = (convolved(mixer, i, layer(x)) for i, layer in enumerate((mixer.to_q, mixer.to_k, mixer.to_v)))
@@ -133,6 +188,8 @@ def convolved(mixer: RecurrentMixer, which: int, flat: Tensor) -> Tensor:
     return split_heads(silu(sum(taps[:, 3 - age] * shifted[age] for age in range(4))), mixer.heads)
 
 
+@pytest.mark.paper("GLA", "works_when")
+@pytest.mark.paper("Linear Transformer", "works_when")
 @every_row
 def test_a_sequence_in_chunks_is_the_sequence(name: str) -> None:
     mixer, x = make(name, kv_heads=2), tokens(70)

@@ -142,6 +142,8 @@ def test_rwkv7_keeps_its_state_bounded() -> None:
 # ---- states that are learned -------------------------------------------------------------------------------------
 
 
+@pytest.mark.paper("State-Tuning", "definition")
+@pytest.mark.paper("State-Tuning", "works_when")
 @pytest.mark.parametrize("impl", ["chunks", "reference"])
 def test_gradients_reach_the_initial_state(impl: str) -> None:
     mixer, x = make(RWKV7, heads=HEADS, rank=3, initial=True), tokens(11)
@@ -195,6 +197,7 @@ def test_only_the_state_is_tuned(features: int | None) -> None:
         assert name == "initial" or bool((parameter == kept[name]).all())
 
 
+@pytest.mark.paper("State-Tuning", "works_when")
 def test_an_enlarged_state_decodes_as_it_reads() -> None:
     mixer, x = make(StateTuning, heads=HEADS, rank=3, features=10), tokens()
     state = mixer.start(2)
@@ -202,6 +205,7 @@ def test_an_enlarged_state_decodes_as_it_reads() -> None:
     assert_close(decoded(mixer, x, state)[0], mixer(x))
 
 
+@pytest.mark.paper("State-Tuning", "works_when")
 def test_an_enlarged_state_is_the_recurrence_of_kernel_features() -> None:
     mixer, x = make(StateTuning, heads=HEADS, rank=3, features=10, sharpness=0.3), tokens(9)
     *seen, gate = mixer.mixtures(before(x), x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ def plain(x: Tensor, transition: Tensor, write: Tensor, read: Tensor, state: Ten
     return out, torch.view_as_complex(h)
 
 
+@pytest.mark.paper("H3", "works_when")
 @pytest.mark.parametrize("impl", ["reference", "fft"])
 @pytest.mark.parametrize("length", [1, 2, 37, 130])
 @pytest.mark.parametrize("chunk", [None, 1, 16])
@@ -59,6 +61,7 @@ def test_every_form_is_the_recurrence(impl: str, length: int, chunk: int | None)
     assert_close(evolve(x, *given, impl=impl, chunk=chunk, final=False).out, expected)
 
 
+@pytest.mark.paper("H3", "works_when")
 def test_every_form_has_the_same_gradients() -> None:
     x, state = torch.randn(2, 30, 3, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.complex128)
     wanted = [each.requires_grad_() for each in (x, *coefficients(), state)]
@@ -84,6 +87,7 @@ def test_the_kernel_is_the_response_to_an_impulse() -> None:
         assert_close(kernel(transition, write * read, length), response[:, :length])
 
 
+@pytest.mark.paper("H3", "works_when")
 def test_convolutions_do_not_wrap_round() -> None:
     x, filters = torch.randn(2, 23, 3, dtype=torch.float64), torch.randn(3, 23, dtype=torch.float64)
     age = torch.arange(23)[:, None] - torch.arange(23)
@@ -186,6 +190,7 @@ def test_s5_is_a_convolution_too() -> None:
     assert_close(mixer(x), g * torch.sigmoid(mixer.to_gate(g)))
 
 
+@pytest.mark.paper("H3", "definition")
 @pytest.mark.parametrize("head_dim", [1, 4])
 def test_h3_compares_remembered_keys_with_queries(head_dim: int) -> None:
     mixer, x = shaken(H3(DIM, head_dim=head_dim, state=6, shift=5)), tokens(40)
@@ -205,6 +210,7 @@ def mixers(**options: Any) -> list[Any]:
     return [S4D(DIM, state=8, **options), H3(DIM, head_dim=4, state=6, shift=5, **options)]
 
 
+@pytest.mark.paper("H3", "works_when")
 def test_state_passing_in_chunks_equals_one_transform() -> None:
     x = tokens(50)
     for whole, pieces in zip(mixers(), mixers(chunk=7), strict=True):
@@ -222,6 +228,7 @@ def test_no_token_reaches_an_earlier_output() -> None:
         assert gradient[:, 30:].abs().max() < 1e-12 * gradient.abs().max()
 
 
+@pytest.mark.paper("H3", "works_when")
 def test_decoding_keeps_a_state_of_constant_size() -> None:
     for mixer in [*map(shaken, mixers()), shaken(S5(DIM, state=8))]:
         x, state = tokens(30), mixer.start(2)
@@ -266,16 +273,26 @@ def pairs_and_question(batch: int, pairs: int = 3, keys: int = 4) -> tuple[Tenso
     return text, values.gather(1, asked).squeeze(1)
 
 
-def test_h3_learns_to_recall() -> None:
+def induction(batch: int, length: int = 9) -> tuple[Tensor, Tensor]:
+    """Letters with one trigger among them, the trigger again, and what followed it: (B, N) and (B,)."""
+    text = torch.randint(7, (batch, length))
+    place, at = torch.randint(length - 2, (batch, 1)), torch.arange(batch)
+    text[at, place.squeeze(1)] = text[:, -1] = 7
+    return text, text.gather(1, place + 1).squeeze(1)
+
+
+@pytest.mark.paper("H3", "works_when")
+@pytest.mark.parametrize("task", [pairs_and_question, induction])
+def test_h3_learns_to_recall(task: Callable[[int], tuple[Tensor, Tensor]]) -> None:
     model = Recall(letters=8, dim=24)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(150):
-        text, answer = pairs_and_question(64)
+        text, answer = task(64)
         loss = nn.functional.cross_entropy(model(text)[:, -1], answer)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    text, answer = pairs_and_question(500)
+    text, answer = task(500)
     assert (model(text)[:, -1].argmax(-1) == answer).float().mean() > 0.9  # guessing gives a third
 
 

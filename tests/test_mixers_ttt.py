@@ -34,6 +34,7 @@ def turned(x: Tensor, place: int) -> Tensor:
     return torch.cat([number.real, number.imag])
 
 
+@pytest.mark.paper("TTT", "definition")
 @every_row
 def test_the_layer_is_the_paper_s_written_out(name: str) -> None:
     mixer, x = make(name), torch.randn(11, DIM, dtype=torch.float64)

@@ -78,6 +78,7 @@ def one_head(one: Problem, b: int, h: int) -> Tensor:
     return torch.stack(outs)
 
 
+@pytest.mark.paper("TTT", "works_when")
 @both
 @pytest.mark.parametrize("impl", ["dual", "reference"])
 def test_outputs_are_those_of_learning_token_by_token(layers: int, impl: str) -> None:
@@ -86,6 +87,7 @@ def test_outputs_are_those_of_learning_token_by_token(layers: int, impl: str) ->
     assert_close(one.solve(impl=impl).out, expected, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.paper("TTT", "works_when")
 @both
 def test_gradients_and_states_are_those_of_the_definition(layers: int) -> None:
     one = problem(layers, 14)
@@ -101,6 +103,7 @@ def test_gradients_and_states_are_those_of_the_definition(layers: int) -> None:
         assert_close(mine, expected, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.paper("TTT", "works_when")
 @both
 def test_differences_confirm_the_gradients_through_the_inner_loop(layers: int) -> None:
     one = problem(layers, 5, batch=2).tokens(0, 5)
@@ -113,6 +116,7 @@ def test_differences_confirm_the_gradients_through_the_inner_loop(layers: int) -
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 
+@pytest.mark.paper("TTT", "works_when")
 @both
 @pytest.mark.parametrize("pieces", [[1] * 19, [4, 4, 4, 7], [3, 0, 9, 2, 5], [19]])
 def test_pieces_with_the_state_handed_over_are_one_call(layers: int, pieces: list[int]) -> None:

@@ -34,7 +34,7 @@ class Mark(NamedTuple):
 def evidence() -> dict[str, dict[Kind, list[str]]]:
     """By key of the paper and kind, the ids of the tests.
 
-    >>> sorted(evidence()["StreamingLLM"])
+    >>> sorted(evidence()["Fastformer"])
     ['definition', 'works_when']
     """
     return json.loads(PATH.read_text(encoding="utf-8"))
