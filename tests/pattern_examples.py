@@ -22,6 +22,7 @@ from foveate.patterns import (
     boolean_mask,
     causal,
     dilated,
+    document_numbers,
     document_prefix,
     documents,
     full,
@@ -89,6 +90,9 @@ ON_SEQUENCES = (
     prefix(4) & ~blocks(8),
     documents([9, 0, 20, 13]),
     documents([30, 5]) & causal,
+    documents([9, 0, 20, 13]) & (sinks(2) | window(3) & causal),
+    documents([7, 24]) & blocks(5) | prefix(3),
+    per_head([documents([12, 8]) & power_of_two(2), random_blocks(4, 0.3, seed=3)]),
     global_tokens([0, 3, 17]),
     (global_tokens([5]) | window(4)) & causal,
     power_of_two(),
@@ -198,6 +202,8 @@ def _on_sequences() -> list[Case]:
     ]
     packed = Packed([10, 0, 25, 6])
     padding = torch.arange(41) < torch.tensor([[30], [41], [0]])
+    apart = torch.tensor([[0] * 11 + [-1] * 4 + [3] * 18, [5, -1] * 16 + [5], [0] * 33])
+    later = torch.arange(33).expand(3, 33) + 20
     heads = torch.rand(2, 3, 33, generator=torch.Generator().manual_seed(5)) < 0.7
     return [
         *cases,
@@ -205,9 +211,18 @@ def _on_sequences() -> list[Case]:
         Case(window(4) & causal, 41, 41, packed),
         Case(full, 7, 41, packed),
         Case(causal & key_padding(padding), 41, 41, packed),
+        Case((blocks(8) & causal | sinks(2)) & key_padding(padding.flip(1)), 41, 41, packed),
+        Case((blocks(8) & causal | sinks(2)) & key_padding(padding), 41, 41, foveate.patterns.Sequence()),
+        Case(document_numbers(apart) & (window(5) | prefix(3)), 33, 33, foveate.patterns.Sequence()),
+        Case(document_numbers(apart) & (window(5) | prefix(3)) & causal, 5, 33, foveate.patterns.Sequence()),
+        Case(document_numbers(torch.zeros_like(apart), later) & (blocks(7) | sinks(25)), 3, 33, packed_for(33)),
         Case(key_padding(padding), 9, 41, foveate.patterns.Sequence()),
         Case(key_padding(heads) & window(9), 33, 33, foveate.patterns.Sequence(33)),
     ]
+
+
+def packed_for(length: int) -> Packed:
+    return Packed([length // 3, length - length // 3])
 
 
 def _on_layouts() -> list[Case]:

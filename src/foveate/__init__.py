@@ -20,8 +20,8 @@ _HOMES = {
         " reverse scan scan_orders scan_step spatio_temporal windows zigzag"
     ),
     "foveate.patterns": (
-        "Beside Grid Packed Pattern Points Selection Sequence block_diffusion block_mask blocks boolean_mask"
-        " causal dilated document_prefix documents full global_tokens key_padding listed_blocks lsh mask_mod"
+        "Beside Grid Packed Pattern Points Selection Sequence block_diffusion block_mask blocks boolean_mask causal"
+        " dilated document_numbers document_prefix documents full global_tokens key_padding listed_blocks lsh mask_mod"
         " mass_blocks neighborhood parse per_head power_of_two prefix random_blocks same_bucket shared_prefix"
         " sinks spans sta strided strips topk_blocks topk_keys vertical_slash window window_partition within"
     ),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Index
+from foveate.patterns.place import Place, Slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +45,30 @@ class Bias:
     def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
         """Refuse a call this bias does not fit."""
 
+    def in_documents(self, place: Place) -> bool:
+        """Whether :meth:`of_document` and :meth:`moved` say what each document alone would be given."""
+        return False
+
+    def of_document(self, parameter: Tensor, batch: slice, queries: Slots, keys: Slots) -> Tensor:
+        """The part, a view, of the parameter or of its gradient that belongs to one document."""
+        return parameter
+
+    def moved(self, parameter: Tensor, offset: int) -> Bias:
+        """The same bias with this parameter where query 0 sits at position ``offset`` of the keys."""
+        return replace(self, parameter=parameter)
+
 
 @dataclass(frozen=True, eq=False)
 class Dense(Bias):
     """A tensor (B, H, N, M), or 1 in place of any of them."""
+
+    def in_documents(self, place: Place) -> bool:
+        return place.keeps_distances
+
+    def of_document(self, parameter: Tensor, batch: slice, queries: Slots, keys: Slots) -> Tensor:
+        whole = slice(None)
+        at = ((batch, parameter.shape[0]), (whole, 1), (queries, parameter.shape[2]), (keys, parameter.shape[3]))
+        return parameter[tuple(part if size > 1 else whole for part, size in at)]
 
     def index(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         index = torch.zeros_like(q + k)
@@ -64,6 +85,9 @@ class Dense(Bias):
 @dataclass(frozen=True, eq=False)
 class PerHead(Bias):
     """One constant per head, or one for all heads: the bias of sigmoid attention."""
+
+    def in_documents(self, place: Place) -> bool:
+        return True
 
     def index(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         return torch.zeros_like(q + k) + (head if self.parameter.numel() > 1 else 0)
@@ -84,6 +108,12 @@ class Alibi(Bias):
 
     def factor(self, q: Tensor, k: Tensor) -> Tensor | None:
         return -(q + self.offset - k).abs().to(self.parameter.dtype)
+
+    def in_documents(self, place: Place) -> bool:
+        return place.keeps_distances
+
+    def moved(self, parameter: Tensor, offset: int) -> Bias:
+        return replace(self, parameter=parameter, offset=offset)
 
     def check(self, batch: int, heads: int, num_queries: int, num_keys: int) -> None:
         _check_heads("alibi slopes", self.parameter, heads)
@@ -106,6 +136,12 @@ class RelativeTable(Bias):
         for offset, reach in zip(self._offsets(q + self.offset, k), self.reach, strict=True):
             index = index * (2 * reach + 1) + offset.clamp(-reach, reach) + reach
         return index
+
+    def in_documents(self, place: Place) -> bool:
+        return place.keeps_distances and not self.dims
+
+    def moved(self, parameter: Tensor, offset: int) -> Bias:
+        return replace(self, parameter=parameter, offset=offset)
 
     def _offsets(self, q: Tensor, k: Tensor) -> list[Tensor]:
         if not self.dims:

@@ -19,10 +19,14 @@ class Dropout(NamedTuple):
 
     p: float
     seed: Tensor
+    batch: int = 0  # number of the first batch entry, query and key, where they are part of a call
+    query: int = 0
+    key: int = 0
 
     def factor(self, batch: Tensor, head: Tensor, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
         """What each pair's weight is multiplied by, 0 or 1 / (1 - p); the indices broadcast against one another."""
-        keep = _hash(self.seed, batch, head, q, k) >= round(self.p * 2**32)
+        pair = batch + self.batch, head, q + self.query, k + self.key
+        keep = _hash(self.seed, *pair) >= round(self.p * 2**32)
         return keep.to(dtype) / (1 - self.p)
 
 

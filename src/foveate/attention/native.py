@@ -91,8 +91,8 @@ def backward(
     if isinstance(spec.seen, Windows):
         return neighborhood.backward(spec.seen, q, k, v, out, lse, grad_out, grad_lse, spec.scale)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    grad_lse = grad_lse.float().contiguous()
-    arguments, held = _arguments(spec, q, k, v, out, lse.contiguous())
+    grad_lse, lse = grad_lse.float().contiguous(), lse.contiguous()  # named, so that they outlive the call
+    arguments, held = _arguments(spec, q, k, v, out, lse)
     grads = [q.new_zeros(bias.parameter.shape, dtype=torch.float32) for bias in spec.biases]
     for bias, grad in zip(held.biases, grads, strict=True):
         bias.grad = c.pointer(grad, torch.float32, *grad.shape)

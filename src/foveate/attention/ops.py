@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveate import autodiff, patterns
 from foveate.attention import bias as biases_by_name
-from foveate.attention import native, tiles
+from foveate.attention import documents, native, tiles
 from foveate.attention.bias import Bias, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
@@ -34,7 +34,7 @@ def attend_selected(call: Call, kernels: str) -> Partial:
     text = "\n".join((kernels, call.kind, str(call.pattern), str(call.layout), *(_bias_text(b) for b in call.biases)))
     parameters = [bias.parameter for bias in call.biases]
     softcap = 0.0 if call.softcap is None else call.softcap
-    p, seed = call.dropout or (0.0, None)
+    p, seed = call.dropout[:2] if call.dropout else (0.0, None)
     held = list(call.pattern.tensors)
     out, lse = _attend(call.q, call.k, call.v, parameters, held, text, call.scale, softcap, p, seed)
     return Partial(out, lse if call.kind == "softmax" else None)
@@ -113,8 +113,10 @@ def _spec(
     kernels = KERNELS[name]
     biases = tuple(_bias(t, p, offset) for t, p in zip(bias_texts, parameters, strict=True))
     plain = is_plain(kind, biases, softcap or None)  # type: ignore[arg-type]
-    seen = kernels.sees(q, k, parse(pattern, held), _layout(layout), scale, plain=plain)
     dropout = None if seed is None else Dropout(p, seed)
+    seen = documents.see(
+        kernels, q, k, parse(pattern, held), _layout(layout), scale, biases=biases, plain=plain, drops=seed is not None
+    )
     return kernels, Spec(seen, biases, kind, scale, softcap or None, dropout)  # type: ignore[arg-type]
 
 
@@ -132,7 +134,7 @@ def _attend(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     kernels, spec = _spec(q, k, parameters, held, text, scale, softcap, p, seed)
-    return kernels.forward(spec, q, k, v)
+    return documents.forward(kernels, spec, q, k, v)
 
 
 @_attend.register_fake
@@ -159,7 +161,7 @@ def _attend_backward(
     seed: Tensor | None,
 ) -> list[Tensor]:
     kernels, spec = _spec(q, k, parameters, held, text, scale, softcap, p, seed)
-    return list(kernels.backward(spec, q, k, v, out, lse, grad_out, grad_lse))
+    return list(documents.backward(kernels, spec, q, k, v, out, lse, grad_out, grad_lse))
 
 
 @_attend_backward.register_fake

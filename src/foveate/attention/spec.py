@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate import autodiff
+from foveate.attention import documents
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
@@ -27,7 +28,7 @@ TILE = 64
 WIDEST = 256  # channels of a head in the native kernels
 
 
-Seen = Selection | Band | Windows
+Seen = Selection | Band | Windows | documents.ByDocument
 
 
 class Spec(NamedTuple):
@@ -82,7 +83,17 @@ def run(call: Call, name: str, kernels: Kernels) -> Partial:
 
         return attend_selected(call, name)
     plain = is_plain(call.kind, call.biases, call.softcap)
-    seen = kernels.sees(call.q, call.k, call.pattern, call.layout, call.scale, plain=plain)
+    seen = documents.see(
+        kernels,
+        call.q,
+        call.k,
+        call.pattern,
+        call.layout,
+        call.scale,
+        biases=call.biases,
+        plain=plain,
+        drops=call.dropout is not None,
+    )
     spec = Spec(seen, call.biases, call.kind, call.scale, call.softcap, call.dropout)
     parameters = [bias.parameter for bias in call.biases]
     out, lse = autodiff.run(_Attend(kernels, spec), call.q, call.k, call.v, *parameters)
@@ -101,14 +112,14 @@ class _Attend(NamedTuple):
     spec: Spec
 
     def forward(self, *inputs: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        outputs = self.kernels.forward(self.spec, *inputs[:3])  # type: ignore[arg-type]
+        outputs = documents.forward(self.kernels, self.spec, *inputs[:3])  # type: ignore[arg-type]
         return outputs, outputs
 
     def backward(
         self, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], *inputs: Tensor | None
     ) -> tuple[Tensor, ...]:
         spec = _with_parameters(self.spec, inputs[3:])
-        return self.kernels.backward(spec, *inputs[:3], *saved, *grads)  # type: ignore[arg-type]
+        return documents.backward(self.kernels, spec, *inputs[:3], *saved, *grads)  # type: ignore[arg-type]
 
     def definition(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         return definition(self.spec, *inputs)
@@ -134,6 +145,8 @@ def _with_parameters(spec: Spec, parameters: Sequence[Tensor | None]) -> Spec:
 def visible(seen: Seen, q: Tensor, k: Tensor) -> Tensor:
     """The dense mask (B or 1, H, N, M) of what was selected."""
     num_queries, num_keys = q.shape[2], k.shape[2]
+    if isinstance(seen, documents.ByDocument):
+        return documents.visible(seen, q, k)
     if isinstance(seen, Band):
         place = torch.arange(num_queries, device=q.device) + num_keys - num_queries
         distance = place.unsqueeze(1) - torch.arange(num_keys, device=q.device)

@@ -11,7 +11,7 @@ from foveate.patterns.flex import to_block_mask
 from foveate.patterns.functions import mask_mod
 from foveate.patterns.grid import neighborhood, sta, strips, window_partition
 from foveate.patterns.layouts import Grid, Layout, Packed, Points, Sequence
-from foveate.patterns.listed import documents, global_tokens, key_padding, random_blocks
+from foveate.patterns.listed import document_numbers, documents, global_tokens, key_padding, random_blocks
 from foveate.patterns.lsh import lsh
 from foveate.patterns.masks import block_mask, boolean_mask, listed_blocks
 from foveate.patterns.parse import parse
@@ -45,6 +45,7 @@ __all__ = [
     "boolean_mask",
     "causal",
     "dilated",
+    "document_numbers",
     "document_prefix",
     "documents",
     "full",

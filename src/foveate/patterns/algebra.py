@@ -23,6 +23,7 @@ from foveate.patterns.layouts import Layout, Sequence
 
 if TYPE_CHECKING:
     from foveate.patterns.draw import Drawing
+    from foveate.patterns.place import Place
     from foveate.patterns.selection import Selection
 
 Index = Tensor | int
@@ -91,6 +92,8 @@ class Pattern:
     chooses_ahead: bool = False  # its choice for a query may depend on later tokens
     may_change: bool = False  # reads what nothing tells the changes of: no selection of it is kept
     slow_because: str | None = None  # what makes it slow, in words
+    depends_on: str = "position"  # or "distance", "order", or "slot": what padding, packing and caches never move
+    by_number: bool = False  # tells documents apart by tables, which kernels run one document after the other
 
     # ---- the three questions -------------------------------------------------------------------------------
 
@@ -111,6 +114,10 @@ class Pattern:
     def resolve(self, scene: Scene) -> Pattern:
         """This pattern with the layout bound and every data-dependent choice taken."""
         return self
+
+    def places_tokens(self, num_keys: int) -> Place | None:
+        """Where tokens live, of a pattern that says so: what it is joined with by ``&`` counts positions there."""
+        return None
 
     # ---- what users call -----------------------------------------------------------------------------------
 

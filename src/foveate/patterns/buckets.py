@@ -58,6 +58,7 @@ class EqualLabels(Pattern):
     of_queries: Tensor  # (B, H, N)
     of_keys: Tensor  # (B, H, M)
     q_start: int  # position of query 0
+    depends_on = "slot"
 
     text = "equal_labels(...)"
 
@@ -98,6 +99,7 @@ class EqualLabels(Pattern):
 class SameBucket(Pattern):
     buckets: Tensor  # (B, H, M), or (B, H, N) beside those of the keys
     of_keys: Tensor | None = None  # (B, H, M)
+    depends_on = "slot"
 
     @property
     def text(self) -> str:  # type: ignore[override]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene, mix_hash
+from foveate.patterns.place import Place
+from foveate.patterns.placed import in_documents, merged
 
 EMPTY, FILLED = -1, -2  # signatures of settled boxes
 
@@ -68,6 +71,10 @@ class Compound(Pattern):
     def resolve(self, scene: Scene) -> Pattern:
         return type(self)(tuple(part.resolve(scene) for part in self.parts))
 
+    def placed(self, place: Place, scene: Scene) -> Pattern:
+        """Resolved inside documents."""
+        return type(self)(tuple(placed(part, place, scene) for part in self.parts))
+
     def signature(self, boxes: Boxes) -> Tensor:
         return mix_hash(*(settled_signature(part, boxes) for part in self.parts))
 
@@ -83,6 +90,18 @@ class All(Compound):
     @property
     def sees_future(self) -> bool:  # type: ignore[override]
         return all(part.sees_future for part in self.parts)
+
+    def resolve(self, scene: Scene) -> Pattern:
+        """Parts that say where tokens live place the others; see :meth:`Pattern.places_tokens`."""
+        places = [place for part in self.parts if (place := part.places_tokens(scene.num_keys)) is not None]
+        return self._inside(merged(places), scene) if places else super().resolve(scene)
+
+    def placed(self, place: Place, scene: Scene) -> Pattern:
+        own = [inner for part in self.parts if (inner := part.places_tokens(scene.num_keys)) is not None]
+        return self._inside(merged([place, *own]), scene)
+
+    def _inside(self, place: Place, scene: Scene) -> Pattern:
+        return All(tuple(placed(part, place, scene) for part in self.parts))
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         seen = self.parts[0].visible(batch, head, q, k)
@@ -205,6 +224,19 @@ def per_head(patterns: list[Pattern] | tuple[Pattern, ...]) -> Pattern:
         if not isinstance(part, Pattern):
             raise TypeError(f"per_head takes patterns such as window(64); got {part!r}")
     return parts[0] if len(parts) == 1 else PerHead(parts)
+
+
+def placed(part: Pattern, place: Place, scene: Scene) -> Pattern:
+    """A pattern resolved inside documents."""
+    return part.placed(place, scene) if isinstance(part, Compound) else in_documents(part, place, scene)
+
+
+def leaves(pattern: Pattern) -> Iterator[Pattern]:
+    """The patterns a pattern is made of."""
+    for part in pattern.parts if isinstance(pattern, Compound) else ():
+        yield from leaves(part)
+    if not isinstance(pattern, Compound):
+        yield pattern
 
 
 def settled_signature(part: Pattern, boxes: Boxes) -> Tensor:

@@ -21,6 +21,7 @@ class Decided(Pattern):
     """Base of the leaves: a table whose first dims are the batch entries and heads it tells apart."""
 
     table: Tensor  # (B, H, ...)
+    depends_on = "slot"
 
     @property
     def batches(self) -> int:  # type: ignore[override]
@@ -238,6 +239,7 @@ class Picked(Pattern):
     q_start: int  # position of query 0
 
     text = "picked(...)"
+    depends_on = "slot"
 
     @property
     def batches(self) -> int:  # type: ignore[override]

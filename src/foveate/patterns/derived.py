@@ -18,6 +18,8 @@ from foveate.patterns.sequence import Prefix, positive
 class Derived(Pattern):
     """Base: a name for patterns joined."""
 
+    depends_on = "slot"
+
     def meaning(self, scene: Scene) -> Pattern:
         """The patterns that it stands for, joined."""
         raise NotImplementedError

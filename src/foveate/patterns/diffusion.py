@@ -16,6 +16,7 @@ from foveate.patterns.sequence import positive, same_group
 class BlockDiffusion(Pattern):
     length: int
     block: int
+    depends_on = "slot"
 
     @property
     def text(self) -> str:  # type: ignore[override]

@@ -28,6 +28,7 @@ class ByFunction(Pattern):
     name: str  # no other function of this process ever has it
     batches: int = 1
     heads: int = 1
+    depends_on = "slot"
 
     may_change = True  # whatever else the function reads
     slow_because = "its function is asked about every pair, at every call"

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from foveate.counts import whole_numbers
 from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene, mix_hash
+from foveate.patterns.place import NOWHERE, Place
 from foveate.patterns.sequence import positive, same_group
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Documents(Pattern):
     lengths: tuple[int, ...]
+    depends_on = "slot"
 
     @property
     def text(self) -> str:  # type: ignore[override]
         return f"documents({list(self.lengths)})"
+
+    def places_tokens(self, num_keys: int) -> Place:
+        return place_of_lengths(self.lengths, num_keys)
 
     def number(self, position: Tensor) -> Tensor:
         """Document of each position; positions past the end belong to one more document."""
@@ -37,16 +44,88 @@ class Documents(Pattern):
 def documents(lengths: Iterable[int]) -> Pattern:
     """Keys of the query's own document, documents laid end to end with these lengths.
 
-    >>> from foveate import causal
-    >>> (documents([2, 1]) & causal).mask(3)[0, 0].int()
-    tensor([[1, 0, 0],
-            [1, 1, 0],
-            [0, 0, 1]], dtype=torch.int32)
+    What it is joined with by ``&`` sees each document as if it were alone: positions are counted, and dynamic
+    patterns choose, in it.
+
+    >>> from foveate import causal, sinks, window
+    >>> (documents([2, 3]) & causal & (sinks(1) | window(1))).mask(5)[0, 0].int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [0, 0, 1, 0, 0],
+            [0, 0, 1, 1, 0],
+            [0, 0, 1, 1, 1]], dtype=torch.int32)
     """
     lengths = whole_numbers("lengths of the documents", lengths)
     if not lengths:
         raise ValueError("documents takes the lengths of the documents, at least one; got []")
     return Documents(lengths)
+
+
+@lru_cache(maxsize=64)
+def place_of_lengths(lengths: tuple[int, ...], num_keys: int) -> Place:
+    slots = torch.arange(num_keys, device="cpu")
+    return Place.counted(torch.bucketize(slots, torch.tensor(lengths, device="cpu").cumsum(0), right=True)[None])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DocumentNumbers(Pattern):
+    """Keys of the query's own document, by a number for each key slot of each batch entry (-1: no token)."""
+
+    document: Tensor  # (B, M) int64
+    position: Tensor
+    depends_on = "slot"
+    by_number = True
+
+    text = "document_numbers(..., ...)"
+
+    @property
+    def batches(self) -> int:  # type: ignore[override]
+        return len(self.document)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.document, self.position)
+
+    def places_tokens(self, num_keys: int) -> Place:
+        if self.document.shape[1] != num_keys:
+            raise ValueError(f"document_numbers has {self.document.shape[1]} keys, but there are {num_keys}")
+        return _kept(self, lambda: Place(*(x.clone() for x in self.tensors)))
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        document, row = self.document.to(q.device), batch if len(self.document) > 1 else 0
+        last = self.document.shape[1] - 1
+        own, other = document[row, q.clamp(0, last)], document[row, k.clamp(0, last)]
+        return (own == other) & (own >= 0) & (q >= 0)
+
+
+def document_numbers(numbers: Tensor, positions: Tensor | None = None) -> Pattern:
+    """Keys of the query's own document, by a whole number for each key, (M,) or (B, M); -1 is padding.
+
+    What it is joined with by ``&`` sees each document as if it were alone, as with :func:`documents`. ``positions``
+    (like ``numbers``) says where in its document each key stands; by default they are counted from 0, but a cache
+    that has dropped the first keys of a text holds later ones.
+
+    >>> from foveate import causal, sinks
+    >>> (document_numbers(torch.tensor([-1, 0, 0, 0])) & causal & sinks(2)).mask(4)[0, 0].int()
+    tensor([[0, 0, 0, 0],
+            [0, 1, 0, 0],
+            [0, 1, 1, 0],
+            [0, 1, 1, 0]], dtype=torch.int32)
+
+    Raises ValueError for numbers that are no whole numbers from -1 on, or positions of another shape.
+    """
+    for name, each in (("numbers", numbers), ("positions", positions)):
+        if each is not None and (each.is_floating_point() or each.dtype == torch.bool or each.shape != numbers.shape):
+            raise ValueError(f"document_numbers takes whole numbers (M,) or (B, M); got {name} {_described(each)}")
+    if numbers.dim() not in (1, 2) or (numbers.numel() and int(numbers.min()) < NOWHERE):
+        raise ValueError(f"document_numbers takes numbers (M,) or (B, M) from -1 on; got {_described(numbers)}")
+    document = torch.atleast_2d(numbers).long()
+    position = Place.counted(document).position if positions is None else torch.atleast_2d(positions).long()
+    return DocumentNumbers(document, position)
+
+
+def _described(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -135,6 +214,7 @@ class KeyPadding(Pattern):
     """Keys marked True, per batch entry (and head)."""
 
     marked: Tensor  # (B, 1 or heads, M)
+    depends_on = "slot"
 
     text = "key_padding(...)"
 
@@ -155,6 +235,12 @@ class KeyPadding(Pattern):
             raise ValueError(f"key_padding marks {self.marked.shape[-1]} keys, but there are {scene.num_keys}")
         return self
 
+    def places_tokens(self, num_keys: int) -> Place | None:
+        """Tokens are those marked; a mask that tells heads apart says which keys a head sees, no more."""
+        if self.heads > 1 or self.marked.shape[-1] != num_keys:
+            return None
+        return _kept(self, lambda: Place.counted(torch.where(self.marked[:, 0], 0, NOWHERE)))
+
     def rows(self, batch: Index, head: Index) -> tuple[Index, Index]:
         B, H, _ = self.marked.shape
         return (batch if B > 1 else 0), (head if H > 1 else 0)
@@ -174,6 +260,9 @@ class KeyPadding(Pattern):
 def key_padding(mask: Tensor) -> Pattern:
     """Keys marked True in a boolean ``mask`` (B, M) or (B, H, M), for every query; padding is what is False.
 
+    With a mask (B, M), what it is joined with by ``&`` sees the tokens as if there were no padding: positions are
+    counted, and dynamic patterns choose, among the keys marked True.
+
     >>> key_padding(torch.tensor([[True, True, False]])).mask(3)[0, 0].int()
     tensor([[1, 1, 0],
             [1, 1, 0],
@@ -182,3 +271,15 @@ def key_padding(mask: Tensor) -> Pattern:
     if mask.dim() not in (2, 3) or mask.dtype != torch.bool:
         raise ValueError(f"key_padding takes a boolean (B, M) or (B, H, M) mask; got {mask.dtype} {tuple(mask.shape)}")
     return KeyPadding(mask if mask.dim() == 3 else mask.unsqueeze(1))
+
+
+_places: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _kept(pattern: Pattern, make: Callable[[], Place]) -> Place:
+    """What ``make`` returns, kept while the pattern lives and its tensors hold the same."""
+    before, place = _places.get(pattern, (None, None))
+    if before is None or not all(map(torch.equal, before, pattern.tensors)):
+        before, place = tuple(x.clone() for x in pattern.tensors), make()
+        _places[pattern] = before, place
+    return place

@@ -26,6 +26,7 @@ class Table(Pattern):
     table: Tensor  # (B, H, rows, ...), or without the first dims
     k_block: int = 1
     q_block: int = 1
+    depends_on = "slot"
 
     @property
     def placed(self) -> Tensor:

@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 from foveate.native.call import pointer
 from foveate.patterns import compound, decided, listed, sequence
 from foveate.patterns.algebra import Pattern
+from foveate.patterns.part import Part
+from foveate.patterns.placed import InDocuments
 
 FAR = 2**61  # a distance beyond every length
 
@@ -37,6 +39,8 @@ class Operation(IntEnum):
     COLUMNS = 13
     DISTANCES = 14
     BLOCK_TABLE = 15
+    MOVED = 16
+    PLACED = 17
 
 
 class Program:
@@ -64,10 +68,26 @@ class Program:
             if not isinstance(pattern, compound.Not):
                 self.code.append(len(pattern.parts))
             return all(self._add(part) for part in pattern.parts)
+        if isinstance(pattern, Part):
+            self.code += [Operation.MOVED, pattern.first_query - pattern.offset, pattern.first_key]
+            return pattern.step == 1 and self._add(pattern.whole)
+        if isinstance(pattern, InDocuments):
+            return self._add_placed(pattern)
         leaf = LEAVES.get(type(pattern))
         if leaf is None:
             return False
         self.code += leaf(self, pattern)
+        return True
+
+    def _add_placed(self, pattern: InDocuments) -> bool:
+        place, parts = pattern.place, pattern.by_part
+        tables, shape = (place.document, place.position, place.stretches, pattern.part_of_slot), place.document.shape
+        addresses = [self.address(table, torch.long, *shape) for table in tables]
+        self.code += [Operation.PLACED, *addresses, *shape, len(parts)]
+        for first, part in parts:
+            self.code += [first, part.batches]
+            if not self._add(part):
+                return False
         return True
 
     def address(self, tensor: Tensor, dtype: torch.dtype, *shape: int) -> int:

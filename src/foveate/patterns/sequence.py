@@ -18,6 +18,8 @@ def distances(at: Interval) -> tuple[Tensor, Tensor]:
 class ByDistance(Pattern):
     """A pattern that depends on the distance alone: tiles on one diagonal hold equal masks."""
 
+    depends_on = "distance"
+
     def signature(self, boxes: Boxes) -> Tensor:
         return mix_hash(boxes.position.q_lo - boxes.position.k_lo)
 
@@ -26,6 +28,7 @@ class Full(ByDistance):
     """Every pair."""
 
     text = "full"
+    depends_on = "order"
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         return torch.ones_like(q + k, dtype=torch.bool)
@@ -39,6 +42,7 @@ class Causal(ByDistance):
     """No key beyond the query."""
 
     text = "causal"
+    depends_on = "order"
     sees_future = False
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 // A pattern from whole numbers, an operation before what it applies to: foveate/patterns/program.py writes them.
 #pragma once
+#include "placed_patterns.h"
 #include "static_patterns.h"
 #include "table_patterns.h"
 
@@ -7,7 +8,7 @@ namespace foveate::selection {
 
 enum Operation : int64_t {
     ALL, ANY, NOT, PER_HEAD, BAND, STRIDED, SINKS, PREFIX, BLOCKS, POWER_OF_TWO, DOCUMENTS, GLOBAL_TOKENS,
-    RANDOM_BLOCKS, COLUMNS, DISTANCES, BLOCK_TABLE,
+    RANDOM_BLOCKS, COLUMNS, DISTANCES, BLOCK_TABLE, MOVED, PLACED,
 };
 
 class Program {
@@ -33,6 +34,8 @@ class Program {
             case COLUMNS: return made(Columns{line()});
             case DISTANCES: return made(Distances{line()});
             case BLOCK_TABLE: return made(BlockTable{table<uint64_t>(), block_shape()});
+            case MOVED: return made(Moved{number(), number(), pattern()});
+            case PLACED: return made(Placed{places(), placed_parts()});
         }
         return nullptr;
     }
@@ -47,6 +50,14 @@ class Program {
     Line line() { return Line{table<uint8_t>(), table<int64_t>(), plane(), number()}; }
     BlockTable::Shape block_shape() {
         return {plane(), number(), number(), number(), number(), number(), number()};
+    }
+    Placed::Tables places() {
+        return {table<int64_t>(), table<int64_t>(), table<int64_t>(), table<int64_t>(), number(), number()};
+    }
+    std::vector<Placed::Part> placed_parts() {
+        std::vector<Placed::Part> parts(number());
+        for (auto& part : parts) part = Placed::Part{number(), number(), pattern()};
+        return parts;
     }
     Parts parts() {
         Parts parts(number());
