@@ -14,12 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from foveate.adapt.pattern_mask import PatternMask
-from foveate.patterns import Pattern, causal, full, key_padding, window
+from foveate.patterns import Pattern, blocks, boolean_mask, causal, full, key_padding, window
 from foveate.patterns.algebra import Index
+from foveate.patterns.listed import DocumentNumbers
+from foveate.patterns.place import Place
 
 IndexFunction = Callable[..., Tensor]
+REMAPPED = "remap_positions_for_packed_sequence"
 
 
 def pattern_mask(
@@ -40,14 +44,19 @@ def pattern_mask(
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     assert q_length is not None and mask_function is not None
-    place = Place(batch_size, q_length, kv_length, int(q_offset), kv_offset)
-    pattern, num_keys = _pattern(mask_function, place)
-    return _carry(_with_padding(pattern, attention_mask, kv_offset, num_keys), num_keys, place, device)
+    extent = Extent(batch_size, q_length, kv_length, int(q_offset), kv_offset)
+    function, documents = _unpacked(mask_function)
+    pattern, num_keys = _pattern(function, extent)
+    where = _numbered(documents) if documents is not None else _where(extent, num_keys, attention_mask, pattern)
+    if where is not None:
+        pattern = where if pattern == full else pattern & where
+    shape = (batch_size, 1, q_length, kv_length)
+    return PatternMask(pattern, num_keys, shape, device)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where queries and key slots stand in the text."""
+class Extent:
+    """Which queries and key slots of the text there are."""
 
     batch_size: int
     num_queries: int
@@ -61,27 +70,70 @@ class Place:
         return self.first_key + self.num_slots - self.first_query - self.num_queries
 
 
-def _pattern(function: IndexFunction, place: Place) -> tuple[Pattern, int]:
+def _unpacked(function: IndexFunction) -> tuple[IndexFunction, Tensor | None]:
+    """The index function of documents packed in rows, asked inside each, and their numbers (B, M)."""
+    if _maker(function) == "and_masks":
+        functions = _inside(function)["mask_functions"]
+        if [_maker(each) for each in functions] == ["packed_sequence_mask_function", REMAPPED]:
+            packed, remapped = map(_inside, functions)
+            return remapped["mask_function"], packed["packed_sequence_mask"]
+    return function, None
+
+
+def _numbered(documents: Tensor) -> Pattern:
+    return DocumentNumbers(documents.long(), Place.counted(documents.long()).position)
+
+
+def _where(extent: Extent, num_keys: int, mask: Tensor | None, pattern: Pattern) -> Pattern | None:
+    """Where the keys stand in the text; None where they are all of it. A 2-D mask (B, tokens so far) marks padding."""
+    first, last = extent.first_key, extent.first_key + num_keys
+    if mask is None:
+        return _later(torch.arange(first, last).unsqueeze(0)) if first else None
+    real = pad(mask.bool(), (0, max(last - mask.shape[1], 0)))
+    position, real = (real.cumsum(1) - 1)[:, first:last], real[:, first:last]
+    is_compiling = torch.compiler.is_compiling()  # a graph cannot depend on what a mask says
+    if not is_compiling and bool(real.all()):
+        return _later(position) if int(position.max() if position.numel() else 0) >= num_keys else None
+    if pattern == full and extent.num_queries != extent.num_slots:  # queries of another text than the keys
+        return boolean_mask(real[:, None, None].expand(-1, -1, extent.num_queries, -1))
+    return key_padding(real) if first == 0 else DocumentNumbers(torch.where(real, 0, -1), position)
+
+
+def _later(position: Tensor) -> Pattern:
+    """Keys of one text whose first ones are gone."""
+    return DocumentNumbers(torch.zeros_like(position), position)
+
+
+def _pattern(function: IndexFunction, extent: Extent) -> tuple[Pattern, int]:
     """The pattern of an index function, and how many of the keys it is about."""
     known = translated(function)
-    if known is not None and (known == full or place.empty_slots == 0):
-        return known, place.num_slots
-    if known is not None and not known.sees_future and place.empty_slots > 0:
-        return known, place.num_slots - place.empty_slots
-    return MaskFunction(function, place, batches=place.batch_size), place.num_slots
+    if known is not None and (known == full or extent.empty_slots == 0):
+        return known, extent.num_slots
+    if known is not None and not known.sees_future and extent.empty_slots > 0:
+        return known, extent.num_slots - extent.empty_slots
+    return MaskFunction(function, extent, batches=extent.batch_size), extent.num_slots
+
+
+def _maker(function: IndexFunction) -> str:
+    return getattr(function, "__qualname__", "").partition(".<locals>")[0]
+
+
+def _inside(function: IndexFunction) -> dict[str, Any]:
+    return dict(inspect.getclosurevars(function).nonlocals) if inspect.isfunction(function) else {}
 
 
 def translated(function: IndexFunction) -> Pattern | None:
     """The pattern equal to one of transformers' own index functions, or None for one we do not know."""
-    maker = getattr(function, "__qualname__", "").partition(".<locals>")[0]
-    inside = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
-    match maker:
+    inside = _inside(function)
+    match _maker(function):
         case "causal_mask_function":
             return causal
         case "bidirectional_mask_function":
             return full
         case "sliding_window_bidirectional_overlay" if inside["sliding_window"] > 0:
             return window(inside["sliding_window"])
+        case "chunked_overlay":  # counts from the first token that is no padding, as positions do
+            return blocks(inside["chunk_size"])
         case "and_masks":
             return _translated_and(inside["mask_functions"])
     return None
@@ -102,9 +154,9 @@ def _translated_and(functions: tuple[IndexFunction, ...]) -> Pattern | None:
 
 def _overlay(function: IndexFunction) -> Pattern | None:
     """The window of a ``sliding_window_overlay``, which only means the same beside ``causal``."""
-    if not function.__qualname__.startswith("sliding_window_overlay."):
+    if _maker(function) != "sliding_window_overlay":
         return None
-    width = inspect.getclosurevars(function).nonlocals["sliding_window"]
+    width = _inside(function)["sliding_window"]
     return window(width - 1) if width > 1 else None
 
 
@@ -113,8 +165,9 @@ class MaskFunction(Pattern):
     """Any index function of transformers, asked pair by pair: packed sequences, chunks, image blocks, ..."""
 
     function: IndexFunction
-    place: Place
+    extent: Extent
     batches: int = 1
+    depends_on = "slot"
     itself: Tensor = field(default_factory=lambda: torch.empty(0))  # equal to no other, so never cached
 
     text = "mask_function(...)"
@@ -124,25 +177,9 @@ class MaskFunction(Pattern):
         return (self.itself,)
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
-        place = self.place
-        last = place.num_slots - 1
-        shift = place.first_query - (place.num_slots - place.num_queries)
-        q, k = q.clamp(last - place.num_queries + 1, last) + shift, k.clamp(0, last) + place.first_key
+        extent = self.extent
+        last = extent.num_slots - 1
+        shift = extent.first_query - (extent.num_slots - extent.num_queries)
+        q, k = q.clamp(last - extent.num_queries + 1, last) + shift, k.clamp(0, last) + extent.first_key
         batch, head = torch.as_tensor(batch, device=q.device), torch.as_tensor(head, device=q.device)
         return self.function(batch, head, q, k)
-
-
-def _with_padding(pattern: Pattern, mask: Tensor | None, first_key: int, num_keys: int) -> Pattern:
-    """Leave out the keys that a 2-D mask (B, tokens so far) marks as padding."""
-    if mask is None:
-        return pattern
-    mask = mask[:, first_key : first_key + num_keys].bool()
-    mask = torch.nn.functional.pad(mask, (0, num_keys - mask.shape[1]))
-    if mask.all():
-        return pattern
-    return key_padding(mask) if pattern == full else pattern & key_padding(mask)
-
-
-def _carry(pattern: Pattern, num_keys: int, place: Place, device: Any) -> PatternMask:
-    shape = (place.batch_size, 1, place.num_queries, place.num_slots)
-    return PatternMask(pattern, num_keys, shape, device)

@@ -175,6 +175,15 @@ class LogDecay(Bias):
         row = (batch if batches > 1 else 0) * heads + (head if heads > 1 else 0)
         return row * length + place
 
+    def in_documents(self, place: Place) -> bool:
+        return place.keeps_distances
+
+    def of_document(self, parameter: Tensor, batch: slice, queries: Slots, keys: Slots) -> Tensor:
+        return parameter[batch if len(parameter) > 1 else slice(None), :, keys]
+
+    def moved(self, parameter: Tensor, offset: int) -> Bias:
+        return replace(self, parameter=parameter, offset=offset)
+
     def as_dense(self, num_queries: int) -> tuple[Dense, ...]:
         """Row and column terms that add up to it in float32: whole numbers first, whose differences are exact."""
         sums = self.parameter

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foveate.attention.bias import Bias
 from foveate.attention.dropout import Dropout
+from foveate.attention.gaps import check_gaps
 from foveate.patterns.algebra import LINE, Pattern, Scene
 from foveate.patterns.compound import leaves
 from foveate.patterns.layouts import Layout
@@ -61,6 +62,7 @@ def see(
 ) -> Seen | ByDocument:
     """What the kernels run: of the whole call, or of each of its documents."""
     scene = Scene(q.shape[2], k.shape[2], layout, q, k, scale)
+    check_gaps(pattern, biases, layout, scene.num_keys)
     rest, place = split(pattern, layout, scene.num_keys)
     if place is None or not _runs_by_document(pattern, rest, place, biases, drops, scene):
         return kernels.sees(q, k, pattern, layout, scale, plain=plain)
