@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate.attention.bias import Bias
 from foveate.attention.dropout import Dropout
-from foveate.attention.gaps import check_gaps
+from foveate.attention.gaps import Positioned
 from foveate.patterns.algebra import LINE, Pattern, Scene
 from foveate.patterns.compound import leaves
 from foveate.patterns.layouts import Layout
@@ -24,6 +24,7 @@ from foveate.patterns.place import Document, Place, Slots
 from foveate.patterns.placed import check_complete, moves, split
 
 if TYPE_CHECKING:
+    from foveate.attention.call import Call
     from foveate.attention.spec import Kernels, Seen, Spec
 
 
@@ -62,7 +63,6 @@ def see(
 ) -> Seen | ByDocument:
     """What the kernels run: of the whole call, or of each of its documents."""
     scene = Scene(q.shape[2], k.shape[2], layout, q, k, scale)
-    check_gaps(pattern, biases, layout, scene.num_keys)
     rest, place = split(pattern, layout, scene.num_keys)
     if place is None or not _runs_by_document(pattern, rest, place, biases, drops, scene):
         return kernels.sees(q, k, pattern, layout, scale, plain=plain)
@@ -86,7 +86,16 @@ def _runs_by_document(
         return False  # what is said of slots holds for the whole call
     if not all(bias.in_documents(place) for bias in biases) or (drops and not place.keeps_distances):
         return False
-    return any(moves(leaf, place, scene) for leaf in parts) or any(leaf.by_number for leaf in leaves(pattern))
+    by_table = any(leaf.by_number for leaf in leaves(pattern)) or any(isinstance(bias, Positioned) for bias in biases)
+    return by_table or any(moves(leaf, place, scene) for leaf in parts)
+
+
+def runs_by_document(call: Call) -> bool:
+    """Whether the kernels run a call one document after the other."""
+    scene = Scene(call.num_queries, call.num_keys, call.layout, call.q, call.k, call.scale)
+    rest, place = split(call.pattern, call.layout, call.num_keys)
+    drops = call.dropout is not None
+    return place is not None and _runs_by_document(call.pattern, rest, place, call.biases, drops, scene)
 
 
 def _at_positions(rest: Pattern, document: Document, num_queries: int, num_keys: int) -> Pattern:

@@ -1,19 +1,61 @@
-"""Padding between two tokens of one text, which biases by distance cannot leave out."""
+"""Padding between two tokens of one text: biases by distance count positions, not the slots in between."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from foveate.attention.bias import Alibi, Bias, LogDecay, RelativeTable
-from foveate.patterns.algebra import Pattern
+from foveate.patterns.algebra import Index, Pattern
 from foveate.patterns.layouts import Layout
+from foveate.patterns.place import Place
 from foveate.patterns.placed import split
 
 
-def check_gaps(pattern: Pattern, biases: Sequence[Bias], layout: Layout, num_keys: int) -> None:
-    """Refuse biases by distance where they would count padding."""
-    if layout.num_axes or not any(isinstance(bias, (Alibi, LogDecay, RelativeTable)) for bias in biases):
-        return
-    _, place = split(pattern, layout, num_keys)
-    if place is not None and not place.keeps_distances:
-        raise ValueError("a bias by distance cannot tell padding between two tokens of a text from tokens: remove it")
+@dataclass(frozen=True, eq=False)
+class Positioned(Bias):
+    """A bias by distance, asked with slots; query i is the token of key slot ``i + offset``."""
+
+    whole: Alibi | RelativeTable
+    place: Place
+    offset: int
+
+    def values(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        whole = replace(self.whole, parameter=self.parameter)
+        return whole.values(batch, head, self._at(batch, q + self.offset), self._at(batch, k))
+
+    def add_grad(self, total: Tensor, grad: Tensor, batch: Index, head: Index, q: Tensor, k: Tensor) -> None:
+        whole = replace(self.whole, parameter=self.parameter)
+        whole.add_grad(total, grad, batch, head, self._at(batch, q + self.offset), self._at(batch, k))
+
+    def _at(self, batch: Index, slot: Tensor) -> Tensor:
+        """Positions; those of padding mean nothing."""
+        last = self.place.num_slots - 1
+        return self.place.position.to(slot.device)[self.place.row(batch), slot.clamp(0, last)]
+
+    def in_documents(self, place: Place) -> bool:
+        return True
+
+    def moved(self, parameter: Tensor, offset: int) -> Bias:
+        return replace(self.whole, parameter=parameter, offset=offset)
+
+
+def place_biases(
+    biases: Sequence[Bias], pattern: Pattern, layout: Layout, num_queries: int, num_keys: int
+) -> tuple[Bias, ...]:
+    """Biases by distance told where tokens stand, where padding lies between them."""
+    by_distance = any(isinstance(bias, (Alibi, LogDecay, RelativeTable)) for bias in biases)
+    place = split(pattern, layout, num_keys)[1] if by_distance and not layout.num_axes else None
+    if place is None or place.keeps_distances:
+        return tuple(biases)
+    if any(isinstance(bias, LogDecay) for bias in biases):
+        raise ValueError("log_decay adds up the gates of padding that lies between two tokens of a text: remove it")
+    return tuple(_placed(bias, place, num_keys - num_queries) for bias in biases)
+
+
+def _placed(bias: Bias, place: Place, offset: int) -> Bias:
+    if isinstance(bias, (Alibi, RelativeTable)) and not getattr(bias, "dims", ()):
+        return Positioned(bias.parameter, replace(bias, offset=0), place, offset)
+    return bias

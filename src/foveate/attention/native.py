@@ -13,6 +13,8 @@ from torch import Tensor
 from foveate.attention import spec as shared
 from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, RelativeTable
 from foveate.attention.call import Call
+from foveate.attention.documents import runs_by_document
+from foveate.attention.gaps import Positioned
 from foveate.attention.partial import Partial
 from foveate.attention.spec import TILE, WIDEST, Spec
 from foveate.native import call as c
@@ -39,7 +41,8 @@ def refuse(call: Call) -> str | None:
         if c.misaligned(x):
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
     for bias in call.biases:
-        if type(bias) not in (Dense, PerHead, Alibi, RelativeTable, LogDecay):
+        known = (Dense, PerHead, Alibi, RelativeTable, LogDecay)
+        if type(bias) not in known and not (isinstance(bias, Positioned) and runs_by_document(call)):
             return f"it does not know the bias {type(bias).__name__}"
     return _absence() or shared.refuse(call)
 

@@ -18,6 +18,7 @@ from foveate.attention import documents, native, tiles
 from foveate.attention.bias import Bias, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
+from foveate.attention.gaps import Positioned, place_biases
 from foveate.attention.partial import Partial
 from foveate.attention.spec import Kernels, Spec, definition, is_plain
 from foveate.patterns.algebra import Pattern, Scene, resolve
@@ -114,9 +115,13 @@ def _spec(
     biases = tuple(_bias(t, p, offset) for t, p in zip(bias_texts, parameters, strict=True))
     plain = is_plain(kind, biases, softcap or None)  # type: ignore[arg-type]
     dropout = None if seed is None else Dropout(p, seed)
-    seen = documents.see(
-        kernels, q, k, parse(pattern, held), _layout(layout), scale, biases=biases, plain=plain, drops=seed is not None
-    )
+    whole, where = parse(pattern, held), _layout(layout)
+    biases = place_biases(biases, whole, where, q.shape[2], k.shape[2])
+    see = partial(documents.see, biases=biases, plain=plain, drops=dropout is not None)
+    seen = see(kernels, q, k, whole, where, scale)
+    if any(isinstance(bias, Positioned) for bias in biases) and not isinstance(seen, documents.ByDocument):
+        kernels = KERNELS["tiles"]  # which reads any bias
+        seen = see(kernels, q, k, whole, where, scale)
     return kernels, Spec(seen, biases, kind, scale, softcap or None, dropout)  # type: ignore[arg-type]
 
 
