@@ -86,7 +86,7 @@ def prepare(
     if isinstance(bias, LogDecay) and pattern.sees_future:
         raise ValueError(f"log_decay looks back only, but {pattern} shows later keys: join it with & causal")
     if not is_compiling():  # there the operator looks, which alone knows what masks hold
-        biases = place_biases(biases, pattern, layout, q.shape[2], k.shape[2])
+        biases, pattern = place_biases(biases, pattern, layout, q.shape[2], k.shape[2])
     if pattern.batches not in (1, q.shape[0]):
         raise ValueError(f"{pattern} is for a batch of {pattern.batches}, but q has {q.shape[0]}")
     if heads % pattern.heads:

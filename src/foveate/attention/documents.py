@@ -15,7 +15,6 @@ from torch import Tensor
 
 from foveate.attention.bias import Bias
 from foveate.attention.dropout import Dropout
-from foveate.attention.gaps import Positioned
 from foveate.patterns.algebra import LINE, Pattern, Scene
 from foveate.patterns.compound import leaves
 from foveate.patterns.layouts import Layout
@@ -86,8 +85,7 @@ def _runs_by_document(
         return False  # what is said of slots holds for the whole call
     if not all(bias.in_documents(place) for bias in biases) or (drops and not place.keeps_distances):
         return False
-    by_table = any(leaf.by_number for leaf in leaves(pattern)) or any(isinstance(bias, Positioned) for bias in biases)
-    return by_table or any(moves(leaf, place, scene) for leaf in parts)
+    return any(leaf.by_number for leaf in leaves(pattern)) or any(moves(leaf, place, scene) for leaf in parts)
 
 
 def runs_by_document(call: Call) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.attention.bias import Alibi, Bias, LogDecay, RelativeTable
 from foveate.patterns.algebra import Index, Pattern
 from foveate.patterns.layouts import Layout
+from foveate.patterns.listed import document_numbers
 from foveate.patterns.place import Place
 from foveate.patterns.placed import split
 
@@ -44,15 +45,16 @@ class Positioned(Bias):
 
 def place_biases(
     biases: Sequence[Bias], pattern: Pattern, layout: Layout, num_queries: int, num_keys: int
-) -> tuple[Bias, ...]:
-    """Biases by distance told where tokens stand, where padding lies between them."""
+) -> tuple[tuple[Bias, ...], Pattern]:
+    """Where padding lies between tokens: biases by distance told where these stand, and a pattern that says it too."""
     by_distance = any(isinstance(bias, (Alibi, LogDecay, RelativeTable)) for bias in biases)
     place = split(pattern, layout, num_keys)[1] if by_distance and not layout.num_axes else None
     if place is None or place.keeps_distances:
-        return tuple(biases)
+        return tuple(biases), pattern
     if any(isinstance(bias, LogDecay) for bias in biases):
         raise ValueError("log_decay adds up the gates of padding that lies between two tokens of a text: remove it")
-    return tuple(_placed(bias, place, num_keys - num_queries) for bias in biases)
+    placed = tuple(_placed(bias, place, num_keys - num_queries) for bias in biases)
+    return placed, pattern & document_numbers(place.document, place.position)
 
 
 def _placed(bias: Bias, place: Place, offset: int) -> Bias:

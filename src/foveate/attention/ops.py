@@ -116,7 +116,7 @@ def _spec(
     plain = is_plain(kind, biases, softcap or None)  # type: ignore[arg-type]
     dropout = None if seed is None else Dropout(p, seed)
     whole, where = parse(pattern, held), _layout(layout)
-    biases = place_biases(biases, whole, where, q.shape[2], k.shape[2])
+    biases, whole = place_biases(biases, whole, where, q.shape[2], k.shape[2])
     see = partial(documents.see, biases=biases, plain=plain, drops=dropout is not None)
     seen = see(kernels, q, k, whole, where, scale)
     if any(isinstance(bias, Positioned) for bias in biases) and not isinstance(seen, documents.ByDocument):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene, mix_hash
 from foveate.patterns.place import Place
-from foveate.patterns.placed import in_documents, merged
+from foveate.patterns.placed import Placed, in_documents, merged, moves
+from foveate.patterns.sequence import full
 
 EMPTY, FILLED = -1, -2  # signatures of settled boxes
 
@@ -101,7 +102,10 @@ class All(Compound):
         return self._inside(merged([place, *own]), scene)
 
     def _inside(self, place: Place, scene: Scene) -> Pattern:
-        return All(tuple(placed(part, place, scene) for part in self.parts))
+        """Resolved inside documents; where that changes anything, queries that are padding see nothing."""
+        parts = [placed(part, place, scene) for part in self.parts]
+        changed = any(moves(leaf, place, scene) for part in self.parts for leaf in leaves(part))
+        return All((*parts, Placed(full, place)) if changed else tuple(parts))
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         seen = self.parts[0].visible(batch, head, q, k)
