@@ -12,7 +12,6 @@ from torch import Tensor
 from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene
 from foveate.patterns.bits import own
 
-
 BLOCK = 64  # tokens
 
 
