@@ -157,6 +157,18 @@ def test_biases_that_broadcast(shape: tuple[int, ...]) -> None:
     assert_native_agrees(call, random.choice(DTYPES))
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 1, 99), (2, 1, 99, 1), (2, 2, 1, 1), (1, 1, 1, 99)], ids=str)
+def test_biases_that_broadcast_where_tiles_have_empty_slots(shape: tuple[int, ...]) -> None:
+    """A number for each query or for each key, on a grid whose patches hang over its border."""
+    q, k, v = (torch.randn(2, 2, 99, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(shape, requires_grad=True)
+    results = []
+    for impl in ("reference", "native"):
+        out = attend(q, k, v, neighborhood(5), bias=bias, layout=Grid(9, 11), weights="sigmoid", impl=impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_bias_in_another_precision_and_of_any_strides() -> None:
     q, k, v = (torch.randn(2, 4, 70, 8, dtype=torch.bfloat16) for _ in range(3))
     bias = torch.randn(70, 4, 70).permute(1, 2, 0).requires_grad_()

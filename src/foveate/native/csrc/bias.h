@@ -13,9 +13,25 @@ FOVEATE_INLINE float alibi_factor(const FoveateBias& bias, const Place& place, i
     return -(float)std::abs(place.query[lane] + bias.offset - place.key[key]);
 }
 
+// A number for each query, or for each key.
+static void add_broadcast(const FoveateBias& bias, const Place& place, float* to, int64_t ld) {
+    const float* data = bias.data + place.b * bias.stride[0] + place.h * bias.stride[1];
+    alignas(64) float of_query[TILE] = {};
+    for (int64_t i = 0; i < place.lanes && bias.stride[3] == 0; ++i)
+        if (place.query[i] >= 0) of_query[i] = data[place.query[i] * bias.stride[2]];
+    for (int64_t k = 0; k < place.count; ++k) {
+        const float of_key = bias.stride[3] && place.key[k] >= 0 ? data[place.key[k] * bias.stride[3]] : 0.0f;
+        for (int64_t i = 0; i < place.lanes; i += LANES) {
+            float* sum = to + k * ld + i;
+            store(sum, load(sum) + load(of_query + i) + of_key);
+        }
+    }
+}
+
 // Rows of the bias, copied and transposed in registers; scratch is (64, 64).
 static void add_dense(const FoveateBias& bias, const Place& place, float* to, int64_t ld, float* scratch) {
-    if (bias.stride[2] == 0 || bias.stride[3] != 1 || !place.keys_in_order()) {
+    if (bias.stride[2] == 0 || bias.stride[3] == 0) return add_broadcast(bias, place, to, ld);
+    if (bias.stride[3] != 1 || !place.keys_in_order()) {
         for (int64_t k = 0; k < place.count; ++k)
             for (int64_t i = 0; i < place.lanes; ++i)
                 if (place.exists(k, i)) to[k * ld + i] += bias.data[dense_entry(bias, place, i, k)];

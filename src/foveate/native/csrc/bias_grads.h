@@ -25,6 +25,25 @@ static void add_pairs(const FoveateBias& bias, Sum* sums, const Place& place, co
         }
 }
 
+// A number for each query, or for each key: pairs that share it are added up first.
+template <class Sum>
+static void add_broadcast_pairs(const FoveateBias& bias, Sum* sums, const Place& place, const float* from, int64_t ld) {
+    sums += place.b * bias.stride[0] + place.h * bias.stride[1];
+    alignas(64) float of_query[TILE] = {};
+    for (int64_t k = 0; k < place.count; ++k) {
+        if (place.key[k] < 0) continue;
+        float of_key = 0.0f;
+        for (int64_t i = 0; i < place.lanes; ++i) {
+            const float g = place.query[i] < 0 ? 0.0f : from[k * ld + i];
+            of_query[i] += g;
+            of_key += g;
+        }
+        if (bias.stride[3]) sums[place.key[k] * bias.stride[3]] += of_key;
+    }
+    for (int64_t i = 0; i < place.lanes && bias.stride[3] == 0; ++i)
+        if (place.query[i] >= 0) sums[place.query[i] * bias.stride[2]] += of_query[i];
+}
+
 template <class Sum>
 static void add_relative_pairs(const FoveateBias& bias, Sum* sums, const Place& place, const float* from, int64_t ld) {
     const RelativeEntries entries(bias, place);
@@ -111,6 +130,7 @@ struct BiasSums {
         if (few && bias.stride[3] == 1 && place.keys_in_order()) return add_dense_rows(bias, few, place, from, ld);
         if (few) add_pairs(bias, few, place, from, ld);
         if (many && bias.kind == FOVEATE_RELATIVE) return add_relative_pairs(bias, many, place, from, ld);
+        if (many && bias.kind == FOVEATE_DENSE) return add_broadcast_pairs(bias, many, place, from, ld);
         if (many) add_pairs(bias, many, place, from, ld);
     }
 };
