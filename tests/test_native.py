@@ -35,6 +35,7 @@ from foveate import (
     causal,
     full,
     key_padding,
+    neighborhood,
     per_head,
     relative_table,
     sigmoid,
