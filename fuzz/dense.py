@@ -86,6 +86,8 @@ def summed(weights: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def mask_of(pattern: fv.Pattern, scene: fv.patterns.Scene) -> Tensor:
     """What each pair of positions answers, one by one."""
+    if scene.q is not None and not scene.q.shape[0]:
+        return torch.zeros(1, 1, scene.num_queries, scene.num_keys, dtype=torch.bool)
     resolved = fv.patterns.resolve(pattern, scene)
     q = torch.arange(scene.num_queries).view(1, 1, -1, 1) + scene.offset
     batch, head = torch.arange(resolved.batches).view(-1, 1, 1, 1), torch.arange(resolved.heads).view(1, -1, 1, 1)

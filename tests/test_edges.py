@@ -9,7 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate import Grid, alibi, attend, causal_conv, linear_scan, neighborhood, recur, scan, scan_step, topk_blocks
+from foveate import (
+    Grid,
+    Points,
+    alibi,
+    attend,
+    causal_conv,
+    key_padding,
+    linear_scan,
+    neighborhood,
+    recur,
+    scan,
+    scan_step,
+    topk_blocks,
+    within,
+)
 from foveate.mixers.registry import rows
 from foveate.patterns import Scene, resolve
 from foveate.patterns.dense import dense_mask
@@ -100,3 +114,41 @@ def test_mixers_of_no_sequences_and_under_other_defaults(name: str) -> None:
                 torch.set_default_dtype(torch.float32)
             assert other.dtype == x.dtype
             assert torch.allclose(other, usual, rtol=1e-5, atol=1e-6), dtype
+
+
+def test_views_that_negate_are_served_on_points() -> None:
+    q, k, v = torch.randn(3, 1, 2, 20, 4).unbind(0)
+    coords = torch.rand(20, 2)
+    bias = torch.randn(20, 20)
+    usual = attend(q, k, v, within(0.4), layout=Points(coords), bias=bias)
+    turned = [torch.complex(torch.zeros_like(x), -x).conj().imag for x in (q, k, v)]
+    assert all(x.is_neg() for x in turned)
+    assert torch.allclose(attend(*turned, within(0.4), layout=Points(coords), bias=bias), usual, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "coords", [[[0.0, 1.0]], None, torch.full((3, 2), float("nan")), torch.tensor([[0, torch.inf]])]
+)
+def test_points_that_are_nowhere_are_refused(coords: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="Points takes"):
+        Points(coords)
+
+
+def test_padding_that_is_no_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match="key_padding takes a boolean tensor"):
+        key_padding([[True]])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [row.name for row in rows() if "padding" in row.supports])
+def test_what_stands_in_padding_changes_nothing(name: str) -> None:
+    found = next(row for row in rows() if row.name == name)
+    subject = Subject(found, getattr(found.mixer, "tiny", {}), "causal" in found.supports)
+    mixer, place = subject.mixer(), subject.places(19)[0]
+    x, real = subject.tokens(place.length), torch.rand(2, place.length) < 0.7
+    real[1, : place.length // 2] = True
+    with torch.no_grad():
+        clean = mixer(x.masked_fill(~real.unsqueeze(-1), 0), layout=place.layout, padding=real)
+        for bad in (float("nan"), float("inf")):
+            dirty = mixer(x.masked_fill(~real.unsqueeze(-1), bad), layout=place.layout, padding=real)
+            assert torch.equal(dirty, clean)
+            assert (dirty[~real] == 0).all()

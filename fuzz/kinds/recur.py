@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
@@ -237,6 +238,13 @@ def cut(name: str, x: Any, t: int) -> Any:
     return x[:, :, t : t + 1] if isinstance(x, Tensor) and timed(name, x) else x
 
 
+def connected(results: Sequence[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """Results without tokens, of which some do not depend on the leaves, as parts of the graph."""
+    if any(x.numel() == 0 for x in leaves):
+        return [x + 0 * sum(leaf.sum() for leaf in leaves if not leaf.numel()) for x in results]
+    return list(results)
+
+
 @kind("recur_backward", 3)
 def backward(draw: Draw) -> None:
     found = problem(draw, draw.length(draw.one((5,) * 16 + (17,) * 3 + (70,))))
@@ -244,6 +252,8 @@ def backward(draw: Draw) -> None:
     found.tensors = leaves
     with anything(draw):
         results = fv.recur(**found.arguments(), lengths=found.rule.lengths, causal=found.rule.causal)
+        demand(results.out.requires_grad, "the gradient stops at out")
+        results = connected(results, list(leaves.values()))
         towards = [draw.tensor(*x.shape, dtype=x.dtype) for x in results]
         placed = [draw.placed(x) for x in towards]
         grads = torch.autograd.grad(results, list(leaves.values()), placed, allow_unused=True, materialize_grads=True)
@@ -251,7 +261,7 @@ def backward(draw: Draw) -> None:
 
     def gradients(*tensors: Tensor) -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in tensors[:count]]
-        outs = found.rule(*inputs)
+        outs = connected(found.rule(*inputs), inputs)
         return list(torch.autograd.grad(outs, inputs, tensors[count:], allow_unused=True, materialize_grads=True))
 
     def sizes(*tensors: Tensor) -> list[Tensor]:
@@ -259,7 +269,7 @@ def backward(draw: Draw) -> None:
         plain = Rule(found.rule.names, found.rule.scale, found.rule.lengths, found.rule.causal)
         magnitudes = [*signs, *(x.abs() for x in tensors[count:])]
         inputs = [x.detach().requires_grad_() for x in magnitudes[:count]]
-        outs = plain(*inputs)
+        outs = connected(plain(*inputs), inputs)
         given = torch.autograd.grad(outs, inputs, magnitudes[count:], allow_unused=True, materialize_grads=True)
         return [x.abs() for x in given]
 

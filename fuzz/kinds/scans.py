@@ -15,6 +15,7 @@ from foveate.recurrence import evolve, evolve_shared
 from fuzz.cases import kind
 from fuzz.draw import DTYPES, Draw
 from fuzz.judge import Judge, demand
+from fuzz.kinds.recur import connected
 from fuzz.settings import anything
 
 Formula = Callable[[dict[str, Tensor], "Call"], list[Tensor]]
@@ -169,7 +170,7 @@ def compared(draw: Draw, call: Call) -> None:
 
 def differentiated(draw: Draw, call: Call) -> None:
     leaves = {name: draw.placed(x).detach().requires_grad_() for name, x in call.tensors.items()}
-    results = ran(draw, call, leaves)
+    results = connected(ran(draw, call, leaves), list(leaves.values()))
     towards = [draw.tensor(*x.shape, dtype=x.dtype) for x in results]
     placed = [draw.placed(x) for x in towards]
     grads = torch.autograd.grad(results, list(leaves.values()), placed, allow_unused=True, materialize_grads=True)
@@ -177,7 +178,7 @@ def differentiated(draw: Draw, call: Call) -> None:
 
     def gradients(*tensors: Tensor) -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in tensors[:count]]
-        outs = call.definition(*inputs)
+        outs = connected(call.definition(*inputs), inputs)
         return list(torch.autograd.grad(outs, inputs, tensors[count:], allow_unused=True, materialize_grads=True))
 
     def sizes(*tensors: Tensor) -> list[Tensor]:

@@ -74,6 +74,8 @@ def prepare(
 ) -> tuple[Call, Tensor | None]:
     """The checked call, and the sink logits (H,) if there are any."""
     check_tensors(q, k, v)
+    if not torch.compiler.is_compiling():
+        q, k, v = q.resolve_neg(), k.resolve_neg(), v.resolve_neg()
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern must be a Foveate pattern such as window(256) & causal; got {type(pattern).__name__}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):

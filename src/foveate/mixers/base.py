@@ -47,13 +47,15 @@ class Mixer(nn.Module):
         """Mix tokens x (B, N, C), or read a ``context`` (B, M, C).
 
         ``layout`` says where the tokens live; ``padding`` (B, N or M) is True at real keys, and rows of x that are
-        padding come out as zeros.
+        padding come out as zeros. What stands in padding, even NaN, changes nothing.
         """
         self.check(x, context, layout, padding)
-        out = self.mix(x, context, layout, padding)
-        if padding is not None and context is None:
-            out = out * padding.unsqueeze(-1)
-        return out
+        if padding is None:
+            return self.mix(x, context, layout, None)
+        hidden = ~padding.unsqueeze(-1)
+        if context is not None:
+            return self.mix(x, context.masked_fill(hidden, 0), layout, padding)
+        return self.mix(x.masked_fill(hidden, 0), None, layout, padding).masked_fill(hidden, 0)
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         """What a mechanism defines: forward on checked inputs."""

@@ -78,12 +78,13 @@ class SmallE(Mixer):
     ) -> Tensor:
         """Mix speech x (B, N, C) under a ``text`` (B, M, C); ``text_padding`` (B, M) is True at real tokens."""
         self.check(x, context, layout, padding)
-        x = x if padding is None else x.masked_fill(~padding.unsqueeze(-1), 0)
+        hidden = None if padding is None else ~padding.unsqueeze(-1)
+        x = x if hidden is None else x.masked_fill(hidden, 0)
         said = self.decoder(x, padding=padding)
         text_read = self.prepared(text, text_padding, x.shape[0])
         seen = self.look(x + said, text_read)
         out = said + self.fetch(seen + self.tracker(seen, padding=padding), text_read)
-        return out if padding is None else out * padding.unsqueeze(-1)
+        return out if hidden is None else out.masked_fill(hidden, 0)
 
     def look(self, x: Tensor, text: Text) -> Tensor:
         """Positions of the text tokens that fit x (B, N, C) by content, as features (B, N, P)."""

@@ -143,8 +143,15 @@ class Points(Layout):
     coords: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.coords, Tensor):
+            raise TypeError(f"Points takes a tensor of coordinates (N, axes); got {type(self.coords).__name__}")
         if self.coords.dim() != 2 or not self.coords.is_floating_point():
             raise ValueError(f"Points takes float coordinates (N, axes); got {tuple(self.coords.shape)}")
+        if self.coords.is_meta or torch.compiler.is_compiling():
+            return
+        if not bool(self.coords.isfinite().all()):
+            wrong = int((~self.coords.isfinite()).any(1).sum())
+            raise ValueError(f"Points takes finite coordinates; {wrong} of {len(self.coords)} points have NaN or inf")
 
     @property
     def length(self) -> int:

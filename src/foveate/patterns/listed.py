@@ -268,6 +268,8 @@ def key_padding(mask: Tensor) -> Pattern:
             [1, 1, 0],
             [1, 1, 0]], dtype=torch.int32)
     """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_padding takes a boolean tensor (B, M) or (B, H, M); got {type(mask).__name__}")
     if mask.dim() not in (2, 3) or mask.dtype != torch.bool:
         raise ValueError(f"key_padding takes a boolean (B, M) or (B, H, M) mask; got {mask.dtype} {tuple(mask.shape)}")
     return KeyPadding(mask if mask.dim() == 3 else mask.unsqueeze(1))
