@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from foveate.mixers.base import Mixer, split_heads
 
@@ -61,6 +62,11 @@ def ages(length: int) -> Tensor:
 
 def row_shares(weights: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
+
+
+def held(state: Any) -> int:
+    """Bytes of the floating tensors in a state."""
+    return sum(x.nbytes for x in tree_leaves(state) if isinstance(x, Tensor) and x.is_floating_point())
 
 
 def decoded(mixer: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -72,11 +72,17 @@ def test_deltanet_overwrites_what_its_keys_recall(negative: bool) -> None:
     assert_close(mixer(x), mixer.to_out(join_heads(rms(torch.cat(outs, 2), mixer.norm.weight))))
 
 
-def test_negative_eigenvalues_are_reached() -> None:
-    mixer = make(DeltaNet, negative=True)
-    mixer.to_strength.weight.data *= 1e3
-    assert mixer.strength(tokens()).max() > 1.99
-    assert make(DeltaNet).strength(tokens()).max() <= 1
+@pytest.mark.parametrize("negative", [False, True])
+def test_the_strongest_step_reflects_or_overwrites(negative: bool) -> None:
+    """At full strength what the key recalls is replaced by the value; with negative=True it turns its sign, too."""
+    mixer, x = make(DeltaNet, negative=negative), tokens(1)
+    mixer.to_strength.weight.data.copy_(1e3 * x[0].expand_as(mixer.to_strength.weight))
+    start, before = mixer.start(2), torch.randn(2, HEADS, 6, 6, dtype=torch.float64)
+    _, after = mixer.advance(x, start._replace(state=before))
+    _, k, v = convolved(mixer, x)
+    key = unit(k)[0, :, 0].unsqueeze(-2)
+    recalled, wanted = key @ after.state[0], v[0, :, 0].unsqueeze(-2)
+    assert_close(recalled, 2 * wanted - key @ before[0] if negative else wanted)
 
 
 def test_chunks_tokens_and_definition_agree_on_outputs_state_and_gradients() -> None:
@@ -184,17 +190,18 @@ def test_kda_fades_each_channel_and_then_overwrites() -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_delta_product_takes_several_steps_a_token(gated: bool) -> None:
-    mixer, x = make(DeltaProduct, steps=3, gated=gated), tokens()
+@pytest.mark.parametrize("steps", [1, 3])
+def test_delta_product_takes_several_steps_a_token(steps: int, gated: bool) -> None:
+    mixer, x = make(DeltaProduct, steps=steps, gated=gated), tokens()
     q, k, v = convolved(mixer, x)
-    q, k, v = unit(q), unit(k.unflatten(-1, (3, -1))), v.unflatten(-1, (3, -1))  # k, v (B, H, N, 3, D)
-    beta = 2 * torch.sigmoid(mixer.to_strength(x)).unflatten(-1, (HEADS, 3)).permute(0, 2, 1, 3)
+    q, k, v = unit(q), unit(k.unflatten(-1, (steps, -1))), v.unflatten(-1, (steps, -1))  # k, v (B, H, N, steps, D)
+    beta = 2 * torch.sigmoid(mixer.to_strength(x)).unflatten(-1, (HEADS, steps)).permute(0, 2, 1, 3)
     state, outs = torch.zeros(2, HEADS, 6, 6, dtype=torch.float64), []
     for t in range(LENGTH):
         if gated:
             pace = softplus(mixer.to_decay(x[:, t])) * mixer.log_rate.exp()
             state = torch.exp(-pace)[..., None, None] * state
-        for step in range(3):
+        for step in range(steps):
             state = overwritten(state, k[:, :, t, step], v[:, :, t, step], beta[:, :, t, step])
         outs.append(said(mixer, q[:, :, t], state))
     assert_close(mixer(x), mixer.to_out(join_heads(rms(torch.cat(outs, 2), mixer.norm.weight))))
@@ -208,14 +215,6 @@ def test_two_reflections_rotate() -> None:
     state = recur(k, k, v, beta=torch.full((1, 1, 2), 2.0, dtype=torch.float64), state=start).state[0, 0]
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
     assert_close(state, turn)
-
-
-def test_one_step_is_deltanet() -> None:
-    product = make(DeltaProduct, steps=1)
-    plain = DeltaNet(DIM, HEADS, negative=True).double()
-    plain.load_state_dict(product.state_dict())
-    x = tokens()
-    assert_close(product(x), plain(x))
 
 
 @pytest.mark.paper("EFLA", "works_when")

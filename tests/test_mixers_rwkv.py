@@ -106,16 +106,21 @@ def test_rwkv6_is_its_formula() -> None:
 # ---- RWKV-7 -----------------------------------------------------------------------------------------------------
 
 
-def rwkv7_formula(mixer: Any, x: Tensor, state: Tensor | None = None) -> Tensor:
+def rwkv7_parts(mixer: Any, x: Tensor) -> list[Tensor]:
+    """Receptance, key, value, decay, unit removal key and its rate, (B, H, N, D, 1) each."""
     move = before(x) - x
-    for_r, for_k, for_v, for_decay, for_rate, for_gate = (x + move * share for share in mixer.shares)
+    for_r, for_k, for_v, for_decay, for_rate, _ = (x + move * share for share in mixer.shares)
     rate = torch.sigmoid(mixer.to_rate(for_rate))
     decay = torch.exp(-(torch.exp(torch.tensor(-0.5))) * torch.sigmoid(mixer.to_decay(for_decay)))
     r, k, v = mixer.to_r(for_r), mixer.to_k(for_k), mixer.to_v(for_v)
     removal, key = k * mixer.removal, k * (1 + (rate - 1) * mixer.retained)
-    parts = (split_heads(y, HEADS).unsqueeze(-1) for y in (r, key, v, decay, removal, rate))
-    r, key, v, decay, removal, rate = parts  # (B, H, N, D, 1)
-    removal = removal / removal.norm(dim=3, keepdim=True)
+    parts = [split_heads(y, HEADS).unsqueeze(-1) for y in (r, key, v, decay, removal, rate)]
+    parts[4] = parts[4] / parts[4].norm(dim=3, keepdim=True)
+    return parts
+
+
+def rwkv7_formula(mixer: Any, x: Tensor, state: Tensor | None = None) -> Tensor:
+    r, key, v, decay, removal, rate = rwkv7_parts(mixer, x)
     state = torch.zeros(x.shape[0], HEADS, 6, 6, dtype=torch.float64) if state is None else state
     outs, stressed = [], []
     for t in range(x.shape[1]):
@@ -124,7 +129,7 @@ def rwkv7_formula(mixer: Any, x: Tensor, state: Tensor | None = None) -> Tensor:
         outs.append(r[:, :, t].mT @ state)
         stressed.append((r[:, :, t] * mixer.bonus.unsqueeze(-1)).mT @ key[:, :, t] * v[:, :, t].mT)
     out = normed(mixer, torch.cat(outs, 2)) + join_heads(torch.cat(stressed, 2))
-    return mixer.to_out(out * mixer.to_gate(for_gate))
+    return mixer.to_out(out * mixer.to_gate(x + (before(x) - x) * mixer.shares[-1]))
 
 
 def test_rwkv7_is_its_formula() -> None:
@@ -192,7 +197,7 @@ def test_only_the_state_is_tuned(features: int | None) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.99 * losses[0]
     for name, parameter in tuned.named_parameters():
         assert name == "initial" or bool((parameter == kept[name]).all())
 
@@ -208,22 +213,24 @@ def test_an_enlarged_state_decodes_as_it_reads() -> None:
 @pytest.mark.paper("State-Tuning", "works_when")
 def test_an_enlarged_state_is_the_recurrence_of_kernel_features() -> None:
     mixer, x = make(StateTuning, heads=HEADS, rank=3, features=10, sharpness=0.3), tokens(9)
-    *seen, gate = mixer.mixtures(before(x), x)
-    r, k, v, decay, removal, rate = mixer.parts(*seen)
-    plain = mixer.turned(r, k, v, decay, removal, rate)
+    r, k, v, decay, removal, rate = (part.squeeze(-1) for part in rwkv7_parts(mixer, x))
+    stress = (r * k * mixer.bonus.unsqueeze(1)).sum(-1, keepdim=True) * v
 
     def phi(y: Tensor) -> Tensor:
         return torch.exp(-0.3 * (y.unsqueeze(-2) - mixer.supports[:, None]).square().sum(-1))
 
-    removed = normalize(phi(normalize(removal, dim=-1)), dim=-1).unsqueeze(-1)
-    r, k, v, faded, rate = (phi(y).unsqueeze(-1) for y in (r, k, v, decay.exp(), rate))
+    removed = normalize(phi(removal), dim=-1).unsqueeze(-1)
+    r, k, v, faded, rate = (phi(y).unsqueeze(-1) for y in (r, k, v, decay, rate))
     state, outs = mixer.initial.expand(2, -1, -1, -1), []
     for t in range(9):
         turn = torch.diag_embed(faded[:, :, t].squeeze(-1)) - (rate * removed)[:, :, t] @ removed[:, :, t].mT
         state = turn @ state + k[:, :, t] @ v[:, :, t].mT
         outs.append(r[:, :, t].mT @ state)
-    heads = torch.cat(outs, 2) @ mixer.back
-    assert_close(mixer(x), mixer.to_out(mixer.gated(normed(mixer, heads), plain, gate)))
+    gram = torch.exp(-0.3 * torch.cdist(mixer.supports, mixer.supports).square())
+    back = torch.linalg.pinv(gram) @ mixer.supports
+    heads = normed(mixer, torch.cat(outs, 2) @ back) + join_heads(stress)
+    gate = mixer.to_gate(x + (before(x) - x) * mixer.shares[-1])
+    assert_close(mixer(x), mixer.to_out(heads * gate), rtol=1e-6, atol=1e-7)
 
 
 def test_support_vectors_become_themselves_again() -> None:
