@@ -214,3 +214,18 @@ class WorksLessOnMore(Sound):
 class HidesItsState(Sound):
     def state_bytes(self, n: int) -> int:
         return super().state_bytes(n) // 2
+
+
+@broken("empty batch")
+class LooksAtTheFirstSequence(Bent):
+    def bend(self, out: Tensor, x: Tensor) -> Tensor:
+        assert x[:, :1].numel() or not x.shape[1], "there is no first sequence"
+        return out
+
+
+@broken("equal tokens", claims=("causal",))
+class RootOfSquares(Bent):
+    """A root has no slope at 0, where tokens of zeros are."""
+
+    def bend(self, out: Tensor, x: Tensor) -> Tensor:
+        return out * (1 + x.square().mean(-1, keepdim=True).sqrt())

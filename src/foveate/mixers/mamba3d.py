@@ -50,7 +50,8 @@ class LocalNormPooling(nn.Module):
     def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
         """From features x (B, N, C) and the neighbours (N, K) of each."""
         relative = x[:, neighbours] - x.unsqueeze(2)  # (B, N, K, C)
-        spread = relative.square().mean((1, 2, 3), keepdim=True).sqrt()
+        squares = relative.square().mean((1, 2, 3), keepdim=True)
+        spread = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)  # equal points: the root has no slope at 0
         own = x.unsqueeze(2).expand_as(relative)
         features = torch.cat([relative / (spread + 1e-5), own], dim=-1) * self.scale + self.shift
         pooled = (features.softmax(2) * features).sum(2)

@@ -59,6 +59,8 @@ def select(
 ) -> Selection:
     """The selection of a pattern for these queries and keys; a static pattern's is cached."""
     layout = layout or Sequence()
+    if 0 in (*q.shape[:3], *k.shape[:3], pattern.batches, pattern.heads):  # nothing to choose from, or for
+        return _nothing(q, k, tile)
     if pattern.is_dynamic or isinstance(layout, Points):
         scene = Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale)
         with torch.no_grad():
@@ -71,6 +73,15 @@ def select(
     if pattern.may_change:
         return make()
     return SELECTIONS.get(pattern, layout, q.shape[2], k.shape[2], tile, str(q.device), make)
+
+
+def _nothing(q: Tensor, k: Tensor, tile: int) -> Selection:
+    """The selection of no pairs."""
+    batches, rows = min(q.shape[0], 1), -(-q.shape[2] // tile)
+    starts = torch.zeros(batches * rows + 1, dtype=torch.int64, device=q.device)
+    ids = torch.zeros(0, dtype=torch.int32, device=q.device)
+    masks, bits = (torch.zeros(0, *shape, tile // 8, dtype=torch.uint8, device=q.device) for shape in ((tile,), ()))
+    return Selection(q.shape[2], k.shape[2], tile, batches, 1, starts, ids, ids, masks, starts, ids, bits)
 
 
 def build(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.counts import whole_numbers
-from foveate.plain import remembered
+from foveate.plain import remembered, traced
 
 
 @dataclass(frozen=True, eq=False)  # or layouts that hold tensors would all be equal: they have no fields of this class
@@ -147,7 +147,7 @@ class Points(Layout):
             raise TypeError(f"Points takes a tensor of coordinates (N, axes); got {type(self.coords).__name__}")
         if self.coords.dim() != 2 or not self.coords.is_floating_point():
             raise ValueError(f"Points takes float coordinates (N, axes); got {tuple(self.coords.shape)}")
-        if self.coords.is_meta or torch.compiler.is_compiling():
+        if traced(self.coords):
             return
         if not bool(self.coords.isfinite().all()):
             wrong = int((~self.coords.isfinite()).any(1).sum())

@@ -31,6 +31,8 @@ def select(pattern: Pattern, scene: Scene, device: torch.device | str) -> Select
     True
     """
     library = _library() if torch.device(device).type == "cpu" and is_plain() else None
+    if 0 in (pattern.batches, pattern.heads):
+        return None
     program = None if library is None else Program.of(pattern)
     if library is None or program is None:
         return None

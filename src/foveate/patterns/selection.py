@@ -39,7 +39,7 @@ class Selection:
 
     @property
     def num_q_tiles(self) -> int:
-        return self.num_rows // (self.batches * self.heads)
+        return -(-self.num_queries // self.tile) if self.q_slots is None else self.q_slots.numel() // self.tile
 
     @property
     def num_k_tiles(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from foveate.mixers.base import Mixer
 from foveate.mixers.registry import Feature, Row, row
-from foveate.testing import company, kinship, manners, numbers, order
+from foveate.testing import company, extremes, kinship, manners, numbers, order
 from foveate.testing.report import Check, Report, fresh_seed, verdict
 from foveate.testing.subject import Subject
 
@@ -45,6 +45,8 @@ PROPERTIES = (
     Property("packed", order.packed, needing("packed")),
     Property("padding", company.padding, needing("padding")),
     Property("neighbours", company.neighbours),
+    Property("empty batch", extremes.empty_batch),
+    Property("equal tokens", extremes.equal_tokens),
     Property("blind rows", company.blind_rows, needing("padding")),
     Property("full budget", kinship.full_budget),
     Property("shared keys", kinship.shared_keys, needing("gqa")),
@@ -64,7 +66,7 @@ def check_mixer(
     """Put a mixer to every property that its registered features lay claim to.
 
     >>> print(check_mixer("linear_transformer", seed=0))
-    linear_transformer: 18 passed, 1 skipped (seed=0)
+    linear_transformer: 20 passed, 1 skipped (seed=0)
 
     Args:
         mixer: a registered mixer class, its row, or its name.

@@ -1,0 +1,31 @@
+"""Properties at the edge: nothing at all, and tokens that are all alike."""
+
+from __future__ import annotations
+
+import torch
+
+from foveate.testing.subject import Subject
+
+
+def empty_batch(subject: Subject) -> None:
+    """A batch of no sequences gives none, and zero gradients."""
+    place, mixer = subject.places(37)[0], subject.mixer(torch.float32)
+    x = subject.tokens(place.length, batch=0).float().requires_grad_()
+    out = mixer(x, layout=place.layout)
+    assert out.shape == x.shape, f"a batch of none of shape {tuple(x.shape)} came out as {tuple(out.shape)}"
+    if out.requires_grad:
+        torch.autograd.grad(out.sum(), x, allow_unused=True)
+
+
+def equal_tokens(subject: Subject) -> None:
+    """Tokens of zeros, and tokens that are all alike, have finite outputs and gradients."""
+    place, mixer = subject.places(37)[0], subject.mixer(torch.float32)
+    one = subject.tokens(1, batch=1).float()
+    for what, token in (("zeros", torch.zeros_like(one)), ("equal tokens", one)):
+        x = token.repeat(1, place.length, 1).requires_grad_()
+        out = mixer(x, layout=place.layout)
+        assert out.isfinite().all(), f"of {what} the outputs are not finite"
+        named = {"x": x} | {name: p for name, p in mixer.named_parameters() if p.requires_grad}
+        found = torch.autograd.grad(out.square().sum(), list(named.values()), allow_unused=True)
+        for name, gradient in zip(named, found, strict=True):
+            assert gradient is None or gradient.isfinite().all(), f"of {what} the gradient of {name} is not finite"
