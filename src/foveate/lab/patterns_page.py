@@ -51,6 +51,7 @@ EXAMPLES = {
     "shared_prefix": Example("shared_prefix(4, [5, 7])"),
     "spans": Example("spans([(2, 4), (9, 6)])"),
     "block_diffusion": Example("block_diffusion(8, 2)"),
+    "document_numbers": Example("document_numbers(...)", None, (torch.arange(16) // 6 - 1,)),
     "key_padding": Example("key_padding(...)", None, (torch.arange(16).view(1, -1) > 4,)),
     "boolean_mask": Example("boolean_mask(...)", None, (_TRIANGLE,)),
     "block_mask": Example("block_mask(..., 4)", None, (_BLOCKS,)),

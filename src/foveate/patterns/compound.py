@@ -162,6 +162,9 @@ class Not(Compound):
     def resolve(self, scene: Scene) -> Pattern:
         return super().resolve(replace(scene, layout=scene.layout.inverted()))
 
+    def placed(self, place: Place, scene: Scene) -> Pattern:
+        return super().placed(place, replace(scene, layout=scene.layout.inverted()))
+
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         return ~self.parts[0].visible(batch, head, q, k)
 
