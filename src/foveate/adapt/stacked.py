@@ -36,7 +36,8 @@ def attend_stacked(
 
 def _shares(tokens: Sequence[Token], total: int) -> list[tuple[Token, list[int]]]:
     """Swaps, and the heads that each has: those that no later one means."""
-    left, shares = list(range(total)), list[tuple[Token, list[int]]]()
+    left = list(range(total))
+    shares: list[tuple[Token, list[int]]] = []
     for token in reversed(tokens):
         heads = left if token.heads is None else [head for head in left if head in token.heads]
         if heads:
