@@ -170,3 +170,15 @@ def test_those_that_form_no_scores_are_refused_in_words() -> None:
     for words, model in models.items():
         with pytest.raises(ValueError, match=words):
             use(model, full)
+
+
+@torch.no_grad()
+def test_layers_spared_attend_as_their_model_does() -> None:
+    model, given = decoder("bloom"), batch()
+    own = model(**given).logits
+    with replace_attention(model, full, layers=[0]) as swap:
+        real = given["attention_mask"].bool()
+        torch.testing.assert_close(model(**given).logits[real], own[real], atol=1e-4, rtol=1e-4)
+    assert swap.calls == 1 and "forward" not in vars(model.transformer.h[1].self_attention)
+    with pytest.raises(ValueError, match="layers="):
+        use(decoder("falcon").transformer.h[0], full)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,16 +19,16 @@ KNOWN = frozenset(
 _TOLERANCE = 1e-3
 
 
+_unknown: dict[type[nn.Module], frozenset[str]] = {}
+
+
 def unknown_options(module: nn.Module) -> frozenset[str]:
     """What the model's own function reads and Foveate does not know; whatever it does not read cannot matter."""
-    kind: Any = type(module)
-    return _unknown(kind)
-
-
-@lru_cache(maxsize=1024)
-def _unknown(kind: Any) -> frozenset[str]:
-    own = _own_function(kind)
-    return frozenset() if own is None else frozenset(inspect.signature(own).parameters) - KNOWN
+    kind = type(module)
+    if kind not in _unknown and not torch.compiler.is_compiling():
+        own = _own_function(kind)
+        _unknown[kind] = frozenset() if own is None else frozenset(inspect.signature(own).parameters) - KNOWN
+    return _unknown.get(kind, frozenset())
 
 
 def _own_function(kind: type[nn.Module]) -> Callable[..., Any] | None:

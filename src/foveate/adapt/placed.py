@@ -25,10 +25,14 @@ _TOO_LATE = (
 
 
 class Token:
-    """One swap, the same in all layers that it has; it counts their calls, except those in compiled graphs."""
+    """One swap, the same in all layers that it has; it counts their calls, except those in compiled graphs.
+
+    ``none`` lies in layers that it spares and that need a stand-in all the same, as their model's masks have changed.
+    """
 
     def __init__(self, core: Core, heads: tuple[int, ...] | None = None) -> None:
         self.core, self.heads = core, heads
+        self.none: Token | None = None if heads == () else Token(core, ())
         self.drops = "dropout" in inspect.signature(type(core).__call__).parameters
         self.calls = 0
 

@@ -24,7 +24,8 @@ _FORBIDDEN = ("flash", "sdpa", "flex_attention", "/", "|", "paged", "eager")
 def install(model: nn.Module, swap: Swap, name: str, layers: Layers | None, cross: bool) -> None:
     """Switch layers of a model over to ``swap`` and teach it the way back."""
     _check_name(name)
-    meant = chosen(_servable(model), layers, cross)
+    served = _servable(model)
+    meant = chosen(served, layers, cross)
     checked = set[type[nn.Module]]()
     for layer in meant:
         if layer.stand_in is None and type(layer.module) not in checked:
@@ -34,14 +35,23 @@ def install(model: nn.Module, swap: Swap, name: str, layers: Layers | None, cros
     register(name)
     switches = {}
     for layer in meant:
-        record = place(layer.module, layer.config, swap.token)
+        record = _put(layer, swap.token, swap)
         switches[id(record.switch)] = record.switch
-        if layer.stand_in is not None:
-            _stand_in(layer, record)
-        swap.on_undo(partial(_take_back, layer.module, swap.token))
+    assert swap.token.none is not None
+    for layer in served:
+        if layer not in meant and layer.stand_in is not None:
+            _put(layer, swap.token.none, swap)
     for switch in switches.values():
         switch.turn_on(swap.token, name)
         swap.on_undo(partial(switch.turn_off, swap.token))
+
+
+def _put(layer: Layer, token: Token, swap: Swap) -> Record:
+    record = place(layer.module, layer.config, token)
+    if layer.stand_in is not None:
+        _stand_in(layer, record)
+    swap.on_undo(partial(_take_back, layer.module, token))
+    return record
 
 
 def _servable(model: nn.Module) -> list[Layer]:
@@ -55,9 +65,15 @@ def _servable(model: nn.Module) -> list[Layer]:
             f"{', '.join(others[:3])}{' ...' if len(others) > 3 else ''}, so it cannot be replaced"
             + ("; pass the part of the model that has none of these" if served else "")
         )
+    if any(layer.stand_in is not None for layer in served) and not _makes_masks(model):
+        raise ValueError(f"{type(model).__name__} gets its masks from its model: pass the model, with layers=[...]")
     if not served:
         raise ValueError(f"{type(model).__name__} has no attention that asks transformers for its function")
     return served
+
+
+def _makes_masks(model: nn.Module) -> bool:
+    return any(isinstance(module, _import()) for module in model.modules())
 
 
 def _is_transformers(module: nn.Module) -> bool:
@@ -97,7 +113,8 @@ def tokens_in(model: nn.Module) -> list[Token]:
     for module in model.modules():
         record = record_of(module)
         for token in () if record is None else [*(token for token, _ in record.switch.names), *record.tokens]:
-            found.setdefault(id(token), token)
+            if token.none is not None:
+                found.setdefault(id(token), token)
     return list(found.values())
 
 
@@ -105,9 +122,10 @@ def take_out(model: nn.Module, token: Token) -> None:
     """Undo a swap of a model that only knows it by its layers, such as a copy's."""
     for module in model.modules():
         record = record_of(module)
-        if record is not None and token in record.tokens:
-            _take_back(module, token)
-            record.switch.turn_off(token)
+        for each in (token, token.none):
+            if record is not None and each is not None and each in record.tokens:
+                _take_back(module, each)
+                record.switch.turn_off(token)
 
 
 def pretrained(model: nn.Module) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.adapt.pattern_mask import PatternMask
+from foveate.adapt.traced_masks import maker_of, traced_documents, traced_pattern
 from foveate.patterns import Pattern, blocks, boolean_mask, causal, full, key_padding, window
 from foveate.patterns.algebra import Index
 from foveate.patterns.listed import DocumentNumbers
@@ -45,8 +46,13 @@ def pattern_mask(
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     assert q_length is not None and mask_function is not None
     extent = Extent(batch_size, q_length, kv_length, int(q_offset), kv_offset)
-    function, documents = _unpacked(mask_function)
-    pattern, num_keys = _pattern(function, extent)
+    if torch.compiler.is_dynamo_compiling():
+        _check_traceable(mask_function, **unused)
+        documents = traced_documents(mask_function, batch_size, q_length) if attention_mask is None else None
+        pattern, num_keys = _traced(mask_function, extent)
+    else:
+        function, documents = _unpacked(mask_function)
+        pattern, num_keys = _pattern(function, extent)
     where = _numbered(documents) if documents is not None else _where(extent, num_keys, attention_mask, pattern)
     if where is not None:
         pattern = where if pattern == full else pattern & where
@@ -72,9 +78,9 @@ class Extent:
 
 def _unpacked(function: IndexFunction) -> tuple[IndexFunction, Tensor | None]:
     """The index function of documents packed in rows, asked inside each, and their numbers (B, M)."""
-    if _maker(function) == "and_masks":
+    if maker_of(function) == "and_masks":
         functions = _inside(function)["mask_functions"]
-        if [_maker(each) for each in functions] == ["packed_sequence_mask_function", REMAPPED]:
+        if [maker_of(each) for each in functions] == ["packed_sequence_mask_function", REMAPPED]:
             packed, remapped = map(_inside, functions)
             return remapped["mask_function"], packed["packed_sequence_mask"]
     return function, None
@@ -111,11 +117,22 @@ def _pattern(function: IndexFunction, extent: Extent) -> tuple[Pattern, int]:
         return known, extent.num_slots
     if known is not None and not known.sees_future and extent.empty_slots > 0:
         return known, extent.num_slots - extent.empty_slots
+    if torch.compiler.is_compiling():
+        return _traced(function, extent)
     return MaskFunction(function, extent, batches=extent.batch_size), extent.num_slots
 
 
-def _maker(function: IndexFunction) -> str:
-    return getattr(function, "__qualname__", "").partition(".<locals>")[0]
+def _traced(function: IndexFunction, extent: Extent) -> tuple[Pattern, int]:
+    queries, keys = (extent.first_query, extent.num_queries), (extent.first_key, extent.num_slots)
+    pattern = traced_pattern(function, extent.batch_size, queries, keys)
+    hidden = extent.empty_slots if pattern == causal else 0
+    return pattern, extent.num_slots - hidden
+
+
+def _check_traceable(function: IndexFunction, config: Any = None, local_size: int | None = None, **_: Any) -> None:
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and chunk == local_size and maker_of(function) == "and_masks":
+        raise NotImplementedError("attention in chunks cannot be read by torch.compile; torch.export can")
 
 
 def _inside(function: IndexFunction) -> dict[str, Any]:
@@ -125,7 +142,7 @@ def _inside(function: IndexFunction) -> dict[str, Any]:
 def translated(function: IndexFunction) -> Pattern | None:
     """The pattern equal to one of transformers' own index functions, or None for one we do not know."""
     inside = _inside(function)
-    match _maker(function):
+    match maker_of(function):
         case "causal_mask_function":
             return causal
         case "bidirectional_mask_function":
@@ -154,7 +171,7 @@ def _translated_and(functions: tuple[IndexFunction, ...]) -> Pattern | None:
 
 def _overlay(function: IndexFunction) -> Pattern | None:
     """The window of a ``sliding_window_overlay``, which only means the same beside ``causal``."""
-    if _maker(function) != "sliding_window_overlay":
+    if maker_of(function) != "sliding_window_overlay":
         return None
     width = _inside(function)["sliding_window"]
     return window(width - 1) if width > 1 else None

@@ -86,7 +86,7 @@ class All(Compound):
     __slots__ = ()
 
     def _write(self) -> str:
-        return " & ".join(f"({p})" if isinstance(p, Any) else p.text for p in self.parts)
+        return " & ".join(f"({p.text})" if isinstance(p, Any) else p.text for p in self.parts)
 
     @property
     def sees_future(self) -> bool:  # type: ignore[override]
