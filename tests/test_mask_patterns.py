@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import random
+from copy import deepcopy
 
 import pytest
 import torch
@@ -235,6 +237,30 @@ def test_mask_mod_reads_back_from_its_text() -> None:
     gc.collect()
     with pytest.raises(ValueError, match="none named"):
         parse(text)
+
+
+class Near:
+    """A mask_mod that is an object, equal to others."""
+
+    def __init__(self, reach: int) -> None:
+        self.reach = reach
+
+    def __call__(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q - k).abs() <= self.reach
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Near)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_mask_mod_of_objects_that_are_copied_and_compared() -> None:
+    """Each has a name of its own, whatever it equals, and another one in every copy."""
+    near, far = Near(2), Near(5)
+    for pattern in (mask_mod(near), mask_mod(far), pickle.loads(pickle.dumps(mask_mod(far))), deepcopy(mask_mod(near))):
+        reach = pattern.function.reach  # type: ignore[attr-defined]
+        assert torch.equal(parse(str(pattern)).mask(9), window(reach).mask(9))
+        assert parse(str(pattern)).function is pattern.function  # type: ignore[attr-defined]
 
 
 # ---- buckets -----------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 PAIRS = 2**20  # asked about at a time
 
 _numbers = count(1)
-_names: WeakKeyDictionary[MaskMod, str] = WeakKeyDictionary()
 _named: WeakValueDictionary[str, MaskMod] = WeakValueDictionary()
 
 
@@ -37,6 +37,9 @@ class ByFunction(Pattern):
     def text(self) -> str:  # type: ignore[override]
         counts = (f", {name}={getattr(self, name)}" for name in ("batches", "heads") if getattr(self, name) > 1)
         return f'mask_mod("{self.name}"{"".join(counts)})'
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.function, self.batches, self.heads)  # names are those of one process
 
     def resolve(self, scene: Scene) -> Pattern:
         lengths = getattr(self.function, "lengths", None)  # of one that holds for these numbers of tokens alone
@@ -107,8 +110,13 @@ def mask_mod(function: MaskMod | str, *, batches: int = 1, heads: int = 1) -> Pa
 
 
 def _name(function: MaskMod) -> str:
-    if function not in _names:
-        name = getattr(function, "__name__", type(function).__name__).strip("<>")
-        _names[function] = f"{name}#{next(_numbers)}"
-        _named[_names[function]] = function
-    return _names[function]
+    for name, known in list(_named.items()):
+        if known is function:
+            return name
+    name = f"{getattr(function, '__name__', type(function).__name__).strip('<>')}#{next(_numbers)}"
+    _named[name] = function
+    return name
+
+
+def _again(function: MaskMod, batches: int, heads: int) -> Pattern:
+    return mask_mod(function, batches=batches, heads=heads)
