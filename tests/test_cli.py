@@ -124,6 +124,26 @@ def test_show_draws_a_pattern(tmp_path: Path) -> None:
     assert picture.read_text(encoding="utf-8").startswith("<svg")
 
 
+def test_show_draws_any_pattern_at_any_length(tmp_path: Path) -> None:
+    result = foveate_command("show", "causal", "--length", "7")
+    assert result.exit_code == 0 and "7 queries x 7 keys" in result.stdout
+    result = foveate_command("show", "streaming_llm(window=8, sinks=2)", "--length", "41")
+    assert (
+        result.exit_code == 0 and "41 queries x 41 keys" in result.stdout and "sinks(2) | window(7, 0)" in result.stdout
+    )
+    for wrong in (
+        ["--length", "0"],
+        ["--length", "9999"],
+        ["--picture", "a.jpg"],
+        ["--picture", str(tmp_path / "no/a.svg")],
+    ):
+        refused("show", "causal", *wrong)
+    assert "depends on the input" in refused("show", "topk_blocks(8, k=2)")
+    assert "grid" in refused("show", "neighborhood((3, 3))")
+    assert "grid" in refused("show", "neighborhood_attention", "--length", "9")
+    assert "'window'" in refused("show", "streaming_llm(windw=3)")
+
+
 # ---- compare ----------------------------------------------------------------------------------------------
 
 
@@ -145,6 +165,20 @@ def test_compare_stopped_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_
     result = foveate_command("compare", "--out", str(tmp_path))
     assert result.exit_code == 130
     assert result.stderr.startswith("Stopped.") and str(tmp_path) in result.stderr
+
+
+def test_compare_asked_for_what_cannot_be_compared(model: Path, tmp_path: Path) -> None:
+    said = refused("compare", "--model", str(model), "--length", "64", "-m", "gla", "--out", str(tmp_path / "out"))
+    assert "gla cannot be compared" in said and not (tmp_path / "out").exists()
+
+
+def test_compare_keeps_results_unless_forced(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "odd [/b] \udcff"
+    quick = ("compare", "--length", "64", "--windows", "1", "--repeats", "1", "--model", str(model), "--text", __file__)
+    assert foveate_command(*quick, "-m", "window(5)", "--out", str(out)).exit_code == 0
+    assert "odd [/b] \ufffd already holds" in refused(*quick, "-m", "window(5)", "--out", str(out))
+    again = foveate_command(*quick, "-m", "window(6)", "--out", str(out), "--force")
+    assert again.exit_code == 0 and "window(6)" in again.stdout and "No recommendation" in again.stdout
 
 
 # ---- train, check, doctor ---------------------------------------------------------------------------------
@@ -235,6 +269,39 @@ def test_lengths_a_model_cannot_read_are_refused(model: Path) -> None:
 def test_a_command_that_does_not_exist_is_a_usage_error() -> None:
     assert foveate_command("frobnicate").exit_code == 2
     assert foveate_command("train", "--preset", "enormous").exit_code == 2
+
+
+def test_a_fault_is_one_sentence_and_not_an_abortion(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (EOFError("Ran out of input"), KeyError("odd"), MemoryError(), OSError(28, "No space left on device")):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("foveate.catalogue.index.catalogue", fail)
+        said = refused("list")
+        assert "Abort" not in said and "Traceback" not in said
+
+
+def test_control_c_anywhere_has_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("foveate.catalogue.index.catalogue", stop)
+    result = foveate_command("list")
+    assert result.exit_code == 130 and result.stderr.startswith("Stopped.")
+
+
+def test_python_m_foveate_is_the_command() -> None:
+    run = subprocess.run([sys.executable, "-m", "foveate", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"foveate {foveate.__version__}\n"
+
+
+def test_the_shell_completes_names() -> None:
+    names = {"_FOVEATE_COMPLETE": "complete_bash", "COMP_WORDS": "foveate show streaming", "COMP_CWORD": "2"}
+    run = subprocess.run(
+        [sys.executable, "-m", "foveate"], capture_output=True, text=True, env=os.environ | names, check=False
+    )
+    assert run.stdout.split() == ["streaming_llm"], run.stderr
 
 
 def test_an_error_from_elsewhere_says_how_to_see_more(monkeypatch: pytest.MonkeyPatch) -> None:

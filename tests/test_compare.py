@@ -495,6 +495,13 @@ def test_what_cannot_be_used_is_refused_in_words(model: Path, text: Path, tmp_pa
     refused("not a pattern|expected", mechanisms=["window(5"])
     refused("streaming_llm has no option 'windw'; it has .*'window'", mechanisms=["streaming_llm(windw=3)"])
     refused("looks at a pattern; got 3", mechanisms=["flash_attention(pattern=3)"])
+    refused("cannot take window='a'", mechanisms=["streaming_llm(window='a')"])
+    refused("go by their names", mechanisms=["streaming_llm(256)"])
+    refused("go by their names", mechanisms=["flash_attention(**{})"])
+    refused("beyond any text", mechanisms=["streaming_llm(window=1" + "0" * 23 + ")"])
+    refused("beyond any text", mechanisms=["window(1" + "0" * 23 + ")"])
+    refused("nested too deeply|not a pattern", mechanisms=["~" * 9000 + "causal"])
+    refused("gla cannot be compared on tiny-llama.*: it has parameters", mechanisms=["causal", "gla"])
     refused("plain values", mechanisms=["streaming_llm(window=open)"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from foveate.patterns import Pattern
@@ -10,6 +11,9 @@ from foveate.patterns import Pattern
 if TYPE_CHECKING:
     from foveate.mixers.core import Core
     from foveate.mixers.registry import Row
+
+
+UNNAMED = "*"  # stands for what is given without a name
 
 
 def as_core(core: Core | Pattern | str, **options: Any) -> Core:
@@ -59,7 +63,8 @@ def built(row: Row, options: dict[str, Any]) -> Core:
     try:
         core = made(row.name, row.core, options)
     except TypeError as error:
-        raise ValueError(f"{row.name}: {error}") from None
+        values = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        raise ValueError(f"{row.name} cannot take {values} ({error})") from None
     if not isinstance(core.pattern, Pattern):
         raise ValueError(f"{row.name} looks at a pattern; got {core.pattern!r}")
     return core
@@ -82,24 +87,36 @@ def mechanism(text: str) -> tuple[Row, dict[str, Any]] | None:
         return None
     if name in constructors() and name not in registry.names():
         return None
+    if UNNAMED in options:
+        if name not in registry.names():
+            return None
+        raise ValueError(f"options of {name} go by their names, as in {name}(option=1); got {text!r}")
     return registry.row(name), {key: _value(node, text) for key, node in options.items()}
 
 
-def _call(text: str) -> tuple[str | None, dict[str, ast.expr]]:
+def _call(text: str) -> tuple[str | None, Mapping[str, ast.expr]]:
     """The name of ``name`` or ``name(key=value, ...)``, with the values; None for anything else."""
     try:
         node = ast.parse(text, mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # parse says what is wrong with it
         return None, {}
     if isinstance(node, ast.Name):
         return node.id, {}
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         return None, {}
-    return node.func.id, {keyword.arg or "**": keyword.value for keyword in node.keywords}
+    unnamed = dict.fromkeys([UNNAMED] * len(node.args), node)
+    return node.func.id, unnamed | {keyword.arg or UNNAMED: keyword.value for keyword in node.keywords}
 
 
 def _value(node: ast.expr, text: str) -> Any:
+    from foveate.patterns.parse import FARTHEST
+
     try:
-        return ast.literal_eval(node)
-    except ValueError:
+        value = ast.literal_eval(node)
+        if isinstance(value, (int, float)) and not -FARTHEST <= value <= FARTHEST:
+            raise OverflowError
+        return value
+    except OverflowError:
+        raise ValueError(f"options are numbers up to {FARTHEST:,}, beyond any text; got {text!r}") from None
+    except (ValueError, TypeError, RecursionError, MemoryError):
         raise ValueError(f"options are plain values such as 64 or 0.5; got {text!r}") from None

@@ -177,12 +177,15 @@ class Drawn(NamedTuple):
 
 
 def _check_drawing(picture: Path | None, length: int | None) -> None:
+    from foveate.lab.folders import check_writable
     from foveate.patterns.draw import LARGEST
 
     if length is not None and not 1 <= length <= LARGEST:
         raise ValueError(f"a drawing shows from 1 to {LARGEST:,} tokens; got --length {length}")
     if picture is not None and picture.suffix not in (".svg", ".png"):
         raise ValueError(f"a drawing is saved as .svg or .png; got --picture {picture}")
+    if picture is not None:
+        check_writable(picture.parent, make=False)
 
 
 def _drawable(drawn: Drawn, length: int | None) -> Drawn:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from foveate.cli.complete import mechanisms
-from foveate.cli.screen import STOPPED, complain, keeping, out, say
+from foveate.cli.screen import BAD_INPUT, STOPPED, complain, keeping, out, say
 from foveate.cli.task_options import (
     PANEL,
     Batch,
@@ -150,6 +150,9 @@ def _compare_on_text(folder: Path, **options: Any) -> None:
     if results.interrupted:
         complain(f"Stopped. {len(results.entries)} mechanisms are kept in {folder}; --resume measures the rest.")
         raise typer.Exit(STOPPED)
+    if options["mechanisms"] and results.refused:
+        complain("; ".join(f"{one.name} was not measured: {one.reason}" for one in results.refused))
+        raise typer.Exit(BAD_INPUT)
 
 
 def _compare_on_task(options: dict[str, Any], folder: Path, *, resume: bool, force: bool) -> None:

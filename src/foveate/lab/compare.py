@@ -70,7 +70,7 @@ def compare(
 
     Raises:
         ValueError: a model, text, length, device or mechanism that cannot be used, or results in ``out`` that are
-            neither to be kept nor to be written over, in words.
+            neither to be kept nor to be written over, in words. So is a mechanism asked for that does not apply.
     """
     if repeats < 1 or windows < 1 or not 0 <= max_loss < math.inf:
         raise ValueError(
@@ -78,10 +78,14 @@ def compare(
         )
     folder = Path(out)
     check_free(folder, WRITTEN, resume=resume, force=force)
-    enlist(mechanisms, heads=1, kv_heads=1)  # a misspelt name is told before a model is read
+    enlist(mechanisms, heads=1, kv_heads=1, needs=())  # a misspelt name is told before a model is read
     subject = load(model, device=device, dtype=dtype)
     fed = _fed(subject, text, length, windows)
     candidates, refused = enlist(mechanisms, heads=subject.heads, kv_heads=subject.kv_heads, needs=subject.needs)
+    if mechanisms and refused:
+        raise ValueError(
+            "; ".join(f"{one.name} cannot be compared on {subject.name}: it {one.reason}" for one in refused)
+        )
     settings: dict[str, Any] = {"length": fed.length, "windows": fed.windows, "repeats": repeats, "seed": 0}
     settings |= {"max_loss": max_loss, "mechanisms": None if mechanisms is None else list(mechanisms)}
     job = Job(subject, fed, folder, settings)

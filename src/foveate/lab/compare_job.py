@@ -19,7 +19,7 @@ from foveate.lab.measure_looks import Looks
 from foveate.lab.recommend import recommend
 from foveate.lab.report import FILE as REPORT
 from foveate.lab.report import write
-from foveate.lab.results import FILE, Contender, Entry, Refusal, Results
+from foveate.lab.results import FILE, Contender, Entry, Refusal, Results, Timing
 from foveate.lab.workload import SHORTEST, Workload
 from foveate.mixers.core import Core
 from foveate.patterns import full
@@ -127,11 +127,13 @@ class Job:
         with arm():
             memory = peak_memory(self._prefill(self.fed.length), self.subject.device)
         bar.tick()
-        timings = [
-            compare_times(length, nullcontext, arm, self._prefill(length), self.settings["repeats"], bar.tick)
-            for length in self.lengths
-        ]
+        timings = [self._timing(length, arm, bar) for length in self.lengths]
         return Entry(about, quality, looks.result(), memory, timings)
+
+    def _timing(self, length: int, arm: Arm, bar: Steps) -> Timing:
+        warm = length == self.fed.length  # both have just read that much, for the quality or the memory
+        repeats = self.settings["repeats"]
+        return compare_times(length, nullcontext, arm, self._prefill(length), repeats, bar.tick, warm=warm)
 
     def _exact(self) -> Any:
         """What the model predicts with its own attention; a ValueError for one that cannot even do that."""

@@ -76,13 +76,22 @@ def _read(transformers: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Any
             network, told = architecture.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **LOCAL
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
     except MemoryError:
         raise ValueError(f"there is not enough memory for the model in {folder}") from None
     except Exception as error:  # whatever a damaged file makes of other people's readers
         raise ValueError(f"cannot load {architecture.__name__} from {folder}: {_reason(error)}") from error
     _check_whole(folder, architecture.__name__, told)
-    return network, tokenizer
+    return network, _tokenizer(transformers, folder)
+
+
+def _tokenizer(transformers: Any, folder: Path) -> Any:
+    try:
+        with _quiet(transformers):
+            return transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except Exception as error:  # as above
+        if not (folder / "tokenizer.json").exists():
+            raise ValueError(f"{folder} has no tokenizer.json, a fast tokenizer's file") from error
+        raise ValueError(f"cannot load the tokenizer from {folder}: {_reason(error)}") from error
 
 
 def _check_whole(folder: Path, architecture: str, told: dict[str, Any]) -> None:

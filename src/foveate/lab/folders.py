@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
-def check_writable(folder: Path) -> None:
-    """ValueError, in words, for a place where no folder can be made or written to."""
+def check_writable(folder: Path, *, make: bool = True) -> None:
+    """ValueError, in words, for a place where no folder is (or, with ``make``, can be made) and can be written to."""
     try:
         nearest = next(place for place in (folder, *folder.absolute().parents) if _is_there(place))
     except (OSError, ValueError) as error:  # a name too long, a zero byte
         raise ValueError(f"{folder} cannot be a folder: {getattr(error, 'strerror', None) or error}") from None
+    if nearest != folder and not make:
+        raise ValueError(f"there is no folder {folder}")
     if not nearest.is_dir():
         raise ValueError(f"{nearest} is a file, and results go to a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -18,13 +18,23 @@ Run = Callable[[], None]
 Arm = Callable[[], AbstractContextManager[object]]  # entered, untimed, around each run
 
 
-def compare_times(length: int, exact: Arm, other: Arm, run: Run, repeats: int, tick: Run = lambda: None) -> Timing:
-    """Time a run under two arms by turns, after one unmeasured run of each; neighbours in time are compared.
+def compare_times(
+    length: int,
+    exact: Arm,
+    other: Arm,
+    run: Run,
+    repeats: int,
+    tick: Run = lambda: None,
+    *,
+    warm: bool = False,
+) -> Timing:
+    """Time a run under two arms by turns; neighbours in time are compared.
 
-    A run must not return before its work is done: on a GPU it waits for the device.
+    Each is run once unmeasured before, unless both are ``warm`` already. A run must not return before its work is
+    done: on a GPU it waits for the device.
     """
-    _seconds(exact, run)
-    _seconds(other, run)
+    for arm in () if warm else (exact, other):
+        _seconds(arm, run)
     pairs: list[tuple[float, float]] = []
     for repeat in range(repeats):
         if repeat % 2:
