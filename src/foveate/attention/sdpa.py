@@ -13,7 +13,7 @@ from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Packed
 from foveate.patterns.sequence import causal, full
-from foveate.plain import differentiated, traced
+from foveate.plain import differentiated, is_plain, traced
 
 SMALL = 2**20  # pairs per head below which a dense mask was measured cheaper than gathering tiles
 
@@ -36,6 +36,8 @@ def refuse(call: Call) -> str | None:
         return "it wants as many key heads as value heads"
     if any(not isinstance(bias, Dense) for bias in call.biases):
         return "it has dense biases only"
+    if not _sees_all(call) and is_plain(call.q, call.k, call.v) and not _is_finite(call):
+        return "what is not finite would reach rows that do not see it"
     if _needs_mask(call) and call.num_queries * call.num_keys >= SMALL:
         return f"{call.pattern} would cost it a dense {call.num_queries} x {call.num_keys} mask"
     return None
@@ -70,6 +72,14 @@ def _needs_mask(call: Call) -> bool:
     if call.pattern == causal:
         return not (call.num_queries == call.num_keys and not call.biases) and call.num_queries != 1
     return call.pattern != full
+
+
+def _sees_all(call: Call) -> bool:
+    return call.pattern == full and not isinstance(call.layout, Packed)
+
+
+def _is_finite(call: Call) -> bool:
+    return bool(call.k.isfinite().all()) and bool(call.v.isfinite().all())
 
 
 def _mask(call: Call) -> Tensor | None:

@@ -78,12 +78,14 @@ def backward(
     grad_rows, lse_rows = work.folded(grad_out), work.folded(lse.unsqueeze(-1)).squeeze(-1)
     row_term = (grad_out * out).sum(-1, dtype=work.q.dtype)
     delta = work.folded((row_term - grad_lse).unsqueeze(-1)).squeeze(-1)
+    grad_rows = work.finite_rows(grad_rows)
     dq, dk, dv = (torch.zeros_like(x) for x in (work.q, work.k, work.v))
     d_biases = [torch.zeros_like(b.parameter, dtype=work.q.dtype).flatten() for b in spec.biases]
     for batch in work.rows.batches():
         logits, slope = work.logits(batch)
         rows = batch.rows
         weights, to_logits = _weights(spec.kind, logits, lse_rows[rows])
+        work.unsee(batch, weights)
         grad = grad_rows.index_select(0, rows)
         dropped = work.dropped(batch)
         used = weights if dropped is None else weights * dropped
@@ -94,6 +96,7 @@ def backward(
         if spec.kind == "softmax":
             d_weights -= delta[rows].unsqueeze(-1)
         d_logits = d_weights.mul_(to_logits)
+        work.unsee(batch, d_logits)
         work.add_bias_grads(d_biases, batch, d_logits)
         d_scores = d_logits.mul_(spec.scale) if slope is None else d_logits.mul_(slope).mul_(spec.scale)
         dq[rows] += d_scores @ work.gather(work.k, batch, work.key_head(batch))
@@ -131,6 +134,37 @@ class _Work:
         self.precise = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.q = self.folded(q)
         self.k, self.v = (self.keys.into(x).to(self.precise).contiguous() for x in (k, v))
+        self.odd_rows: Tensor | None = None  # (rows, fold * tile): of queries that are not finite
+        self.odd_keys: list[Tensor] | None = None  # (B, heads, M', 1) of keys and of values, 1 at what is not finite
+        self.q = self.finite_rows(self.q)
+        if not (bool(self.k.isfinite().all()) and bool(self.v.isfinite().all())):
+            odd = [~x.isfinite().all(-1, keepdim=True) for x in (self.k, self.v)]
+            self.k, self.v = self.k.masked_fill(odd[0], 0), self.v.masked_fill(odd[1], 0)
+            self.odd_keys = [x.to(self.precise) for x in odd]
+
+    def finite_rows(self, x: Tensor) -> Tensor:
+        """Queries, or gradients of theirs, with zeros in rows that are not finite: all their weights become NaN.
+
+        Products with what is not finite would be NaN also where a weight is 0, for pairs that do not see each other.
+        """
+        if bool(x.isfinite().all()):
+            return x
+        odd = ~x.isfinite().all(-1)
+        self.odd_rows = odd if self.odd_rows is None else self.odd_rows | odd
+        return x.masked_fill(odd.unsqueeze(-1), 0)
+
+    def _spoil(self, logits: Tensor, batch: Batch) -> None:
+        """NaN for pairs of which the query, the key or the value is not finite."""
+        if self.odd_rows is not None:
+            logits.masked_fill_(self.odd_rows.index_select(0, batch.rows).unsqueeze(-1), float("nan"))
+        if self.odd_keys is not None:
+            for odd, head in zip(self.odd_keys, (self.key_head(batch), self.value_head(batch)), strict=True):
+                logits.masked_fill_(self.gather(odd, batch, head).transpose(1, 2) > 0, float("nan"))
+
+    def unsee(self, batch: Batch, pairs: Tensor) -> None:
+        """Zeros for hidden pairs of rows that are NaN otherwise."""
+        if self.odd_rows is not None or self.odd_keys is not None:
+            self._hide(pairs.view(-1, self.fold, self.tile, pairs.shape[-1]), batch, 0.0)
 
     def folded(self, x: Tensor) -> Tensor:
         """(B, H, N, X) to (rows, fold * tile, X), in the computing precision."""
@@ -189,7 +223,8 @@ class _Work:
         by_head = logits.view(-1, self.fold, self.tile, logits.shape[-1])
         for bias in self.spec.biases:
             by_head += bias.values(*self._indices(batch)).to(logits.dtype)
-        self._hide(by_head, batch)
+        self._spoil(logits, batch)
+        self._hide(by_head, batch, float("-inf"))
         return logits, slope
 
     def dropped(self, batch: Batch) -> Tensor | None:
@@ -198,12 +233,12 @@ class _Work:
             return None
         return self.spec.dropout.factor(*self._indices(batch), self.precise).flatten(1, 2)
 
-    def _hide(self, by_head: Tensor, batch: Batch) -> None:
+    def _hide(self, by_head: Tensor, batch: Batch, value: float) -> None:
         masked, whole = batch.hidden_tiles.shape[-1], batch.tiles.shape[1] * self.tile
         if masked:
-            by_head[..., :masked].masked_fill_(batch.hidden_tiles.unsqueeze(1), float("-inf"))
+            by_head[..., :masked].masked_fill_(batch.hidden_tiles.unsqueeze(1), value)
         if batch.columns.shape[1]:
-            by_head[..., whole:].masked_fill_(batch.hidden_columns.unsqueeze(1), float("-inf"))
+            by_head[..., whole:].masked_fill_(batch.hidden_columns.unsqueeze(1), value)
 
     def add_bias_grads(self, totals: list[Tensor], batch: Batch, d_logits: Tensor) -> None:
         by_head = d_logits.view(-1, self.fold, self.tile, d_logits.shape[-1])

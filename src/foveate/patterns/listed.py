@@ -64,7 +64,9 @@ def documents(lengths: Iterable[int]) -> Pattern:
 @lru_cache(maxsize=64)
 def place_of_lengths(lengths: tuple[int, ...], num_keys: int) -> Place:
     slots = torch.arange(num_keys, device="cpu")
-    return Place.counted(torch.bucketize(slots, torch.tensor(lengths, device="cpu").cumsum(0), right=True)[None])
+    return Place.counted(
+        torch.bucketize(slots, torch.tensor(lengths, dtype=torch.long, device="cpu").cumsum(0), right=True)[None]
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)

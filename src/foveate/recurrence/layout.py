@@ -57,7 +57,7 @@ class Tokens:
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
         per_state = (self.k, self.v, self.decay, self.beta, *(self.low_rank or ()))
-        heads = [x.size(1) for x in per_state if x is not None]
+        heads = [int(x.size(1)) for x in per_state if x is not None]  # numbers of heads are no symbols when compiled
         return self.q.size(0), math.lcm(*heads), self.q.size(3), self.v.size(3)
 
     def split(self, lengths: Sequence[int]) -> list[Tokens]:
