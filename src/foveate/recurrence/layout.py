@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -57,8 +57,8 @@ class Tokens:
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
         per_state = (self.k, self.v, self.decay, self.beta, *(self.low_rank or ()))
-        heads = [int(x.size(1)) for x in per_state if x is not None]  # numbers of heads are no symbols when compiled
-        return self.q.size(0), math.lcm(*heads), self.q.size(3), self.v.size(3)
+        heads = [x.size(1) for x in per_state if x is not None]
+        return self.q.size(0), reduce(_lcm, heads), self.q.size(3), self.v.size(3)
 
     def split(self, lengths: Sequence[int]) -> list[Tokens]:
         """Consecutive stretches. Uses torch.split, whose backward is one cat, where slices would each pad."""
@@ -109,6 +109,14 @@ def _or_nothing(run: Form, tokens: Tokens, state: Tensor) -> tuple[Tensor, Tenso
     if tokens.q.size(2) == 0:
         return tokens.v.new_zeros(*tokens.q.shape[:3], tokens.v.size(3)), state
     return run(tokens, state)
+
+
+def _lcm(a: int, b: int) -> int:
+    """math.lcm, which torch.compile cannot trace over symbols."""
+    product = a * b
+    while b:
+        a, b = b, a % b
+    return product // a
 
 
 def state_dtype(*tensors: Tensor) -> torch.dtype:
