@@ -182,3 +182,13 @@ def test_layers_spared_attend_as_their_model_does() -> None:
     assert swap.calls == 1 and "forward" not in vars(model.transformer.h[1].self_attention)
     with pytest.raises(ValueError, match="layers="):
         use(decoder("falcon").transformer.h[0], full)
+
+
+def test_a_forward_that_is_taken_is_not_taken_again() -> None:
+    model = decoder("bloom")
+    attention, before = model.transformer.h[1].self_attention, model.config._attn_implementation
+    attention.forward = lambda *args, **kwargs: type(attention).forward(attention, *args, **kwargs)
+    with pytest.raises(ValueError, match="another library"):
+        use(model, full)
+    assert "forward" in vars(attention) and "forward" not in vars(model.transformer.h[0].self_attention)
+    assert model.config._attn_implementation == before

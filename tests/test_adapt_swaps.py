@@ -285,6 +285,13 @@ def test_dropout_in_training_is_served() -> None:
 
     found, _ = attention_function(model.transformer.h[0].attn, q, q, q, None, dropout=0.3)
     assert torch.equal(found.transpose(1, 2), expected)
+    k = torch.randn(1, 4, 20, 8)
+    found, weights = attention_function(
+        model.transformer.h[0].attn, q, k, q, None, dropout=0.3, is_causal=True, output_attentions=True
+    )
+    assert weights is not None
+    torch.testing.assert_close(found.transpose(1, 2), weights @ q, atol=1e-5, rtol=1e-4)
+    assert (weights.tril(-1) == 0).sum() > 100
     assert torch.equal(model.eval()(ids).logits, model(ids).logits)
 
 

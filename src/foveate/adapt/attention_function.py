@@ -52,7 +52,8 @@ def attention_function(
         "softcap": softcap,
     }
     if dropout and module.training:
-        options["dropout"] = dropout
+        seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu")  # one for the result and for its weights
+        options |= {"dropout": dropout, "seed": seed}
     lengths = _packed_lengths(kwargs, query.shape[0], key.shape[2])
     if lengths is not None:
         options["layout"] = Packed(lengths)

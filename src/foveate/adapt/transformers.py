@@ -97,6 +97,11 @@ def _stand_in(layer: Layer, record: Record) -> None:
     """Let a function take the place of one instance's forward; copies and pickles of the instance keep it."""
     assert layer.stand_in is not None
     if not record.adapted:
+        if "forward" in vars(layer.module):
+            raise ValueError(
+                f"the forward of {layer.name} is taken by another library already (device_map, offloading), and "
+                f"{type(layer.module).__name__} needs one of Foveate's: load the model without"
+            )
         layer.module.__dict__["forward"] = partial(layer.stand_in, layer.module)
         record.adapted = True
 

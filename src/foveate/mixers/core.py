@@ -66,6 +66,7 @@ class PatternCore:
         softcap: float | None = None,
         layout: Layout | None = None,
         dropout: float = 0.0,
+        seed: int | Tensor | None = None,
     ) -> Tensor:
         pattern = joined(self.pattern, within)
         return attend(
@@ -79,6 +80,7 @@ class PatternCore:
             softcap=softcap,
             layout=layout,
             dropout=dropout,
+            seed=seed,
         )
 
 
