@@ -20,6 +20,7 @@ class Dense:
     bias: str = "none"
     weights: str = "softmax"
     dims: tuple[int, ...] = ()
+    positions: Tensor | None = None  # (B or 1, M): of each key's token in its text, where padding lies in between
 
     def logits(self, q: Tensor, k: Tensor, parameter: Tensor | None) -> Tensor:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -33,12 +34,8 @@ class Dense:
     def biases(self, parameter: Tensor, n: int, m: int) -> Tensor:
         if self.bias == "dense":
             return parameter
-        q, k = torch.arange(m - n, m).unsqueeze(1), torch.arange(m)
-        if self.bias == "alibi":
-            return -parameter.view(-1, 1, 1) * (q - k).abs().to(parameter.dtype)
         if not self.dims:
-            reach = parameter.shape[1] // 2
-            return parameter[:, (q - k).clamp(-reach, reach) + reach]
+            return self.by_distance(parameter, n, m)
         places = torch.cartesian_prod(*(torch.arange(size) for size in self.dims)).view(m, -1)
         steps = places[m - n :].unsqueeze(1) - places
         reaches = torch.tensor(parameter.shape[1:]) // 2
@@ -46,6 +43,17 @@ class Dense:
         sizes = torch.tensor(parameter.shape[1:])
         strides = torch.tensor([int(sizes[axis + 1 :].prod()) for axis in range(len(sizes))])
         return parameter.flatten(1)[:, (index * strides).sum(-1)]
+
+    def by_distance(self, parameter: Tensor, n: int, m: int) -> Tensor:
+        """(B or 1, H, N, M): by how far apart tokens are in their text."""
+        at = torch.arange(m).unsqueeze(0) if self.positions is None else self.positions
+        slot = torch.arange(m - n, m)
+        q = at[:, slot.clamp_min(0)] if m and self.positions is not None else slot.unsqueeze(0)
+        distance = q.unsqueeze(2) - at.unsqueeze(1)
+        if self.bias == "alibi":
+            return -parameter.view(-1, 1, 1) * distance.unsqueeze(1).abs().to(parameter.dtype)
+        reach = parameter.shape[1] // 2
+        return parameter[:, distance.clamp(-reach, reach) + reach].transpose(0, 1)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         """Out, and the log of the sum of weights for softmax."""

@@ -60,7 +60,7 @@ class Judge:
             return
         if self.sizes is not None:
             of = norm(self.sizes(*(x.detach().double() for x in self.inputs))[number].detach(), finite)
-        floor += self.ulps * torch.finfo(self.low).eps * of
+        floor += (stored + self.ulps * torch.finfo(self.low).eps) * of
         if off <= 2 * by_plain + floor:
             return
         spread = self.spread(number, truth, finite)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from foveate.native.loader import library
 from fuzz.cases import Refused, load, run_case
 from fuzz.judge import Disagreement
 from fuzz.plan import Plan
@@ -25,6 +26,7 @@ def prepare() -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    library()  # compiled now, where it must be, and not in the first case
 
 
 def work(plan: Plan, board: Board) -> None:

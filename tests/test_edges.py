@@ -11,17 +11,22 @@ from torch import Tensor
 
 from foveate import (
     Grid,
+    Packed,
     Points,
     alibi,
     attend,
+    blocks,
+    causal,
     causal_conv,
     key_padding,
     linear_scan,
     neighborhood,
+    prefix,
     recur,
     scan,
     scan_step,
     topk_blocks,
+    window,
     within,
 )
 from foveate.mixers.registry import rows
@@ -152,3 +157,23 @@ def test_what_stands_in_padding_changes_nothing(name: str) -> None:
             dirty = mixer(x.masked_fill(~real.unsqueeze(-1), bad), layout=place.layout, padding=real)
             assert torch.equal(dirty, clean)
             assert (dirty[~real] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_infinite_logits_give_nan_in_the_rows_that_see_them(dtype: torch.dtype, bad: float) -> None:
+    for length in (3, 9):
+        q, k, v = torch.randn(3, 1, 2, length, 4, dtype=dtype).unbind(0)
+        q[0, 0, 2, 1] = bad
+        k[0, 0, :, 1] = 1
+        out = attend(q, k, v)
+        assert out[0, 0, 2].isnan().all()
+        assert out[0, 1].isfinite().all() and out[0, 0, :2].isfinite().all() and out[0, 0, 3:].isfinite().all()
+
+
+def test_packs_of_nothing_show_nothing() -> None:
+    q, k = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 0, 4)
+    for pattern in (blocks(31), window(3) & causal | prefix(1), topk_blocks(3, k=2)):
+        assert pattern.select(q, k, Packed([0, 0])).to_dense().shape[2:] == (3, 0)
+        assert attend(q, k, k, pattern, layout=Packed([0, 0])).count_nonzero() == 0
+    assert blocks(31).mask(3, 0, layout=Packed([0])).shape == (1, 1, 3, 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import foveate as fv
 from foveate.patterns import Scene
+from foveate.patterns.placed import split
 from fuzz import trees
 from fuzz.cases import Refused, kind
 from fuzz.dense import Dense, mask_of
@@ -99,6 +100,8 @@ def _extras(draw: Draw, problem: Problem, dtype: torch.dtype) -> None:
     wide = dtype if draw.chance(0.7) else torch.float32
     if dense.bias != "none":
         parameter, bias = _bias(draw, problem, wide)
+        if dense.bias != "dense" and not dense.dims:
+            _keep_distances(problem)
         problem.options["bias"] = bias
         problem.parameters.append(parameter)
     dense.weights = draw.one(("softmax",) * 6 + ("sink", "sigmoid", "relu"))
@@ -108,6 +111,18 @@ def _extras(draw: Draw, problem: Problem, dtype: torch.dtype) -> None:
         problem.options["weights"] = make.get(dense.weights, lambda x: fv.relu(bias=x))(parameter)
         problem.parameters.append(parameter)
     problem.clean += [x.clone() for x in problem.parameters]
+
+
+def _keep_distances(problem: Problem) -> None:
+    """Where padding lies between tokens of one text, distances are those in the text, and padding sees nothing."""
+    layout, (n, m) = problem.layout or fv.Sequence(), (problem.q.shape[2], problem.k.shape[2])
+    place = split(problem.pattern, layout, m)[1] if problem.q.shape[0] and not layout.num_axes else None
+    if place is None or place.keeps_distances or not m:
+        return
+    slot = torch.arange(m - n, m)
+    real = place.document[:, slot.clamp_min(0)] >= 0
+    problem.dense.positions = place.position
+    problem.dense.mask = problem.dense.mask & (real & (slot >= 0)).unsqueeze(1).unsqueeze(3)
 
 
 def _bias(draw: Draw, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Any]:

@@ -40,7 +40,14 @@ def refuse(call: Call) -> str | None:
         return "what is not finite would reach rows that do not see it"
     if _needs_mask(call) and call.num_queries * call.num_keys >= SMALL:
         return f"{call.pattern} would cost it a dense {call.num_queries} x {call.num_keys} mask"
+    if _overflows(call.q, call.k):
+        return "on a CPU it gives zeros to rows that see infinite logits, where they are not a number"
     return None
+
+
+def _overflows(*tensors: Tensor) -> bool:
+    """Whether plain tensors have numbers that are not finite, as their sum tells."""
+    return is_plain(*tensors) and not all(bool(x.detach().sum().isfinite()) for x in tensors)
 
 
 def run(call: Call) -> Partial:

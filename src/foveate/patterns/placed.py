@@ -71,7 +71,9 @@ class InDocuments(Pattern):
 
     def at(self, batch: Index, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Document and position of a slot; a slot that does not exist is nowhere."""
-        inside = slot.clamp(0, max(self.place.num_slots - 1, 0))
+        if not self.place.num_slots:
+            return torch.full_like(slot, NOWHERE), torch.full_like(slot, NOWHERE)
+        inside = slot.clamp(0, self.place.num_slots - 1)
         document, position = (table.to(slot.device) for table in (self.place.document, self.place.position))
         row = self.place.row(batch)
         return torch.where(inside == slot, document[row, inside], NOWHERE), position[row, inside]
