@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -82,6 +83,23 @@ def _alias(x: Tensor | None, create_graph: bool) -> Tensor | None:
     if x is None:
         return None
     return x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
+
+
+_LIBRARY = torch.library.Library("foveate", "FRAGMENT")
+
+
+def choice(schema: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    """An operator of torch's dispatcher whose output has no gradient: a mask, or what was chosen.
+
+    Without autograd of its own, which torch.func asks of a torch.library.custom_op.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"foveate::{name}", fake, lib=_LIBRARY)
+    operator = getattr(torch.ops.foveate, name).default
+    torch.library.register_vmap(f"foveate::{name}", partial(looped, operator), lib=_LIBRARY)
+    return operator
 
 
 def looped(operator: Any, info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:

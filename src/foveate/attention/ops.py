@@ -214,14 +214,6 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     return (*grads[:3], grads[3:], [None] * len(held), None, None, None, None, None)
 
 
-# Defined without autograd of its own, which torch.func asks of a custom_op: its mask has no gradient.
-_LIBRARY = torch.library.Library("foveate", "FRAGMENT")
-_LIBRARY.define(
-    "visible(Tensor q, Tensor k, Tensor[] held, str text, float scale, int batches, int heads) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
 def _mask(q: Tensor, k: Tensor, held: list[Tensor], text: str, scale: float, batches: int, heads: int) -> Tensor:
     pattern, layout = text.split("\n")
     scene = Scene(q.shape[2], k.shape[2], _layout(layout), q.detach(), k.detach(), scale)
@@ -233,10 +225,11 @@ def _fake_mask(q: Tensor, k: Tensor, held: list[Tensor], text: str, scale: float
     return q.new_empty(batches, heads, q.shape[2], k.shape[2], dtype=torch.bool)
 
 
-_LIBRARY.impl("visible", _mask, "CompositeExplicitAutograd")
-torch.library.register_fake("foveate::visible", _fake_mask, lib=_LIBRARY)
-_visible = torch.ops.foveate.visible.default
-torch.library.register_vmap("foveate::visible", partial(autodiff.looped, _visible), lib=_LIBRARY)
+_visible = autodiff.choice(
+    "visible(Tensor q, Tensor k, Tensor[] held, str text, float scale, int batches, int heads) -> Tensor",
+    _mask,
+    _fake_mask,
+)
 _attend.register_autograd(_backward, setup_context=_setup)
 _attend_backward.register_autograd(_second_backward, setup_context=_setup_backward)
 _attend_backward.register_vmap(partial(autodiff.looped, _attend_backward))

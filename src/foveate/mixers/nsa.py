@@ -14,7 +14,8 @@ from foveate.mixers.nsa_branches import BlockSelector, Compressor, Finished, num
 from foveate.mixers.registry import register
 from foveate.mixers.sparse import JUMPS, pairs_of_width
 from foveate.mixers.window import recent
-from foveate.patterns import Layout
+from foveate.patterns import Layout, boolean_mask
+from foveate.plain import traced
 
 
 class KV(NamedTuple):
@@ -132,7 +133,12 @@ class NSA(Mixer):
         count = compressed.k.shape[2]
         if count == 0:
             return torch.zeros_like(q)
-        return attend(q, *compressed, Finished(self.selector.block, self.selector.stride, lead=num_keys - count))
+        finished = Finished(self.selector.block, self.selector.stride, lead=num_keys - count)
+        if traced(q):  # a pattern that travels, into what torch records
+            place = torch.arange(count - q.shape[2], count, device=q.device)
+            seen = finished.visible(0, 0, place.unsqueeze(1), torch.arange(count, device=q.device))
+            return attend(q, *compressed, boolean_mask(seen))
+        return attend(q, *compressed, finished)
 
     def start(self, batch: int) -> NSAState:
         empty = self.weight.new_empty(batch, self.kv_heads, 0, self.head_dim)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from foveate.patterns import Pattern, causal
+from foveate import autodiff
+from foveate.patterns import Pattern, block_mask, causal
 from foveate.patterns.algebra import Bounds, Boxes, Index
 from foveate.patterns.choose import NEVER, Sought, choose_rows, score, shares, slices, widen
-from foveate.patterns.decided import block_table, no_rows, words_of
+from foveate.patterns.decided import block_table, no_rows, rows_per_word, words_of
+from foveate.plain import traced
 
 
 class Compressor(nn.Module):
@@ -91,6 +93,14 @@ class BlockSelector:
     @torch.no_grad()
     def choose(self, q: Tensor, compressed: Tensor, num_keys: int) -> Pattern:
         """The chosen blocks, up to the query, for the last queries (B, H, N, D) of ``num_keys`` tokens."""
+        if traced(q, compressed):
+            table = _chosen_blocks(q, compressed, num_keys, list(astuple(self)))
+            return block_mask(table, self.size, q_block=1) & causal
+        words, offset = self.words(q, compressed, num_keys), num_keys - q.shape[2]
+        return block_table(words, q.shape[2], q_block=1, k_block=self.size, q_start=offset) & causal
+
+    def words(self, q: Tensor, compressed: Tensor, num_keys: int) -> Tensor:
+        """The choices of all queries, packed."""
         offset, (batch, heads, num_queries, dim) = num_keys - q.shape[2], q.shape
         keys = widen(compressed) * dim**-0.5
         overlap = self.overlap(keys.shape[2], -(-num_keys // self.size)).to(keys)
@@ -101,7 +111,7 @@ class BlockSelector:
             weights = self.weights(score(q[:, :, part], keys), place)
             importance = weights.unflatten(1, (keys.shape[1], -1)).sum(2) @ overlap
             choose_rows(self.ranked(importance, place), Sought(self.count), words_of(words, part, 1), 1)
-        return block_table(words, num_queries, q_block=1, k_block=self.size, q_start=offset) & causal
+        return words
 
     def weights(self, scores: Tensor, place: Tensor) -> Tensor:
         """Softmax over the compressed blocks (last dim) that end at or before each query's place (n, 1)."""
@@ -116,7 +126,24 @@ class BlockSelector:
 
     def overlap(self, num_compressed: int, num_selected: int) -> Tensor:
         """Strides that compressed block c shares with block s, (C, S): how often its weight counts for s."""
-        first = torch.arange(num_compressed).unsqueeze(1) * self.stride
-        start = torch.arange(num_selected) * self.size
+        first = torch.arange(num_compressed, device="cpu").unsqueeze(1) * self.stride
+        start = torch.arange(num_selected, device="cpu") * self.size
         shared = torch.minimum(first + self.block, start + self.size) - torch.maximum(first, start)
         return shared.clamp_min(0) // self.stride
+
+
+def _table(q: Tensor, compressed: Tensor, num_keys: int, settings: list[int]) -> Tensor:
+    """What a selector of these settings chooses, a boolean a block, (B, G, N, K)."""
+    words = BlockSelector(*settings).words(q.detach(), compressed.detach(), num_keys)
+    rows = torch.arange(rows_per_word(1), device=words.device).view(-1, 1)
+    return (words.unsqueeze(3) >> rows & 1).bool().flatten(2, 3)[:, :, : q.shape[2]].contiguous()
+
+
+def _fake_table(q: Tensor, compressed: Tensor, num_keys: int, settings: list[int]) -> Tensor:
+    num_blocks = -(-num_keys // settings[2])
+    return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], num_blocks, dtype=torch.bool)
+
+
+_chosen_blocks = autodiff.choice(
+    "nsa_blocks(Tensor q, Tensor compressed, SymInt num_keys, int[] settings) -> Tensor", _table, _fake_table
+)
