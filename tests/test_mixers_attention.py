@@ -7,9 +7,10 @@ import math
 
 import pytest
 import torch
+from counted_work import largest
 from torch import Tensor
 
-from foveate import Packed, alibi, attend, causal, key_padding, relative_table, softmax, window
+from foveate import Packed, alibi, attend, causal, key_padding, relative_table, sigmoid, softmax, window
 from foveate.mixers.base import split_heads
 from foveate.mixers.chunked import ChunkedCore
 from foveate.mixers.delta import DeltaCore
@@ -141,6 +142,30 @@ def test_sigmoid_attention_is_its_formula(length: int | None, is_causal: bool) -
     weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - count.double().log()) * seen
     expected = model.to_out((weights @ v).transpose(1, 2).flatten(2)) * real.unsqueeze(-1)
     agree(model(x, padding=real), expected, x, *model.parameters())
+
+
+@pytest.mark.paper("Sigmoid-Attention", "works_when")
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_tiled_sigmoid_attention_is_dense(is_causal: bool) -> None:
+    n, within = 300, causal if is_causal else full
+    q, k, v = qkv(n)
+    slopes, ages = torch.tensor([0.5, 0.25, 0.1, 0.01]).double(), torch.arange(n).unsqueeze(1) - torch.arange(n)
+    keys, values = (y.repeat_interleave(2, 1) for y in (k, v))
+    logits = q @ keys.mT / math.sqrt(8) - slopes.view(4, 1, 1) * ages.abs() - math.log(n)
+    weights = torch.sigmoid(logits)
+    expected = (weights.tril() if is_causal else weights) @ values
+    options = {"bias": alibi(slopes), "weights": sigmoid(bias=-math.log(n))}
+    agree(attend(q, k, v, within, **options), expected, q, k, v)
+    past, rest = sinks(130), ~sinks(130)  # of the keys, two parts that share none
+    parts = [attend(q, k, v, within & part, **options) for part in (past, rest)]
+    torch.testing.assert_close(parts[0] + parts[1], expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.paper("Sigmoid-Attention", "works_when")
+def test_sigmoid_attention_holds_no_matrix_of_all_pairs() -> None:
+    model, n = mixer("sigmoid_attention", 32, heads=2, length=100), 3000
+    x = torch.randn(1, n, 32, requires_grad=True)
+    assert largest(lambda: model(x)) < n**2 // 8
 
 
 # ---- windows ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from counted_work import largest
+from counted_work import largest, work
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -299,6 +299,23 @@ def test_neighborhoods_are_gathered_neighbours(
         chosen = torch.tensor([places.index(key) for key in keys])
         rows.append(plain(q[:, :, row : row + 1], k[:, :, chosen], v[:, :, chosen], bias=bias))
     agree(model(x, layout=Grid(*dims)), model.to_out(join(torch.cat(rows, 2))), x, *model.parameters())
+
+
+def test_a_dilated_neighborhood_as_wide_as_the_grid_is_attention() -> None:
+    model, x = mixer("dilated_neighborhood_attention", 32, heads=4, kernel=(5, 7), dilation=1), heads(2, 35, 32)
+    shaken(model)
+    q, k, v = (split(layer(x), 4) for layer in (model.to_q, model.to_k, model.to_v))
+    place = torch.stack(torch.meshgrid(torch.arange(5), torch.arange(7), indexing="ij")).flatten(1)
+    offset = place.unsqueeze(2) - place.unsqueeze(1) + torch.tensor([4, 6]).view(2, 1, 1)
+    bias = model.table[:, offset[0], offset[1]]
+    agree(model(x, layout=Grid(5, 7)), model.to_out(join(plain(q, k, v, bias=bias))), x, *model.parameters())
+
+
+def test_counted_work_of_dilated_neighborhoods_is_linear() -> None:
+    model, counted = mixer("dilated_neighborhood_attention", 16, heads=2, kernel=3, dilation=2), []
+    for grid in (Grid(32, 32), Grid(64, 32), Grid(128, 32)):
+        counted.append(work(lambda: model(torch.randn(1, grid.length, 16), layout=grid), "tiles"))  # noqa: B023
+    assert 1.7 < counted[1] / counted[0] < 2.3 and 1.7 < counted[2] / counted[1] < 2.3
 
 
 @pytest.mark.paper("NAT / NATTEN", "works_when")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -117,7 +118,7 @@ def test_a_classifier_of_videos_tells_which_event_came_first() -> None:
     ("kind", "sides"),
     [
         pytest.param(BidirectionalMamba, (), marks=pytest.mark.paper("AuM (Audio Mamba)", "works_when")),
-        pytest.param(VideoMamba, (16, 8), marks=pytest.mark.paper("VideoMamba (ST-SSM)", "works_when")),
+        pytest.param(VideoMamba, (4, 4), marks=pytest.mark.paper("VideoMamba (ST-SSM)", "works_when")),
         pytest.param(VMamba, (16,), marks=pytest.mark.paper("VMamba / SS2D", "works_when")),
         (ZigMa, (16,)),
         (SMamba, ()),
@@ -127,7 +128,7 @@ def test_counted_work_grows_linearly(kind: Any, sides: tuple[int, ...]) -> None:
     mixer, counted = kind(DIM, state=4), []
     for count in (32, 64, 128):
         layout = Grid(count, *sides) if sides else None
-        x = torch.randn(1, layout.length if layout else 16 * count, DIM)
+        x = torch.randn(1, 16 * count, DIM)
         counted.append(work(lambda: mixer(x, layout=layout)))  # noqa: B023
     assert 1.9 < counted[1] / counted[0] < 2.1 and 1.9 < counted[2] / counted[1] < 2.1
 
@@ -220,6 +221,35 @@ def test_vmamba_stands_in_a_hierarchical_backbone() -> None:
     found = torch.autograd.grad(out.square().sum(), [x, *model.parameters()])
     assert all(gradient.isfinite().all() and gradient.abs().sum() > 0 for gradient in found)
     assert bool((found[0].abs().sum(-1) > 0).all())
+
+
+def serpentines(height: int, width: int) -> list[Tensor]:
+    """The eight paths that turn round at each border: from each corner, along the rows or along the columns."""
+    paths = []
+    for along_columns, last_row, last_column in itertools.product((False, True), repeat=3):
+        places = torch.arange(height * width).view(height, width)
+        places = places.flip([axis for axis, far in enumerate((last_row, last_column)) if far])
+        lines = [line.tolist() for line in (places.T if along_columns else places)]
+        paths.append(torch.tensor([at for i, line in enumerate(lines) for at in (line[::-1] if i % 2 else line)]))
+    return paths
+
+
+@pytest.mark.paper("ZigMa", "definition")
+@pytest.mark.paper("ZigMa", "works_when")
+def test_zigma_cycles_over_the_eight_serpentines() -> None:
+    height, width = 5, 7
+    paths, used, x = serpentines(height, width), [], tokens(35)
+    for path in paths:
+        assert path.sort().values.tolist() == list(range(35))
+        steps = (path[1:] // width - path[:-1] // width).abs() + (path[1:] % width - path[:-1] % width).abs()
+        assert (steps == 1).all()  # neighbours on the path are neighbours on the grid
+    for depth in range(10):
+        mixer = shaken(ZigMa(DIM, layer=depth, state=5))
+        out = mixer(x, layout=Grid(height, width))
+        same = [torch.allclose(out, along(path, lambda u: gated(mixer.mamba, u), x)) for path in paths]  # noqa: B023
+        assert sum(same) == 1
+        used.append(same.index(True))
+    assert sorted(used[:8]) == list(range(8)) and used[8:] == used[:2]
 
 
 @pytest.mark.parametrize("layer", [0, 3, 7, 9])
@@ -373,6 +403,7 @@ def test_mamba3d_scans_tokens_and_channels(backward: str) -> None:
 
 
 @pytest.mark.paper("Viper-F1", "definition")
+@pytest.mark.paper("Viper-F1", "works_when")
 def test_viper_modulates_its_scan_by_what_each_token_matches() -> None:
     mixer = shaken(ViperScan(DIM, top=3, match=6, state=4))
     x, patches = tokens(9), tokens(20)
@@ -401,6 +432,13 @@ def test_viper_modulates_its_scan_by_what_each_token_matches() -> None:
         outs.append((state * read[:, t, None, :]).sum(-1) + ssm.skip * u[:, t])
     y = torch.stack(outs, 1) * silu(gate)
     assert_close(mixer(x, context=patches), film(mixer.leave, mixer.to_out(y)))
+
+
+@pytest.mark.paper("Viper-F1", "works_when")
+def test_counted_work_of_viper_grows_linearly() -> None:
+    mixer, patches = ViperScan(DIM, top=3, match=6, state=4), torch.randn(1, 20, DIM)
+    counted = [work(lambda: mixer(torch.randn(1, n, DIM), context=patches)) for n in (512, 1024, 2048)]  # noqa: B023
+    assert 1.9 < counted[1] / counted[0] < 2.1 and 1.9 < counted[2] / counted[1] < 2.1
 
 
 def test_viper_looks_at_its_best_patches_only() -> None:

@@ -54,6 +54,41 @@ def test_a_spike_blocks_the_gradient_to_the_potential_before_it() -> None:
     assert current.grad[0] == 0 and current.grad[1] > 0  # the potential fell to 0 after the first step
 
 
+def fired(currents: Tensor, threshold: float) -> Tensor:
+    """Leaky integrate-and-fire with τ = 2, step by step."""
+    potential, spikes = torch.zeros_like(currents[0]), []
+    for current in currents:
+        potential = (potential + current) / 2
+        spikes.append((potential >= threshold).to(current.dtype))
+        potential = torch.where(potential >= threshold, 0, potential)
+    return torch.stack(spikes)
+
+
+def layer(spiking: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer, a batch norm in training, neurons."""
+    flat = (x @ spiking.linear.weight.mT + (0 if spiking.linear.bias is None else spiking.linear.bias)).flatten(0, 2)
+    normed = (flat - flat.mean(0)) / (flat.var(0, correction=0) + 1e-5).sqrt()
+    return fired((normed * spiking.norm.weight + spiking.norm.bias).view_as(x), 0.4)
+
+
+@pytest.mark.paper("Spikformer V2", "definition")
+def test_spiking_attention_is_its_formula() -> None:
+    mixer, x = make(scale=0.25).double(), torch.randn(2, 37, DIM, dtype=torch.float64)
+    for parameter in mixer.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    steps = x.expand(TIME, -1, -1, -1)
+    q, k, v = (
+        layer(spiking, steps).unflatten(-1, (HEADS, -1)).transpose(2, 3)
+        for spiking in (mixer.to_q, mixer.to_k, mixer.to_v)
+    )
+    heads = 0.25 * (q @ k.mT) @ v  # (T, B, H, N, D)
+    expected = layer(mixer.to_out, fired(heads.transpose(2, 3).flatten(3), 0.2))
+    assert 0.01 < expected.mean() < 0.99
+    assert torch.equal(mixer.spikes(steps), expected)
+    assert_close(mixer(x), expected.mean(0))
+
+
+@pytest.mark.paper("Spikformer V2", "works_when")
 def test_both_orders_of_the_products_agree_to_the_last_bit() -> None:
     mixer, x = make(), torch.randn(2, 37, DIM)
     steps = x.expand(TIME, -1, -1, -1)
@@ -70,6 +105,7 @@ def test_both_orders_of_the_products_agree_to_the_last_bit() -> None:
     assert 0 < expected.mean() < 1
 
 
+@pytest.mark.paper("Spikformer V2", "works_when")
 def test_it_learns_by_its_surrogate() -> None:
     """Which of the tokens' two halves is louder, told by the rates of the spikes."""
     mixer, head = make(scale=0.5), nn.Linear(DIM, 2)
