@@ -143,3 +143,20 @@ def test_what_nothing_can_take_the_place_of_is_refused_at_once(family: str) -> N
     with pytest.raises(ValueError, match="attention"):
         use(model, full)
     assert model.config._attn_implementation == before
+
+
+def test_a_model_around_another_is_switched_with_it_and_back() -> None:
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text = transformers.LlamaConfig(**sizes, vocab_size=61, num_key_value_heads=2)
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=60)
+    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    given = padded()
+    check(model, given, given["attention_mask"].bool())
+    configs = (model.config, model.config.text_config, model.config.vision_config)
+    whole, part = use(model, full), use(model.model.language_model, full, name="other")
+    assert [config._attn_implementation for config in configs] == ["foveate", "other", "foveate"]
+    whole.undo()
+    assert [config._attn_implementation for config in configs] == ["eager", "other", "eager"]
+    part.undo()
+    assert [config._attn_implementation for config in configs] == ["eager"] * 3

@@ -33,6 +33,7 @@ class Token:
     def __init__(self, core: Core, heads: tuple[int, ...] | None = None) -> None:
         self.core, self.heads = core, heads
         self.none: Token | None = None if heads == () else Token(core, ())
+        self.switches: list[Switch] = []
         self.drops = "dropout" in inspect.signature(type(core).__call__).parameters
         self.calls = 0
 

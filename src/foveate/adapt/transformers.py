@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from foveate.adapt.layers import Layer, attention_layers, chosen
 from foveate.adapt.own_function import disagreement
-from foveate.adapt.placed import Record, Token, place, record_of, take_away
+from foveate.adapt.placed import Record, Switch, Token, place, record_of, take_away
 from foveate.adapt.recurrent import accelerate
 
 if TYPE_CHECKING:
@@ -33,17 +34,25 @@ def install(model: nn.Module, swap: Swap, name: str, layers: Layers | None, cros
             checked.add(type(layer.module))
         _check_heads(layer, swap.token)
     register(name)
-    switches = {}
     for layer in meant:
-        record = _put(layer, swap.token, swap)
-        switches[id(record.switch)] = record.switch
+        _put(layer, swap.token, swap)
     assert swap.token.none is not None
     for layer in served:
         if layer not in meant and layer.stand_in is not None:
             _put(layer, swap.token.none, swap)
-    for switch in switches.values():
+    configs = {id(config): config for config in (*(layer.config for layer in meant), *_around(model, meant))}
+    for switch in map(Switch.of, configs.values()):
         switch.turn_on(swap.token, name)
+        swap.token.switches.append(switch)
         swap.on_undo(partial(switch.turn_off, swap.token))
+
+
+def _around(model: nn.Module, layers: list[Layer]) -> Iterator[Any]:
+    """The configurations of the models around some layers, which may make their masks."""
+    inside = tuple(f".{layer.name}" for layer in layers)
+    for name, module in model.named_modules():
+        if isinstance(module, _import()) and any(each.startswith(f".{name}." if name else ".") for each in inside):
+            yield module.config
 
 
 def _put(layer: Layer, token: Token, swap: Swap) -> Record:
@@ -130,7 +139,8 @@ def take_out(model: nn.Module, token: Token) -> None:
         for each in (token, token.none):
             if record is not None and each is not None and each in record.tokens:
                 _take_back(module, each)
-                record.switch.turn_off(token)
+    for switch in token.switches:
+        switch.turn_off(token)
 
 
 def pretrained(model: nn.Module) -> Any:
