@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from foveate.lab import train_run
+from foveate.lab import train_export, train_run
 from foveate.lab.train import Phase, Recipe, train
 from foveate.lab.train_data import batch_at, train_tokenizer
 from foveate.lab.train_eval import bits_per_byte, token_bits, window_mask
+from foveate.lab.train_export import export
 from foveate.lab.train_model import language_loss, set_gradients
 from foveate.lab.train_run import Run, read_checkpoint, read_log
 
@@ -103,6 +104,8 @@ def test_minutes_end_the_run_and_the_decay_with_it(folder: Path, monkeypatch: py
     assert rate < 0.2 * recipe.muon_lr
     with pytest.raises(ValueError, match="minutes must be more than 0"):
         train(recipe, folder, minutes=0)
+    with pytest.raises(ValueError, match="minutes must be more than 0"):
+        train(recipe, folder, minutes=float("nan"))
 
 
 def test_gradients_of_rows_add_up_to_those_of_the_batch(seed: int, folder: Path) -> None:
@@ -197,3 +200,43 @@ def test_a_log_forgets_what_the_checkpoint_does_not_know(folder: Path) -> None:
     Run(Recipe.tiny(), folder, None).load()
     assert read_log(folder) == []
     assert json.loads((folder / "data.json").read_text(encoding="utf-8"))["files"] > 0
+
+
+def test_a_last_line_cut_off_by_a_kill_is_left_out(finished: Path, tmp_path: Path) -> None:
+    rows = [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.5}]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    for cut_off in ("", '{"step": 30, "lo', "\udcff"):
+        (tmp_path / "log.jsonl").write_bytes((whole + cut_off).encode("utf-8", "surrogateescape"))
+        assert read_log(tmp_path) == rows
+    (tmp_path / "log.jsonl").write_text("{\n" + whole)
+    with pytest.raises(ValueError, match=r"line 1 of .* is damaged"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "recipe.json", "tokens.npy", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"\xff\0\1 nonsense", b"[3]"])
+def test_a_damaged_file_is_told_in_words(finished: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged|not the recipe of a run"):
+        train(Recipe.tiny(), tmp_path / "run")
+
+
+def test_the_model_appears_when_all_of_it_is_there(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = sorted(file.name for file in (run / "model").iterdir())
+    with monkeypatch.context() as patched:
+
+        def fail(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(train_export, "write_card", fail)
+        shutil.rmtree(run / "model")
+        with pytest.raises(OSError, match="No space"):
+            export(run, run / "model")
+        assert not (run / "model").exists()
+    export(run, run / "model")
+    assert sorted(file.name for file in (run / "model").iterdir()) == before
+    assert not (run / ".model.part").exists()

@@ -72,7 +72,7 @@ def _from_typer(error: Exception) -> bool:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
         return "There is not enough memory for that: ask for less, as with --length or --batch"
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"There is no file {_named(error.filename)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shlex
 import time
@@ -16,6 +17,7 @@ import foveate
 from foveate.lab import machine
 from foveate.lab.tasks import Batch, Task
 from foveate.lab.tasks_model import TaskModel
+from foveate.lab.train_recipe import ANEW
 
 LOG_EVERY_STEPS, SAVE_EVERY_SECONDS = 10, 60
 LEARNED, SOLVED = 0.95, 0.995  # accuracy at which a stage, and the whole task, is done with
@@ -45,10 +47,12 @@ class TaskRecipe:
         for name in ("dim", "heads", "layers", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is 1 or more, got {getattr(self, name)}")
-        if self.minutes is not None and self.minutes <= 0:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is a number above 0, got {self.lr}")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes must be more than 0, got {self.minutes}: leave it out for no limit of time")
-        if self.seed < 0:
-            raise ValueError(f"seed is 0 or more, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is a number from 0 up to 2**63, got {self.seed}")
 
     def rate(self, step: int, progress: float) -> float:
         """The learning rate: a linear warm-up, a plateau, a linear decay to a tenth over the last half."""
@@ -178,8 +182,11 @@ class TaskRun:
         """Go back to the checkpoint; whether it was one of this run."""
         if self.checkpoint is None or not self.checkpoint.exists():
             return False
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        if state["about"] != {"mixer": self.mixer, **self.about()}:
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file makes of torch's reader
+            raise ValueError(f"{self.checkpoint} is damaged and cannot be read: {ANEW}") from error
+        if not isinstance(state, dict) or state.get("about") != {"mixer": self.mixer, **self.about()}:
             return False
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

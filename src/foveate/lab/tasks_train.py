@@ -16,6 +16,7 @@ from foveate.lab.stopping import asked_to_stop
 from foveate.lab.tasks import Task
 from foveate.lab.tasks_plot import draw
 from foveate.lab.tasks_run import Point, TaskRecipe, TaskRun, origin
+from foveate.lab.train_recipe import ANEW
 
 RESULT, CURVE, CHECKPOINT = "result.json", "curve.svg", "checkpoint.pt"
 
@@ -85,7 +86,7 @@ def _settle(out: Path, identity: dict[str, Any], resume: bool) -> dict[str, Any]
         before = read_json(settings)
         other = [name for name, value in identity.items() if before.get(name) != value]
         if other:
-            raise ValueError(f"{out} holds a run of another {' and '.join(other)}: take another folder or resume=False")
+            raise ValueError(f"{out} holds a run of another {' and '.join(other)}: {ANEW}")
         if (out / RESULT).exists():
             return read_json(out / RESULT, ("mixer", "accuracy", "steps", "seconds", "state_bytes"))
     write_whole(settings, json.dumps(identity, indent=1) + "\n")

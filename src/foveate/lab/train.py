@@ -5,15 +5,18 @@ foveate train --preset builtin
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from foveate.lab.folders import check_writable
 from foveate.lab.progress import bar
+from foveate.lab.results import write_whole
 from foveate.lab.stopping import asked_to_stop
 from foveate.lab.train_export import export
-from foveate.lab.train_recipe import Phase, Recipe
+from foveate.lab.train_recipe import ANEW, Phase, Recipe, read_recipe
 from foveate.lab.train_run import Run
 from foveate.models.builtin import require_transformers
 
@@ -41,8 +44,9 @@ def train(recipe: Recipe, out: Path, *, minutes: float | None = None, resume: bo
     True
     """
     require_transformers()
-    if minutes is not None and minutes <= 0:
+    if minutes is not None and not 0 < minutes < math.inf:
         raise ValueError(f"minutes must be more than 0, got {minutes}: leave it out for no limit of time")
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     _settle(recipe, out, resume)
     threads = torch.get_num_threads()
@@ -62,18 +66,20 @@ def _settle(recipe: Recipe, out: Path, resume: bool) -> None:
         for name in ("checkpoint.pt", "tokens.npy", "log.jsonl"):
             (out / name).unlink(missing_ok=True)
     elif file.exists():
-        old, new = asdict(Recipe.from_json(file.read_text(encoding="utf-8"))), asdict(recipe)
+        old, new = asdict(read_recipe(file)), asdict(recipe)
         changed = [f"{name} {old[name]} against {new[name]}" for name in _FIXED if old[name] != new[name]]
         if changed:
             what = f"{out} holds a run of another recipe ({', '.join(changed)})"
-            raise ValueError(f"{what}: take another folder or resume=False")
-    file.write_text(recipe.to_json() + "\n", encoding="utf-8")
+            raise ValueError(f"{what}: {ANEW}")
+    write_whole(file, recipe.to_json() + "\n")
 
 
 def _go_on(run: Run) -> bool:
     """Step until the run is done or a signal asks to stop; whether it is done."""
     if run.checkpoint.exists():
         run.load()
+    else:
+        run.log_file.unlink(missing_ok=True)
     with asked_to_stop() as stop, bar() as shown:
         while run.progress() < 1 and not stop:
             loss = run.step_once()

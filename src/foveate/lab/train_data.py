@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from foveate.lab import corpus
-from foveate.lab.train_recipe import Phase, Recipe
+from foveate.lab.results import write_whole
+from foveate.lab.train_recipe import ANEW, Phase, Recipe
 
 END = "<|endoftext|>"
 
@@ -22,7 +23,10 @@ def prepare(recipe: Recipe, out: Path) -> tuple[Any, np.ndarray]:
     """The run's tokenizer and its training tokens, made once and kept in the run's directory."""
     if not (out / "tokens.npy").exists():
         _build(recipe, out)
-    return load_tokenizer(out), np.load(out / "tokens.npy", mmap_mode="r")
+    try:
+        return load_tokenizer(out), np.load(out / "tokens.npy", mmap_mode="r")
+    except Exception as error:  # whatever a damaged file makes of the readers
+        raise ValueError(f"the tokens or the tokenizer in {out} are damaged: {ANEW}") from error
 
 
 def _build(recipe: Recipe, out: Path) -> None:
@@ -30,8 +34,8 @@ def _build(recipe: Recipe, out: Path) -> None:
     documents = corpus.collect(sources, max_bytes_per_source=recipe.max_bytes_per_source)
     heldout = [doc for doc in documents if corpus.is_heldout(doc.path)]
     training = [doc for doc in documents if not corpus.is_heldout(doc.path)]
-    (out / "heldout.txt").write_text("".join(f"{doc.path}\n" for doc in heldout), encoding="utf-8")
-    (out / "data.json").write_text(json.dumps(_data_card(sources, training, heldout), indent=1), encoding="utf-8")
+    write_whole(out / "heldout.txt", "".join(f"{doc.path}\n" for doc in heldout))
+    write_whole(out / "data.json", json.dumps(_data_card(sources, training, heldout), indent=1))
     texts = corpus.join(training)
     tokenizer = train_tokenizer(texts, recipe.vocab)
     tokenizer.save_pretrained(out)

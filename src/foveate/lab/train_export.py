@@ -16,7 +16,7 @@ from foveate.lab.train_card import draw, write_card
 from foveate.lab.train_data import load_tokenizer
 from foveate.lab.train_eval import bits_per_byte_of
 from foveate.lab.train_model import build_model
-from foveate.lab.train_recipe import Recipe
+from foveate.lab.train_recipe import Recipe, read_recipe
 from foveate.lab.train_run import read_checkpoint, read_log
 from foveate.models.builtin import read_heldout
 
@@ -27,9 +27,21 @@ MOST_BYTES_A_TOKEN = 4
 
 
 def export(run: Path, folder: Path) -> Path:
-    """Write the run's latest checkpoint as a bfloat16 Hugging Face model, measured, with a card."""
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe.from_json((run / "recipe.json").read_text(encoding="utf-8"))
+    """Write the run's latest checkpoint as a bfloat16 Hugging Face model, measured, with a card.
+
+    The folder appears when all of it is there, and takes the place of one from before.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _write_all(run, part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+    return folder
+
+
+def _write_all(run: Path, folder: Path) -> None:
+    recipe = read_recipe(run / "recipe.json")
     state = read_checkpoint(run)
     _write_model(recipe, state["model"], run, folder)
     for name in ("heldout.txt", "data.json", "recipe.json"):
@@ -42,7 +54,6 @@ def export(run: Path, folder: Path) -> Path:
     write_json(folder / "evaluation.json", facts)
     draw(log, folder / "training.svg")
     write_card(folder, recipe, facts)
-    return folder
 
 
 def _write_model(recipe: Recipe, weights: dict[str, torch.Tensor], run: Path, folder: Path) -> None:

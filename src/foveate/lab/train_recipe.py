@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
+
+ANEW = "take another folder, or begin anew (--no-resume; resume=False in Python)"
+
+
+def read_recipe(file: Path) -> Recipe:
+    """The recipe of a run; ValueError for a file that holds none."""
+    try:
+        return Recipe.from_json(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is not the recipe of a run ({error}): {ANEW}") from None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from foveate.lab.results import write_whole
 from foveate.lab.train_data import batch_at, prepare
 from foveate.lab.train_eval import bits_per_byte
 from foveate.lab.train_model import build_model, build_optimizers, set_gradients
-from foveate.lab.train_recipe import Recipe
+from foveate.lab.train_recipe import ANEW, Recipe
 from foveate.models.builtin import read_heldout
 
 SAVE_EVERY_SECONDS = 120
@@ -112,6 +113,13 @@ class Run:
     def load(self) -> None:
         """Go back to the checkpoint; the recipe's rates hold, not those the checkpoint was made with."""
         state = read_checkpoint(self.out)
+        try:
+            self._take(state)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.checkpoint} is not of this run: {ANEW}") from error
+        self._forget_after(self.step)
+
+    def _take(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             peaks = [group["peak"] for group in optimizer.param_groups]
@@ -120,18 +128,38 @@ class Run:
                 group["peak"] = peak
         self.step, self.seen, self.used = state["step"], state["seen"], state["used"]
         self.next_probe = self.used + FIRST_PROBE_SECONDS
-        self._forget_after(self.step)
 
     def _forget_after(self, step: int) -> None:
         rows = [row for row in read_log(self.out) if row["step"] <= step]
-        self.log_file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_whole(self.log_file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
-    return torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    """What a run saved; ValueError for a file that is damaged."""
+    file = out / "checkpoint.pt"
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of torch's reader
+        raise ValueError(f"{file} is damaged and cannot be read: {ANEW}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} is not the checkpoint of a run: {ANEW}")
+    return state
 
 
 def read_log(out: Path) -> list[dict[str, float]]:
-    """The rows of a run's log, none where it has not logged yet."""
+    """The rows of a run's log, none where it has not logged yet; a last line cut off by a kill is left out."""
     file = out / "log.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("a row of the log is an object with a step")
+            rows.append(row)
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"line {number} of {file} is damaged: {ANEW}") from None
+    return rows
