@@ -14,7 +14,8 @@ HEAD = """# The catalogue
 
 {count} mechanisms in {families} families. Each is a registered mixer that passes the conformance suite
 (`foveate check NAME`); `foveate show NAME` draws it and counts its costs. This page is made from the index
-by `make docs`.
+by `make docs`. That a mechanism is here does not say that its paper is kept: `foveate rows` says which are, by tests of
+their definitions and of what must work, and what the others want.
 
 *Training-free* mechanisms can take the place of the attention in a pretrained model:
 `foveate.adapt.use(model, NAME)`. The others have parameters of their own.
