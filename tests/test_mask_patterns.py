@@ -9,6 +9,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from pattern_examples import Case, random_boxes
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
@@ -33,7 +34,7 @@ from foveate import (
     spans,
     window,
 )
-from foveate.patterns import to_block_mask
+from foveate.patterns import Sequence, to_block_mask
 
 N, M = 37, 70
 
@@ -109,6 +110,16 @@ def test_block_diffusion(length: int, block: int) -> None:
         return not clean_q and k == q
 
     assert_means(block_diffusion(length, block), loops(sees, (1, 1, 2 * length, 2 * length)))
+
+
+@pytest.mark.parametrize(("length", "block"), [(30, 7), (33, 4), (9, 20)])
+def test_bounds_of_block_diffusion_are_exact(length: int, block: int, seed: int) -> None:
+    case = Case(block_diffusion(length, block), 2 * length, 2 * length, Sequence())
+    boxes, inside = random_boxes(case, 300, seed)
+    seen = case.pattern.mask(2 * length)[0, 0]
+    some, every = case.resolved.bounds(boxes)
+    assert torch.equal(some, (seen & inside).flatten(1).any(1))
+    assert torch.equal(every, (seen | ~inside).flatten(1).all(1))
 
 
 def test_long_ones_are_cheap() -> None:
