@@ -234,6 +234,22 @@ def test_doctor_refuses_a_variant_nobody_knows(monkeypatch: pytest.MonkeyPatch) 
     assert "FOVEATE_ISA=sse" in refused("doctor")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("FOVEATE_NO_JIT", "maybe", "FOVEATE_NO_JIT=maybe: possible are 0, 1"),
+        ("FOVEATE_SANITIZE", "yes", "FOVEATE_SANITIZE=yes"),
+        ("FOVEATE_PRODUCTS", "mkl", "torch, onednn"),
+        ("FOVEATE_IAS", "avx2", "did you mean FOVEATE_ISA?"),
+    ],
+)
+def test_doctor_refuses_variables_without_a_meaning(
+    name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert words in refused("doctor")
+
+
 def test_doctor_finds_an_implementation_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     from foveate.attention import tiles
 

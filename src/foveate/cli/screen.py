@@ -13,12 +13,15 @@ from rich.console import Console
 from rich.text import Text
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+NARROWEST = 20  # columns of a terminal
 PACKAGE = Path(__file__).parents[1]
 
 
 def out() -> Console:
-    """Standard output, wide enough for a table where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+    """Standard output, wide enough for a table where it is no terminal, or where COLUMNS makes no sense."""
+    asked = os.environ.get("COLUMNS", "")
+    wide = int(asked) >= NARROWEST if asked.isdecimal() else not asked and sys.stdout.isatty()
+    return Console(width=None if wide else 120)
 
 
 def say(sentence: str) -> None:
@@ -50,7 +53,7 @@ def one_sentence() -> Iterator[None]:
     except (BrokenPipeError, typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        if os.environ.get("FOVEATE_DEBUG") or _from_typer(error):
+        if os.environ.get("FOVEATE_DEBUG", "0") not in ("", "0") or _from_typer(error):
             raise
         complain(_sentence(error))
         raise typer.Exit(BAD_INPUT) from None
@@ -81,6 +84,8 @@ def _sentence(error: Exception) -> str:
     words = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}; FOVEATE_DEBUG=1 shows where"
+    if isinstance(error, OSError) and words.endswith("written"):  # numpy's words for it
+        return f"There is no room left to write to ({words})"
     return words if _is_ours(error) else f"{words} ({type(error).__name__}; FOVEATE_DEBUG=1 shows where)"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +26,15 @@ EXTRAS = {
     "peers": ("flash-linear-attention", "natten"),
 }
 ORIGINS = {"package": "from the package", "cache": "from the cache", "compiled": "just compiled"}
+# What may be set, and to what; none: it is looked at where it is used.
+VARIABLES: dict[str, tuple[str, ...]] = {
+    "FOVEATE_ISA": (),
+    "FOVEATE_NO_JIT": ("", "0", "1"),
+    "FOVEATE_SANITIZE": ("", "0", "1"),
+    "FOVEATE_DEBUG": ("", "0", "1"),
+    "FOVEATE_PRODUCTS": ("", "torch", "onednn"),
+    "FOVEATE_SEED": (),
+}
 LENGTH = 130
 TOLERANCE = 5e-4  # outputs are about 1; float32 on any device
 
@@ -76,6 +87,18 @@ class Report:
         return json.dumps(report, indent=2)
 
 
+def check_environment() -> None:
+    """ValueError for a variable of ours that is set to something without a meaning, or misspelt."""
+    for name in filter(lambda name: name.startswith("FOVEATE_"), os.environ):
+        if name not in VARIABLES:
+            near = difflib.get_close_matches(name, VARIABLES, n=1)
+            raise ValueError(f"{name} means nothing here{f': did you mean {near[0]}?' if near else ''}")
+        known = VARIABLES[name]
+        if known and os.environ[name] not in known:
+            possible = ", ".join(value for value in known if value)
+            raise ValueError(f"{name}={os.environ[name]}: possible are {possible}, or nothing at all")
+
+
 def examine() -> Report:
     """Look at the machine, try every implementation, and see which extras are installed.
 
@@ -83,6 +106,7 @@ def examine() -> Report:
     >>> report.disagreements
     ()
     """
+    check_environment()
     return Report(machine.describe() | versions(), loader.status(), tuple(_trials()), extras())
 
 

@@ -156,7 +156,9 @@ def _before(file: Path, task: Task, recipe: TaskRecipe) -> dict[str, Any] | None
     if not file.exists():
         return None
     found = read_json(file, ("task", "recipe", "results"))
-    rate = found["recipe"].get("lr", 0.0) if isinstance(found["recipe"], dict) else 0.0
+    if not isinstance(found["recipe"], dict) or not isinstance(found["results"], list):
+        raise ValueError(f"{file} is not what was written here: its recipe or its results are of another kind")
+    rate = found["recipe"].get("lr", recipe.lr)
     found.setdefault("rates", [rate])
     wanted = about(task, replace(recipe, lr=rate))
     other = [name for name, value in wanted.items() if found[name] != value]
