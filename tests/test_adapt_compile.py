@@ -36,7 +36,7 @@ def test_one_graph(name: str, masked: bool) -> None:
 
 @torch.no_grad()
 def test_another_swap_is_another_graph() -> None:
-    model, inputs = tiny("Llama"), given(False)
+    model, inputs = tiny("Llama", num_hidden_layers=1), given(False)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for pattern in (PATTERN, full):
@@ -47,7 +47,7 @@ def test_another_swap_is_another_graph() -> None:
 
 @torch.no_grad()
 def test_documents_in_one_row_stay_apart_in_a_graph() -> None:
-    model, lengths = tiny("Mistral"), [14, 5, 18]
+    model, lengths = tiny("Mistral", num_hidden_layers=1), [14, 5, 18]
     ids = torch.randint(3, 61, (1, 37))
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
     torch._dynamo.reset()
@@ -74,7 +74,7 @@ def test_export(name: str, masked: bool) -> None:
 
 
 def test_one_graph_learns_as_eager_code() -> None:
-    model, inputs = tiny("Llama").train(), given(True)
+    model, inputs = tiny("Llama", num_hidden_layers=1).train(), given(True)
     for layer in model.layers:
         layer.self_attn.attention_dropout = 0.2
     torch._dynamo.reset()
