@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from foveate.mixers.registry import Row
 from foveate.patterns import Grid, Layout, Packed, Pattern, causal, full, key_padding
+from foveate.patterns.listed import place_of_lengths
+from foveate.patterns.place import NOWHERE, Place
+from foveate.patterns.placed import merged
 
 
 class Stepped(NamedTuple):
@@ -25,6 +28,7 @@ class Mixer(nn.Module):
     tiny: ClassVar[dict[str, Any]] = {}  # options under which a few dozen tokens are already sparse
     full_budget: ClassVar[dict[str, Any] | None] = None  # options that make it plain attention, if any do
     grids: ClassVar[tuple[Layout, ...]] = ()  # layouts to test a grid mechanism on
+    one_by_one: ClassVar[bool] = False  # mixes documents of a pack, and sequences beside padding, one after the other
     exempt: ClassVar[dict[str, str]] = {}  # properties of the conformance suite it fails by design, with the reason
 
     def __init__(self, dim: int, *, causal: bool = True) -> None:
@@ -50,6 +54,8 @@ class Mixer(nn.Module):
         padding come out as zeros. What stands in padding, even NaN, changes nothing.
         """
         self.check(x, context, layout, padding)
+        if self.one_by_one and (padding is not None or isinstance(layout, Packed)):
+            return self._mix_one_by_one(x, layout, padding)
         if padding is None:
             return self.mix(x, context, layout, None)
         hidden = ~padding.unsqueeze(-1)
@@ -60,6 +66,15 @@ class Mixer(nn.Module):
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         """What a mechanism defines: forward on checked inputs."""
         raise NotImplementedError
+
+    def _mix_one_by_one(self, x: Tensor, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        """Every document of every batch entry as if it were alone; padding as zeros."""
+        out = torch.zeros_like(x)
+        for document in _place(x.shape[1], layout, padding).documents:
+            mixed = self.mix(x[document.batch, document.slots], None, None, None)
+            out = out.to(mixed.dtype)
+            out[document.batch, document.slots] = mixed
+        return out
 
     def start(self, batch: int) -> Any:
         """The decoding state before the first token."""
@@ -107,6 +122,12 @@ class Mixer(nn.Module):
     def weight(self) -> Tensor:
         """Any parameter: its dtype and device are the mixer's."""
         return next(self.parameters())
+
+
+def _place(length: int, layout: Layout | None, padding: Tensor | None) -> Place:
+    places = [place_of_lengths(layout.lengths, length)] if isinstance(layout, Packed) else []
+    places += [] if padding is None else [Place.counted(torch.where(padding, 0, NOWHERE))]
+    return merged(places)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -7,12 +7,14 @@ and inside a mixer it is surrounded by projections.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from foveate.attention import Bias, Weights, attend
-from foveate.patterns import Layout, Pattern, full
+from foveate.attention.bias import Dense
+from foveate.patterns import Layout, Pattern, Sequence, full
+from foveate.patterns.placed import split
 
 
 class Core(Protocol):
@@ -89,3 +91,36 @@ def joined(pattern: Pattern, within: Pattern) -> Pattern:
     if within == full:
         return pattern
     return within if pattern == full else pattern & within
+
+
+def one_by_one(
+    core: Core,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    within: Pattern,
+    bias: Tensor | Bias | None = None,
+    layout: Layout | None = None,
+    **options: Any,
+) -> Tensor | None:
+    """A core on every document as if it were alone, padding as zeros; None where there is but one document."""
+    rest, place = split(within, layout or Sequence(), k.shape[2])
+    if place is None:
+        return None
+    offset = k.shape[2] - q.shape[2]
+    whole = Dense(bias[(None,) * (4 - bias.dim())]) if isinstance(bias, Tensor) else bias
+    if whole is not None and not whole.in_documents(place):
+        raise ValueError(f"this bias does not say what each document alone is given: {type(whole).__name__}")
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    for document in place.documents:
+        if document.first:
+            raise ValueError(f"{core} needs the first {document.first} keys of a text, which its cache has dropped")
+        queries, keys = ((document.batch, slice(None), at) for at in (document.queries(offset), document.slots))
+        if (own := q[queries]).shape[2]:
+            part = None
+            if whole is not None:
+                parameter = whole.of_document(whole.parameter, document.batch, queries[2], keys[2])
+                part = whole.moved(parameter, k[keys].shape[2] - own.shape[2])
+            out[queries] = core(own, k[keys], v[keys], within=rest, bias=part, **options)
+    return out

@@ -12,10 +12,10 @@ from foveate.attention import Bias, Weights, attend
 from foveate.mixers.attention import AttentionMixer, KeyValues, visible_pairs
 from foveate.mixers.base import Stepped, join_heads
 from foveate.mixers.bias_part import part_of_bias, placed
-from foveate.mixers.core import Core, PatternCore, joined
+from foveate.mixers.core import Core, PatternCore, joined, one_by_one
 from foveate.mixers.registry import register
 from foveate.mixers.window import streaming_core
-from foveate.patterns import Layout, Packed, Pattern, Scene, Sequence, causal, full
+from foveate.patterns import Layout, Pattern, Scene, Sequence, causal, full
 from foveate.patterns.part import Parts
 
 
@@ -52,8 +52,10 @@ class DeltaCore:
         softcap: float | None = None,
         layout: Layout | None = None,
     ) -> Tensor:
-        if isinstance(layout, Packed):
-            raise ValueError("delta correction would carry errors from one packed sequence into the next")
+        how = {"weights": weights, "scale": scale, "softcap": softcap}
+        apart = one_by_one(self, q, k, v, within=within, bias=bias, layout=layout, **how)  # type: ignore[arg-type]
+        if apart is not None:
+            return apart
         sparse = self.base(
             q, k, v, within=within, bias=bias, weights=weights, scale=scale, softcap=softcap, layout=layout
         )
@@ -93,7 +95,7 @@ class DeltaState(NamedTuple):
     "delta_attention",
     papers=("Delta Attention",),
     formula="o_i = sparse_i + (full_j - sparse_j), j = γ ⌊i / γ⌋",
-    supports={"causal", "decode", "gqa"},
+    supports={"causal", "padding", "packed", "decode", "gqa"},
     core=delta_core,
 )
 class DeltaAttention(AttentionMixer):
@@ -102,6 +104,7 @@ class DeltaAttention(AttentionMixer):
     ``base`` is the sparse core to correct; None is ``sinks`` and a ``window``.
     """
 
+    one_by_one: ClassVar[bool] = True
     tiny: ClassVar[dict[str, Any]] = {"sinks": 1, "window": 4, "stride": 5}
     full_budget: ClassVar[dict[str, Any] | None] = {"stride": 1}
 

@@ -53,7 +53,7 @@ def _a_shape(count: int, window: int) -> Pattern:
     "minference_a_shape",
     papers=("MInference",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j < s or i - w < j ≤ i",
-    supports={"causal", "decode", "gqa"},
+    supports={"causal", "padding", "packed", "decode", "gqa"},
     core=a_shape_core,
 )
 class AShape(AttentionMixer):
@@ -70,7 +70,7 @@ class AShape(AttentionMixer):
     "minference_vertical_slash",
     papers=("MInference",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j ∈ V or i - j ∈ S, V and S from the last 64 queries",
-    supports={"causal", "gqa"},
+    supports={"causal", "padding", "packed", "gqa"},
     core=vertical_slash_core,
     notes="For prefill: " + AHEAD + ".",
 )
@@ -102,7 +102,7 @@ class VerticalSlash(AttentionMixer):
     "minference_block_sparse",
     papers=("MInference",),
     formula="o_i = Σ_{j ∈ B_i} softmax_j(q_i·k_j / √d) v_j, B_i: top-k blocks by mean(q_block)·mean(k_block)",
-    supports={"causal", "gqa"},
+    supports={"causal", "padding", "packed", "gqa"},
     core=block_sparse_core,
     notes="For prefill: " + AHEAD + ".",
 )
@@ -154,7 +154,7 @@ def minference_core(
     "minference",
     papers=("MInference",),
     formula="o_i^h = Σ_j softmax_j(q_i·k_j / √d) v_j over the pattern found offline for head h",
-    supports={"causal", "gqa"},
+    supports={"causal", "padding", "packed", "gqa"},
     core=minference_core,
     notes="For prefill: " + AHEAD + ".",
 )

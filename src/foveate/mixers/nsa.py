@@ -46,7 +46,7 @@ class NSAState(NamedTuple):
     "nsa",
     papers=("NSA",),
     formula="o_i = Σ_c σ(W_c x_i) attend(q_i, K^c, V^c), c ∈ {compressed blocks, selected blocks, window}",
-    supports={"causal", "decode", "gqa"},
+    supports={"causal", "padding", "packed", "decode", "gqa"},
 )
 class NSA(Mixer):
     """Gated sum of attention to compressed blocks, to the blocks these find important, and to a window.
@@ -56,6 +56,7 @@ class NSA(Mixer):
     the three has keys and values of its own.
     """
 
+    one_by_one: ClassVar[bool] = True
     tiny: ClassVar[dict[str, Any]] = {
         "block": 4,
         "stride": 2,

@@ -29,7 +29,7 @@ def power_core(*, window: int = 256, block: int = 64, sinks: int = 4) -> Pattern
     "power_attention",
     papers=("PowerAttention",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over i - w < j ≤ i, ⌊i/b⌋ - ⌊j/b⌋ ∈ {1, 2, 4, …}, j < s",
-    supports={"causal", "decode", "gqa"},
+    supports={"causal", "padding", "packed", "decode", "gqa"},
     core=power_core,
     notes="d layers of it reach every one of the last 2^d blocks.",
 )
@@ -65,7 +65,7 @@ def moba_core(*, block: int = 128, k: int = 8, causal: bool = True) -> PatternCo
     "moba",
     papers=("MoBA",),
     formula="o_i = Σ_{j ∈ B_i} softmax_j(q_i·k_j / √d) v_j, B_i: its own and the best blocks by q_i·mean(k)",
-    supports={"causal", "noncausal", "decode", "gqa"},
+    supports={"causal", "noncausal", "padding", "packed", "decode", "gqa"},
     core=moba_core,
 )
 class MoBA(AttentionMixer):

@@ -43,7 +43,7 @@ def streaming_core(*, sinks: int = 4, window: int = 1024) -> PatternCore:
     "streaming_llm",
     papers=("StreamingLLM",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j < s or i - w < j ≤ i",
-    supports={"causal", "decode", "gqa"},
+    supports={"causal", "padding", "packed", "decode", "gqa"},
     core=streaming_core,
 )
 class StreamingLLM(AttentionMixer):
@@ -54,6 +54,7 @@ class StreamingLLM(AttentionMixer):
     """
 
     tiny: ClassVar[dict[str, Any]] = {"sinks": 2, "window": 6}
+    one_by_one: ClassVar[bool] = True
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
 
     def __init__(
