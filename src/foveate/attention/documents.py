@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.attention.bias import Bias
 from foveate.attention.dropout import Dropout
 from foveate.patterns.algebra import LINE, Pattern, Scene
-from foveate.patterns.compound import leaves
+from foveate.patterns.compound import All, leaves, reach_of
 from foveate.patterns.layouts import Layout
 from foveate.patterns.part import Part
 from foveate.patterns.place import Document, Place, Slots
@@ -71,7 +71,7 @@ def see(
         piece = Piece(document.batch, queries, document.slots, None)  # type: ignore[arg-type]
         own_q, own_k = piece.part(q, queries), piece.part(k, document.slots)
         if own_q.shape[2]:
-            inside = _at_positions(rest, document, own_q.shape[2], own_k.shape[2])
+            inside = _at_positions(rest, document, own_q, own_k, scale)
             seen = kernels.sees(own_q, own_k, inside, LINE, scale, plain=plain)
             pieces.append(Piece(document.batch, queries, document.slots, seen))
     return ByDocument(tuple(pieces))
@@ -96,15 +96,15 @@ def runs_by_document(call: Call) -> bool:
     return place is not None and _runs_by_document(call.pattern, rest, place, call.biases, drops, scene)
 
 
-def _at_positions(rest: Pattern, document: Document, num_queries: int, num_keys: int) -> Pattern:
+def _at_positions(rest: Pattern, document: Document, q: Tensor, k: Tensor, scale: float) -> Pattern:
     """The pattern as a document sees it whose first keys are gone."""
-    for leaf in leaves(rest):
-        check_complete(leaf, document)
     if document.first == 0 or all(leaf.depends_on in ("order", "distance") for leaf in leaves(rest)):
         return rest
-    offset = num_keys - num_queries
-    resolved = rest.resolve(Scene(num_queries, num_keys))
-    return Part(resolved, str(rest), document.first + offset, 1, document.first, offset)
+    scene = Scene(q.shape[2], k.shape[2], LINE, q.detach(), k.detach(), scale, first=document.first)
+    reach = reach_of(rest.parts if isinstance(rest, All) else (rest,), None)
+    for leaf in leaves(rest):
+        check_complete(leaf, document, scene.offset, reach)
+    return Part(rest.resolve(scene), str(rest), document.first + scene.offset, 1, document.first, scene.offset)
 
 
 def forward(kernels: Kernels, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

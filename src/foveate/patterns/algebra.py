@@ -68,6 +68,8 @@ class Scene:
     q: Tensor | None = None  # (B, H, N, D)
     k: Tensor | None = None  # (B, G, M, D)
     scale: float | None = None
+    first: int = 0  # position of key 0: a cache may have dropped those before it
+    reach: int | None = None  # how far back whatever a pattern is joined with lets queries look
 
     @property
     def offset(self) -> int:

@@ -151,26 +151,32 @@ def _before(ordered: Tensor) -> Tensor:
     return ordered.cumsum(-1) - ordered
 
 
-def looked_back(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal softmax weights of the last queries (B, H, L, D), summed by key and by distance, (B, H, M) each."""
+def looked_back(rows: Tensor, keys: Tensor, reach: int | None = None) -> tuple[Tensor, Tensor]:
+    """Causal softmax weights of the last queries (B, H, L, D), summed by key and by distance, (B, H, M) each.
+
+    No key further back than ``reach`` is looked at.
+    """
     shape = (*rows.shape[:2], keys.shape[2])
     if rows.numel() == 0:
         return rows.new_zeros(shape), rows.new_zeros(shape)
     group = rows.shape[1] // keys.shape[1]
     by_key, by_distance = [], []
     for heads, head in zip(rows.flatten(0, 1).split(group), keys.flatten(0, 1), strict=True):
-        weights = _causal_weights(heads, widen(head))
+        weights = _causal_weights(heads, widen(head), reach)
         by_key.append(weights.sum(1))
         by_distance.append(_along_diagonals(weights))
     return torch.cat(by_key).view(shape), torch.cat(by_distance).view(shape)
 
 
-def _causal_weights(rows: Tensor, keys: Tensor) -> Tensor:
+def _causal_weights(rows: Tensor, keys: Tensor, reach: int | None) -> Tensor:
     """Of the last L queries (h, L, D), (h, L, M)."""
     scores = rows.to(keys.dtype) @ keys.T
     length = rows.shape[1]
     ahead = torch.ones(length, length, dtype=torch.bool, device=rows.device).triu(1)
     scores[..., scores.shape[2] - length :].masked_fill_(ahead, NEVER)
+    if reach is not None:
+        place = torch.arange(scores.shape[2] - length, scores.shape[2], device=rows.device).unsqueeze(1)
+        scores.masked_fill_(torch.arange(scores.shape[2], device=rows.device) < place - reach, NEVER)
     return torch.softmax(scores, -1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene, mix_hash
 from foveate.patterns.place import Place
 from foveate.patterns.placed import Placed, in_documents, merged, moves
-from foveate.patterns.sequence import full
+from foveate.patterns.sequence import Window, full
 
 EMPTY, FILLED = -1, -2  # signatures of settled boxes
 
@@ -94,10 +94,12 @@ class All(Compound):
 
     def resolve(self, scene: Scene) -> Pattern:
         """Parts that say where tokens live place the others; see :meth:`Pattern.places_tokens`."""
+        scene = replace(scene, reach=reach_of(self.parts, scene.reach))
         places = [place for part in self.parts if (place := part.places_tokens(scene.num_keys)) is not None]
         return self._inside(merged(places), scene) if places else super().resolve(scene)
 
     def placed(self, place: Place, scene: Scene) -> Pattern:
+        scene = replace(scene, reach=reach_of(self.parts, scene.reach))
         own = [inner for part in self.parts if (inner := part.places_tokens(scene.num_keys)) is not None]
         return self._inside(merged([place, *own]), scene)
 
@@ -236,6 +238,12 @@ def per_head(patterns: list[Pattern] | tuple[Pattern, ...]) -> Pattern:
 def placed(part: Pattern, place: Place, scene: Scene) -> Pattern:
     """A pattern resolved inside documents."""
     return part.placed(place, scene) if isinstance(part, Compound) else in_documents(part, place, scene)
+
+
+def reach_of(parts: Iterable[Pattern], most: int | None) -> int | None:
+    """How far back a query may look at most where all of these hold; None without a limit."""
+    limits = [part.left for part in parts if isinstance(part, Window)] + ([] if most is None else [most])
+    return min(limits, default=None)
 
 
 def leaves(pattern: Pattern) -> Iterator[Pattern]:

@@ -1,7 +1,8 @@
 """Dynamic patterns: each query's keys are chosen by looking at q and k.
 
 Choosing never holds all pairs of queries and keys: blocks stand in for their keys, or queries go a few at a
-time. No gradient flows through a choice. Padding is not known here: join ``& key_padding(mask)`` to hide it.
+time. No gradient flows through a choice. What a choice is joined with by ``&`` narrows it: padding (``key_padding``)
+and other documents never compete, nor does what a window hides from the query.
 """
 
 from __future__ import annotations
@@ -13,8 +14,21 @@ import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Pattern, Scene
-from foveate.patterns.choose import NEVER, Sought, before, best, choose_rows, looked_back, pool, score, slices, widen
+from foveate.patterns.choose import (
+    NEVER,
+    Sought,
+    before,
+    best,
+    choose_rows,
+    looked_back,
+    pool,
+    score,
+    shares,
+    slices,
+    widen,
+)
 from foveate.patterns.decided import Columns, Distances, block_table, joined, no_rows, pick, words_of
+from foveate.patterns.part import Part
 from foveate.patterns.sequence import causal as not_after
 from foveate.patterns.sequence import positive
 
@@ -59,22 +73,29 @@ class BlockChoice(Pattern):
     def resolve(self, scene: Scene) -> Pattern:
         q, k, scale = _looked_at(self, scene)
         q_block = self.block if self.per == "block" else 1
-        start = scene.offset // q_block * q_block  # position of the first query of row 0
-        rows = q if q_block == 1 else pool(q, q_block, lead=scene.offset - start)
-        keys = pool(k, self.block) * scale  # (B, G, K, D)
-        words = self._words(rows, keys, start, q_block)
+        lead = scene.first % self.block  # keys that block 0 lacks; positions count from its start here
+        offset = scene.offset + lead
+        start = offset // q_block * q_block  # position of the first query of row 0
+        rows = q if q_block == 1 else pool(q, q_block, lead=offset - start)
+        keys = pool(k, self.block, lead=lead) * scale  # (B, G, K, D)
+        words = self._words(rows, keys, start, q_block, scene.reach)
         table = block_table(words, rows.shape[2], q_block=q_block, k_block=self.block, q_start=start)
-        return table & not_after if self.causal else table
+        return counted_from(scene.first - lead, table & not_after if self.causal else table)
 
-    def _words(self, rows: Tensor, keys: Tensor, start: int, q_block: int) -> Tensor:
+    def _words(self, rows: Tensor, keys: Tensor, start: int, q_block: int, reach: int | None) -> Tensor:
         """The choices of rows of ``q_block`` queries, packed; a causal row is scored only as far as it may see."""
         batch, heads, num_rows, _ = rows.shape
         shape = (batch, keys.shape[1] if self.shared else heads, num_rows, keys.shape[2])
         words = no_rows(*shape, q_block=q_block, device=rows.device)
         for part in slices(num_rows, batch * heads * keys.shape[2]):
-            own = self._own(start + torch.arange(part.start, part.stop, device=rows.device) * q_block)
+            place = start + torch.arange(part.start, part.stop, device=rows.device) * q_block
+            own = self._own(place)
             within = keys if own is None else keys[:, :, : max(int(own[-1:].sum()) + 1, 0)]
-            weights = self._weighed(score(rows[:, :, part], within), keys.shape[1], own)
+            scores = score(rows[:, :, part], within)
+            if reach is not None:  # blocks compete that all queries of the row see whole
+                begin = torch.arange(scores.shape[3], device=rows.device) * self.block
+                scores.masked_fill_(begin < (place + q_block - 1 - reach).unsqueeze(1), NEVER)
+            weights = self._weighed(scores, keys.shape[1], own)
             choose_rows(weights, self._sought, words_of(words, part, q_block), q_block, own=own)
         return words
 
@@ -86,8 +107,8 @@ class BlockChoice(Pattern):
         """What to choose by: scores or shares of each head, or mean shares of each group of heads."""
         if not (self.by_share or self.shared):
             return scores
-        shares = torch.softmax(scores if own is None else before(own, scores), -1)
-        return shares.unflatten(1, (groups, -1)).mean(2) if self.shared else shares
+        found = shares(scores if own is None else before(own, scores))
+        return found.unflatten(1, (groups, -1)).mean(2) if self.shared else found
 
 
 class TopBlocks(BlockChoice):
@@ -182,9 +203,10 @@ class VerticalSlash(Pattern):
     def resolve(self, scene: Scene) -> Pattern:
         q, k, scale = _looked_at(self, scene)
         last = min(self.last, q.shape[2], k.shape[2])
-        keys, distances = looked_back(widen(q[:, :, q.shape[2] - last :]) * scale, k)
+        keys, distances = looked_back(widen(q[:, :, q.shape[2] - last :]) * scale, k, scene.reach)
         distances[..., :1] = float("inf")  # every query sees itself
-        return (Columns.of(best(keys, self.vertical)) | Distances.of(best(distances, self.slash))) & not_after
+        lines = (Columns.of(best(keys, self.vertical)) | Distances.of(best(distances, self.slash))) & not_after
+        return counted_from(scene.first, lines)
 
 
 def vertical_slash(vertical: int, slash: int, *, last: int = 64) -> Pattern:
@@ -240,9 +262,12 @@ class TopKeys(Pattern):
             if self.causal:
                 place = scene.offset + torch.arange(part.start, part.stop, device=q.device)
                 scores.masked_fill_(key > place.unsqueeze(1), NEVER)
+            if scene.reach is not None:
+                place = scene.offset + torch.arange(part.start, part.stop, device=q.device)
+                scores.masked_fill_(key < place.unsqueeze(1) - scene.reach, NEVER)
             picks.append(pick(best(scores, self.count), part.start))
         chosen = joined(picks, num_queries, q_start=scene.offset)
-        return chosen & not_after if self.causal else chosen
+        return counted_from(scene.first, chosen & not_after if self.causal else chosen)
 
 
 def topk_keys(count: int, *, causal: bool = True) -> Pattern:
@@ -263,6 +288,11 @@ def topk_keys(count: int, *, causal: bool = True) -> Pattern:
     Raises ValueError unless ``count`` is at least 1.
     """
     return TopKeys(positive("topk_keys", "count", count), bool(causal))
+
+
+def counted_from(first: int, pattern: Pattern) -> Pattern:
+    """A pattern asked with positions that itself counts from ``first``."""
+    return Part(pattern, str(pattern), -first, 1, -first, 0) if first else pattern
 
 
 def _looked_at(pattern: Pattern, scene: Scene) -> tuple[Tensor, Tensor, float]:

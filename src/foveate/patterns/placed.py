@@ -34,15 +34,18 @@ def moves(leaf: Pattern, place: Place, scene: Scene) -> bool:
 
 def _part_of(leaf: Pattern, document: Document, scene: Scene) -> Scene:
     assert scene.q is not None and scene.k is not None
-    check_complete(leaf, document)
     q = taken(scene.q[document.batch], document.queries(scene.offset))
     k = taken(scene.k[document.batch], document.slots)
-    return replace(scene, num_queries=q.shape[2], num_keys=k.shape[2], q=q, k=k)
+    check_complete(leaf, document, k.shape[2] - q.shape[2], scene.reach)
+    return replace(scene, num_queries=q.shape[2], num_keys=k.shape[2], q=q, k=k, first=document.first)
 
 
-def check_complete(leaf: Pattern, document: Document) -> None:
-    """Refuse a choice among keys of which the first are no longer there."""
-    if leaf.is_dynamic and document.first > 0:
+def check_complete(leaf: Pattern, document: Document, offset: int, reach: int | None) -> None:
+    """Refuse a choice among keys of which some that could be chosen are no longer there.
+
+    ``offset`` queries of the document came before, and no query looks further back than ``reach``.
+    """
+    if leaf.is_dynamic and document.first > 0 and (reach is None or offset < reach):
         raise ValueError(
             f"{leaf} chooses among all keys of a text, but its cache has dropped the first {document.first}: "
             "generate with a cache that keeps every key, such as past_key_values=DynamicCache()"
