@@ -351,10 +351,11 @@ def test_delta_correction_brings_sparse_attention_nearer_to_full() -> None:
     assert (corrected - exact).norm() < 0.9 * (sparse - exact).norm()
 
 
-def test_delta_correction_refuses_packed_sequences() -> None:
-    q, k, v = qkv(10)
-    with pytest.raises(ValueError, match="packed"):
-        DeltaCore(stride=2)(q, k, v, layout=Packed([4, 6]))
+def test_delta_correction_keeps_packed_sequences_apart() -> None:
+    core, lengths = DeltaCore(stride=4), [9, 0, 14]
+    q, k, v = torch.randn(3, 1, 2, 23, 8, dtype=torch.float64)
+    parts = [core(*each, within=causal) for each in zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)]
+    torch.testing.assert_close(core(q, k, v, within=causal, layout=Packed(lengths)), torch.cat(parts, 2))
 
 
 def test_pairs_of_width_counts_a_window() -> None:
