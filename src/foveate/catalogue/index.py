@@ -162,7 +162,11 @@ def text(mechanisms: Iterable[dict[str, Any]]) -> str:
 
 @cache
 def _stored() -> dict[str, Any]:
-    return json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() else {"mechanisms": [], "modules": {}}
+    """The file's contents; of one that is missing or damaged nothing, so that all modules are read live."""
+    try:
+        return json.loads(PATH.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {"mechanisms": [], "modules": {}}
 
 
 def _registered() -> list[Entry]:
