@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +54,39 @@ def second_gradients(
         arriving = [(x, w) for x, w in zip(first, wanted, strict=True) if x is not None and w is not None]
         found = _grad([x for x, _ in arriving], [*grads_again, *again], [w for _, w in arriving], create_graph)
     return found[: len(grads)], found[len(grads) :]
+
+
+def once(words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For the ``backward`` of an autograd.Function that is not to be differentiated: whoever does is told so.
+
+    torch.autograd.function.once_differentiable loses the gradient without a word where only saved tensors lead to it.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def run_once(ctx: Any, *grads: Tensor) -> Any:
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return found
+            given = [x for x in found if x is not None]
+            in_turn = iter(_Refused.apply(words, len(given), *given, *grads, *ctx.saved_tensors))
+            return tuple(None if x is None else next(in_turn) for x in found)
+
+        return run_once
+
+    return decorate
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, words: str, count: int, *tensors: Tensor) -> Tensors:
+        ctx.words = words
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(ctx.words)
 
 
 def _gradients(definition: Definition, inputs: Maybe, grads: Maybe, create_graph: bool) -> list[Tensor | None]:

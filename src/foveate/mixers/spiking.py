@@ -13,22 +13,17 @@ from foveate.mixers.registry import register
 from foveate.patterns import Layout
 from foveate.recurrence import recur
 
+ALPHA = 4.0  # slope of the surrogate, times four
 
-class Spike(torch.autograd.Function):
-    """1 where x >= 0, else 0; backward it is a sigmoid of slope ``ALPHA`` / 4 at 0."""
 
-    ALPHA = 4.0
+def spike(x: Tensor) -> Tensor:
+    """1 where x >= 0, else 0; backward it is a sigmoid of slope ``ALPHA`` / 4 at 0.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        open_ = (Spike.ALPHA * x).sigmoid()
-        return grads[0] * Spike.ALPHA * open_ * (1 - open_)
+    >>> spike(torch.tensor([-0.5, 0.0]))
+    tensor([0., 1.])
+    """
+    smooth = (ALPHA * x).sigmoid()
+    return (x >= 0).to(x.dtype) + (smooth - smooth.detach())
 
 
 def fire(currents: Tensor, *, threshold: float = 1.0, tau: float = 2.0) -> Tensor:
@@ -40,12 +35,11 @@ def fire(currents: Tensor, *, threshold: float = 1.0, tau: float = 2.0) -> Tenso
     >>> fire(torch.full((4,), 1.5)).tolist()
     [0.0, 1.0, 0.0, 1.0]
     """
-    potential, spikes = torch.zeros_like(currents[0]), []
+    potential, spikes = torch.zeros_like(currents[0]), list[Tensor]()
     for current in currents:
         potential = potential + (current - potential) / tau
-        spike = Spike.apply(potential - threshold)
-        potential = potential * (1 - spike.detach())
-        spikes.append(spike)
+        spikes.append(spike(potential - threshold))
+        potential = potential * (1 - spikes[-1].detach())
     return torch.stack(spikes)
 
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from foveate.autodiff import once
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
 from foveate.mixers.over_tokens import hide
 from foveate.mixers.recurrent import widened
 from foveate.mixers.registry import register
 from foveate.patterns import Layout
 
+TWICE = "YOSO's gradient is an estimate, which has no derivative: it cannot be differentiated twice"
 CHANNELS = 16  # values whose products with keys are gathered at once in backward: bounds its memory
 
 
@@ -45,7 +47,8 @@ class Sampled(torch.autograd.Function):
     """Mean over m hashes of Σ_j [h(q_i) = h(k_j)] v_j, with the published estimate of its gradient.
 
     Its expectation's derivative by q_i·k_j, τ/π (1 - arccos/π)^(τ-1) / √(1 - (q_i·k_j)²), grows without bound near 1;
-    the authors put its lower bound τ/2 (1 - arccos/π)^τ in its place, which the same hashes sample.
+    the authors put its lower bound τ/2 (1 - arccos/π)^τ in its place, which the same hashes sample. An estimate is no
+    derivative: it is not differentiated again.
     """
 
     @staticmethod
@@ -57,6 +60,7 @@ class Sampled(torch.autograd.Function):
         return out / len(planes)
 
     @staticmethod
+    @once(TWICE)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, planes = ctx.saved_tensors
         (grad,) = grads
@@ -97,6 +101,7 @@ class Expected(torch.autograd.Function):
         return weights @ v
 
     @staticmethod
+    @once(TWICE)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, weights = ctx.saved_tensors
         (grad,) = grads

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Bounds, Boxes, Index, Interval, Pattern, Scene, resolve
+from foveate.plain import traced
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,7 +93,7 @@ class Parts:
         return [keys for keys in chunks if self._shows(queries, keys)] or chunks[:1]
 
     def _shows(self, queries: slice, keys: slice) -> bool:
-        if self.whole.needs_axes:
+        if self.whole.needs_axes or traced():  # numbers that torch records cannot be looked at
             return True
         device = None if self.scene.q is None else self.scene.q.device
         rows = torch.arange(self.whole.batches * self.whole.heads, device=device)

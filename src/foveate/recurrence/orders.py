@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.patterns import Grid, Layout
-from foveate.plain import remembered
+from foveate.plain import remembered, traced
 
 Run = Callable[[Tensor], Tensor]
 
@@ -36,7 +36,7 @@ class Order:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inverse", self.index.argsort())
-        object.__setattr__(self, "is_identity", not torch.compiler.is_compiling() and self._checked())
+        object.__setattr__(self, "is_identity", not traced(self.index) and self._checked())
 
     def _checked(self) -> bool:
         """Whether every token is at its own place; a graph being compiled holds no numbers to look at."""

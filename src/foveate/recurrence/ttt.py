@@ -181,7 +181,9 @@ def _network(x: Tensor, weights: tuple[Tensor, ...], norm: Norm) -> Tensor:
     z = x
     for layer, weight in enumerate(weights):
         z = _with_one(gelu(z, approximate="tanh") if layer else z) @ weight
-    return x + _normed(z) * norm.weight + norm.bias
+    centred = z - z.mean(-1, keepdim=True)  # written out: gradients of gradients of torch's are wrong in torch.func
+    unit = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
+    return x + unit * norm.weight + norm.bias
 
 
 def _loss(weights: tuple[Tensor, ...], k: Tensor, v: Tensor, norm: Norm) -> Tensor:
