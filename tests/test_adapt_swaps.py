@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate import Pattern, attend, causal, full, sinks, window
 from foveate.adapt import replace_attention, swaps, use
+from foveate.adapt.layers import Layer
 
 transformers = pytest.importorskip("transformers", reason="needs pip install 'foveate[hf]'")
 
@@ -191,6 +192,18 @@ def test_cross_attention_is_spared_unless_it_is_asked_for(name: str) -> None:
         with replace_attention(model.get_decoder(), window(1), cross=cross):
             narrow[cross] = model(**given).logits
     assert not torch.allclose(narrow[True], narrow[False], atol=1e-4)
+
+
+def test_self_attention_beside_cross_attention_is_told_from_it() -> None:
+    names = {
+        "cross_modal_text_layers.0.attention.self": False,
+        "cross_modal_text_layers.0.crossattention.self": True,
+        "decoder.block.1.layer.1.EncDecAttention": True,
+        "decoder.layers.0.encoder_attn": True,
+        "encoder.layers.0.self_attn": False,
+    }
+    for name, is_cross in names.items():
+        assert Layer(name, torch.nn.Identity(), None).is_cross == is_cross
 
 
 def test_layers_and_heads_that_are_not_there_are_refused_and_leave_no_trace() -> None:

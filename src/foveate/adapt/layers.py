@@ -41,7 +41,8 @@ class Layer:
         told = getattr(self.module, "is_cross_attention", None)
         if isinstance(told, bool):
             return told
-        return bool(_CROSS.search(self.name) or "Cross" in type(self.module).__name__)
+        own_name = ".".join(self.name.split(".")[-2:])  # not a stack's, whose layers may also look at themselves
+        return bool(_CROSS.search(own_name) or "Cross" in type(self.module).__name__)
 
 
 def attention_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
