@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "src"))
 
 from foveate.native.build import build  # noqa: E402
-from foveate.native.compiler import CannotCompile, find_compiler  # noqa: E402
-from foveate.native.processor import family  # noqa: E402
-from foveate.native.variants import SOURCES, VARIANTS  # noqa: E402
+from foveate.native.compiler import CannotCompile, Compiler, find_compiler  # noqa: E402
+from foveate.native.processor import family, lacks  # noqa: E402
+from foveate.native.variants import SOURCES, VARIANTS, Variant  # noqa: E402
 
 
 class MaybeNative(Distribution):
@@ -50,15 +51,27 @@ class Wheel(bdist_wheel):
 
 
 def compile_into(folder: Path) -> bool:
-    """Compile every variant that the compiler takes; whether there is any."""
+    """Compile the best variant for this processor that the compiler takes; whether there is any.
+
+    Another processor's is compiled where it is first used. With FOVEATE_VARIANTS=all every one for this kind of
+    processor, for a wheel that goes to other machines.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    variants = [variant for variant in VARIANTS if variant.family == family()]
+    kin = [variant for variant in VARIANTS if variant.family == family()]
+    wants_all = os.environ.get("FOVEATE_VARIANTS") == "all"
+    fit = [variant for variant in kin if lacks(variant) is None] or kin[-1:]
+    groups = [kin] if wants_all else [[variant] for variant in fit]
     try:
         compiler = find_compiler()
-    except CannotCompile as reason:
+        folder.mkdir(parents=True)
+        return any(compiled(group, folder, compiler) for group in groups)
+    except (CannotCompile, OSError) as reason:
         print(f"no native kernels in this wheel: {reason}")
+        shutil.rmtree(folder, ignore_errors=True)
         return False
-    folder.mkdir(parents=True)
+
+
+def compiled(variants: list[Variant], folder: Path, compiler: Compiler) -> bool:
     results = build(variants, SOURCES, folder, compiler)
     for built in results:
         print(f"native kernels for {built.variant.name}: {built.error or 'compiled'}")

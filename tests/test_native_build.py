@@ -357,8 +357,9 @@ def test_a_temporary_folder_that_others_can_write_is_not_trusted(places: Places,
     library = Path(str(search.search(places).status.path))
     library.parents[1].chmod(0o777)
     found = search.search(places)
-    assert found.library is None
-    assert "belongs to somebody else" in str(found.status.reason)
+    assert answer(found) == 42
+    assert not Path(str(found.status.path)).is_relative_to(library.parents[1])
+    assert any("others may write" in caution for caution in found.status.cautions)
 
 
 def test_only_the_newest_folders_are_kept(home: Path) -> None:
@@ -388,29 +389,6 @@ def test_threads_of_python_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(8) as pool:
         reasons = {status.reason for status in pool.map(lambda _: loader.status(), range(64))}
     assert (len(searches), reasons) == (1, {"none in this test"})
-
-
-@needs_compiler
-def test_a_fork_of_a_process_that_uses_the_library_has_one_thread(places: Places) -> None:
-    script = """
-import os, sys
-from pathlib import Path
-import torch
-from foveate.native import loader
-from foveate.native.search import Places, search
-torch.set_num_threads(2)
-
-def in_a_fork():
-    child = os.fork()
-    if child == 0:
-        os._exit(loader.num_threads())
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-print(loader.num_threads(), in_a_fork())
-loader._loaded = search(Places(*map(Path, sys.argv[1:])))
-print(loader.num_threads(), in_a_fork())
-"""
-    assert run_python(script, str(places.sources), str(places.packaged)) == "2 2\n2 1\n"
 
 
 # ---- by hand, and at install ------------------------------------------------------------------------------
@@ -501,6 +479,7 @@ def test_a_wheel_holds_what_the_compiler_makes(checkout: Path, tmp_path: Path) -
         made.extractall(tmp_path / "installed")
     assert re.search(r"-py3-none-(linux|macosx)\w+\.whl$", str(made.filename))
     native = tmp_path / "installed" / "foveate" / "native"
+    assert [file.name for file in native.glob("lib/*")] == [f"{RUNNABLE[0].name}.so"], "the best for this processor"
     assert (native / "csrc" / "kernel.cpp").exists()
     found = search.search(Places(native / "csrc", native / "lib"))
     assert found.status.origin == "package"

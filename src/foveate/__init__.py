@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from foveate.native import fork as _fork  # noqa: F401  # sees forks from now on
+
 __version__ = "0.1.0"
 
 _HOMES = {

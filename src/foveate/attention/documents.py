@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foveate.attention.bias import Bias
 from foveate.attention.dropout import Dropout
+from foveate.attention.partial import sums_dtype
 from foveate.patterns.algebra import LINE, Pattern, Scene
 from foveate.patterns.compound import All, leaves, reach_of
 from foveate.patterns.layouts import Layout
@@ -111,10 +112,9 @@ def forward(kernels: Kernels, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tu
     """Heads out (B, H, N, Dv) and log row sums (B, H, N); padding gets zeros, and no weight."""
     if not isinstance(spec.seen, ByDocument):
         return kernels.forward(spec, q, k, v)
-    precise = torch.float64 if q.dtype == torch.float64 else torch.float32
     empty = float("-inf") if spec.kind == "softmax" else 0.0
     out = torch.zeros((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.full(q.shape[:3], empty, dtype=precise, device=q.device)
+    lse = torch.full(q.shape[:3], empty, dtype=sums_dtype(q), device=q.device)
     for piece in spec.seen.pieces:
         tensors = piece.part(q, piece.queries), piece.part(k, piece.keys), piece.part(v, piece.keys)
         at = piece.batch, slice(None), piece.queries

@@ -75,12 +75,12 @@ def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *
 
 
 def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads out (B, H, N, Dv) and log row sums (B, H, N), zeros for unnormalised weights."""
+    """Heads out (B, H, N, Dv) and log row sums (B, H, N) in float64, zeros for unnormalised weights."""
     if isinstance(spec.seen, Windows):
         return neighborhood.forward(spec.seen, q, k, v, spec.scale)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     softmax = spec.kind == "softmax"
-    lse = (q.new_empty if softmax else q.new_zeros)(q.shape[:3], dtype=torch.float32)
+    lse = (q.new_empty if softmax else q.new_zeros)(q.shape[:3], dtype=torch.float64)
     arguments, held = _arguments(spec, q, k, v, out, lse if softmax else None)
     c.check(_library().foveate_attend_forward(ctypes.byref(arguments)))
     del held
@@ -133,7 +133,7 @@ def _arguments(
         c.tensor(k, q.dtype, batch, k.shape[1], num_keys, dim),
         c.tensor(v, q.dtype, batch, v.shape[1], num_keys, value_dim),
         c.tensor(out, q.dtype, batch, heads, num_queries, value_dim),
-        c.pointer(lse, torch.float32, batch, heads, num_queries),
+        c.pointer(lse, torch.float64, batch, heads, num_queries),
         c.DTYPES[q.dtype],
         c.KINDS[spec.kind],
         num_threads(),

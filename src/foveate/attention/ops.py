@@ -19,7 +19,7 @@ from foveate.attention.bias import Bias, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
 from foveate.attention.gaps import Positioned, place_biases
-from foveate.attention.partial import Partial
+from foveate.attention.partial import Partial, lse_dtype, sums_dtype
 from foveate.attention.spec import Kernels, Spec, definition, is_plain
 from foveate.patterns.algebra import Pattern, Scene, resolve
 from foveate.patterns.dense import dense_mask
@@ -38,7 +38,7 @@ def attend_selected(call: Call, kernels: str) -> Partial:
     p, seed = call.dropout[:2] if call.dropout else (0.0, None)
     held = list(call.pattern.tensors)
     out, lse = _attend(call.q, call.k, call.v, parameters, held, text, call.scale, softcap, p, seed)
-    return Partial(out, lse if call.kind == "softmax" else None)
+    return Partial(out, lse.to(lse_dtype(call.q)) if call.kind == "softmax" else None)
 
 
 def visible(call: Call) -> Tensor:
@@ -144,8 +144,7 @@ def _attend(
 
 @_attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
-    precise = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=precise)
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=sums_dtype(q))
 
 
 @torch.library.custom_op("foveate::attend_selected_backward", mutates_args=())

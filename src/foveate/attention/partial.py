@@ -66,3 +66,13 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total = total + tensor
     return total
+
+
+def sums_dtype(q: Tensor) -> torch.dtype:
+    """Of log row sums between forward and backward: at logits of 10,000 float32 leaves their weights three digits."""
+    return torch.float32 if q.device.type == "mps" else torch.float64  # where there is no other
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Of the log row sums that users see."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

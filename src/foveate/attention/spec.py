@@ -14,7 +14,7 @@ from foveate.attention import documents
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
-from foveate.attention.partial import Partial
+from foveate.attention.partial import Partial, lse_dtype, sums_dtype
 from foveate.attention.weights import Kind
 from foveate.native.neighborhood import Windows
 from foveate.patterns.algebra import Pattern
@@ -49,7 +49,7 @@ class Kernels(Protocol):
         """What the pattern shows, in the form these kernels run; plain calls are softmax without bias or soft-cap."""
 
     def forward(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Heads out (B, H, N, Dv) and log row sums (B, H, N), zeros for unnormalised weights."""
+        """Heads out (B, H, N, Dv) and log row sums (B, H, N) of ``sums_dtype(q)``, zeros for unnormalised weights."""
 
     def backward(
         self,
@@ -97,7 +97,7 @@ def run(call: Call, name: str, kernels: Kernels) -> Partial:
     spec = Spec(seen, call.biases, call.kind, call.scale, call.softcap, call.dropout)
     parameters = [bias.parameter for bias in call.biases]
     out, lse = autodiff.run(_Attend(kernels, spec), call.q, call.k, call.v, *parameters)
-    return Partial(out, lse if call.kind == "softmax" else None)
+    return Partial(out, lse.to(lse_dtype(call.q)) if call.kind == "softmax" else None)
 
 
 def is_plain(kind: Kind, biases: Sequence[Bias], softcap: float | None) -> bool:
@@ -133,7 +133,8 @@ def definition(spec: Spec, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs[:3] if x is not None)
     mask = visible(spec.seen, q, k)
     out, lse = weigh(q, k, v, mask, spec)
-    return out.to(inputs[0].dtype), q.new_zeros(q.shape[:3]) if lse is None else lse  # type: ignore[union-attr]
+    lse = q.new_zeros(q.shape[:3]) if lse is None else lse
+    return out.to(inputs[0].dtype), lse.to(sums_dtype(q))  # type: ignore[union-attr]
 
 
 def _with_parameters(spec: Spec, parameters: Sequence[Tensor | None]) -> Spec:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveate.attention import spec as shared
 from foveate.attention.call import Call
-from foveate.attention.partial import Partial
+from foveate.attention.partial import Partial, sums_dtype
 from foveate.attention.rows import Batch, Rows, Sharing, Slotted, add_rows
 from foveate.attention.spec import TILE, Spec
 from foveate.attention.weights import Kind
@@ -43,7 +43,8 @@ def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     work = _Work(spec, q, k, v)
     rows = work.rows.num_rows
     out = work.q.new_zeros(rows, work.fold * work.tile, v.shape[-1])
-    lse = work.q.new_full((rows, work.fold * work.tile), float("-inf") if spec.kind == "softmax" else 0.0)
+    nothing = float("-inf") if spec.kind == "softmax" else 0.0
+    lse = work.q.new_full((rows, work.fold * work.tile), nothing, dtype=sums_dtype(q))
     for batch in work.rows.batches():
         logits, _ = work.logits(batch)
         values = work.gather(work.v, batch, work.value_head(batch))
@@ -59,15 +60,15 @@ def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 def _accumulate(out: Tensor, lse: Tensor, rows: Tensor, logits: Tensor, values: Tensor, dropped: Tensor | None) -> None:
     """Online softmax: join the weights of these keys to what the rows have so far."""
     before = lse[rows]
-    top = torch.maximum(logits.amax(-1), before)
+    top = torch.maximum(logits.amax(-1), before.to(logits.dtype))
     top = torch.where(top.isneginf(), 0.0, top)
     weights = logits.sub_(top.unsqueeze(-1)).exp_()
-    kept = (before - top).exp()
+    kept = (before - top).exp().to(logits.dtype)
     total = kept + weights.sum(-1)
     weights = weights if dropped is None else weights.mul_(dropped)
     joined = torch.baddbmm(out.index_select(0, rows) * kept.unsqueeze(-1), weights, values)
     out[rows] = joined / torch.where(total == 0, 1.0, total).unsqueeze(-1)
-    lse[rows] = top + total.log()
+    lse[rows] = top + total.to(lse.dtype).log()
 
 
 def backward(
@@ -75,7 +76,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and of each bias's parameter."""
     work = _Work(spec, q, k, v)
-    grad_rows, lse_rows = work.folded(grad_out), work.folded(lse.unsqueeze(-1)).squeeze(-1)
+    grad_rows, lse_rows = work.folded(grad_out), work.folded(lse.unsqueeze(-1), lse.dtype).squeeze(-1)
     row_term = (grad_out * out).sum(-1, dtype=work.q.dtype)
     delta = work.folded((row_term - grad_lse).unsqueeze(-1)).squeeze(-1)
     grad_rows = work.finite_rows(grad_rows)
@@ -109,7 +110,9 @@ def backward(
 def _weights(kind: Kind, logits: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Weights, and their derivative by the logits up to softmax's row term."""
     if kind == "softmax":
-        relative = logits.sub_(torch.where(lse.isneginf(), 0.0, lse).unsqueeze(-1))
+        lse = torch.where(lse.isneginf(), 0.0, lse).unsqueeze(-1)
+        near = lse.to(logits.dtype)
+        relative = logits.sub_(near).sub_((lse - near).to(logits.dtype))
         weights = relative.clamp_max_(0).exp_()  # above 0 only in empty slots, which a bias may raise to infinity
         return weights, weights
     if kind == "sigmoid":
@@ -166,10 +169,10 @@ class _Work:
         if self.odd_rows is not None or self.odd_keys is not None:
             self._hide(pairs.view(-1, self.fold, self.tile, pairs.shape[-1]), batch, 0.0)
 
-    def folded(self, x: Tensor) -> Tensor:
-        """(B, H, N, X) to (rows, fold * tile, X), in the computing precision."""
+    def folded(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(B, H, N, X) to (rows, fold * tile, X), in the computing precision unless another is named."""
         share, tiles = self.sharing, self.rows.selection.num_q_tiles
-        x = self.queries.into(x).to(self.precise)
+        x = self.queries.into(x).to(dtype or self.precise)
         x = x.reshape(share.batch, share.sets, self.fold, tiles, self.tile, x.shape[3])
         return x.transpose(2, 3).reshape(self.rows.num_rows, self.fold * self.tile, x.shape[5])
 

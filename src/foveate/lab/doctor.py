@@ -124,7 +124,7 @@ def kernels(status: Status) -> Iterator[tuple[str, str]]:
     skipped = dict(status.skipped)
     for name in BY_NAME:
         if name == status.isa and status.origin:
-            yield name, f"in use, {ORIGINS[status.origin]}: {status.path}"
+            yield name, "; ".join((f"in use, {ORIGINS[status.origin]}: {status.path}", *status.cautions))
         elif name in skipped:
             yield name, skipped[name]
         else:

@@ -50,17 +50,23 @@ def build(variants: Sequence[Variant], sources: Path, folder: Path, compiler: Co
 
 
 def build_cached(
-    variant: Variant, sources: Path, compiler: Compiler, is_usable: Callable[[Path], bool] = cache.is_intact
+    variant: Variant,
+    sources: Path,
+    compiler: Compiler,
+    is_usable: Callable[[Path], bool] = cache.is_intact,
+    refusals: list[str] | None = None,
 ) -> tuple[Path, bool]:
     """The variant's library in the user's cache, and whether it had to be compiled; one process compiles, others wait.
 
-    Where the user's cache cannot be written, a folder among the temporary ones serves.
+    Where the user's cache cannot be written, or others may write to it, a folder among the temporary ones serves; else
+    one that this process removes when it ends. ``refusals`` gets the reasons.
     """
     key = cache.key(source_hash(sources, variant.flags), compiler.version)
-    refusals = []
-    for root in cache.roots():
-        path = root / key / f"{variant.name}.so"
+    refusals = [] if refusals is None else refusals
+    for known in (*cache.roots(), None):
         try:
+            root = known or cache.private()
+            path = root / key / f"{variant.name}.so"
             with cache.locked(path):
                 if is_usable(path):
                     return path, False
@@ -68,8 +74,16 @@ def build_cached(
             cache.prune(root)
             return path, True
         except OSError as error:
-            refusals.append(f"{root}: {error.strerror or error}")
-    raise CannotCompile(f"compiled kernels can be kept nowhere ({'; '.join(refusals)})")
+            refusals.append(_said(error))
+    raise CannotCompile(f"compiled kernels can be kept nowhere ({'; '.join(dict.fromkeys(refusals))})")
+
+
+def _said(error: OSError) -> str:
+    """An error in a line; copying a folder reports a list of them."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list) and error.args[0]:
+        return str(error.args[0][0][-1])
+    reason = error.strerror or next(filter(None, reversed(error.args)), type(error).__name__)
+    return f"{error.filename}: {reason}" if error.filename else str(reason)
 
 
 def _build_into(path: Path, variant: Variant, sources: Path, compiler: Compiler) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import gettempdir, mkdtemp
+
+from foveate.native.trust import distrusted
 
 KEPT = 32  # folders: one for each variant, compiler and state of the sources
 
@@ -20,7 +23,7 @@ def roots() -> list[Path]:
     >>> all(root.name.startswith("foveate") for root in roots())
     True
     """
-    return [*_of_the_user(), _temporary()]
+    return [*_of_the_user(), *_temporary()]
 
 
 def key(source_hash: str, compiler_version: str) -> str:
@@ -35,13 +38,16 @@ def key(source_hash: str, compiler_version: str) -> str:
 def find(name: str, source_hash: str, compiler_version: str | None) -> Iterator[Path]:
     """Libraries that were kept intact; without a compiler, whichever made them."""
     folder = key(source_hash, compiler_version) if compiler_version else f"{source_hash}-*"
-    for root in filter(_is_safe, roots()):
-        yield from filter(is_intact, sorted(root.glob(f"{folder}/{name}.so")))
+    for root in roots():
+        with suppress(OSError):
+            yield from filter(is_intact, sorted(root.glob(f"{folder}/{name}.so")))
 
 
 def is_intact(library: Path) -> bool:
-    """Whether a library is what was kept: opening half of one would end the process."""
+    """Whether a library is what was kept, by this user: opening half of one would end the process."""
     try:
+        if distrusted(library) or distrusted(_seal(library)):
+            return False
         return _seal(library).read_text(encoding="ascii") == _checksum(library)
     except (OSError, UnicodeDecodeError):
         return False
@@ -55,20 +61,27 @@ def publish(made: Path, library: Path) -> None:
 
 @contextmanager
 def locked(library: Path) -> Iterator[None]:
-    """Inside, no other process or thread makes this library; OSError where its folder cannot be written."""
+    """Inside, no other process or thread makes this library; OSError where its folder is not ours to write."""
     import fcntl
 
-    root = library.parents[1]
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_safe(root):
-        raise PermissionError(None, "belongs to somebody else")
-    library.parent.mkdir(exist_ok=True)
-    with open(library.with_suffix(".lock"), "w") as file:
+    for folder in (library.parents[1], library.parent):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if reason := distrusted(folder):
+            raise PermissionError(None, reason)
+    with open(os.open(library.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # a process forked meanwhile has the file open still
+
+
+@cache
+def private() -> Path:
+    """A folder that nobody else can write to, for as long as this process lives."""
+    folder = Path(mkdtemp(prefix="foveate-"))
+    atexit.register(_remove, folder, os.getpid())
+    return folder
 
 
 def prune(root: Path) -> None:
@@ -84,23 +97,19 @@ def _of_the_user() -> list[Path]:
     if named.is_absolute():
         return [named / "foveate"]
     with suppress(RuntimeError):  # no home
-        return [Path.home() / ".cache" / "foveate"]
+        return [Path.home().absolute() / ".cache" / "foveate"]
     return []
 
 
-def _temporary() -> Path:
-    return Path(gettempdir(), f"foveate-{os.getuid() if hasattr(os, 'getuid') else ''}")
+def _temporary() -> list[Path]:
+    with suppress(OSError):  # no folder for temporary files, or no room in it
+        return [Path(gettempdir()).absolute() / f"foveate-{os.getuid() if hasattr(os, 'getuid') else ''}"]
+    return []
 
 
-def _is_safe(root: Path) -> bool:
-    """Among the temporary folders anybody can put a library: only one's own is opened."""
-    if root != _temporary():
-        return True
-    try:
-        facts = root.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # a fork leaves it to its parent
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _seal(library: Path) -> Path:
@@ -114,7 +123,9 @@ def _checksum(file: Path) -> str:
 def _replace(file: Path, content: bytes) -> None:
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(content)
+        unfinished.unlink(missing_ok=True)
+        with open(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as written:
+            written.write(content)
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from foveate.plain import is_plain
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"softmax": 0, "sigmoid": 1, "relu": 2}
 DENSE, ALIBI, RELATIVE = 0, 1, 2
-OUT_OF_RANGE = 2  # what a kernel returns that meets a number it does not take
+OUT_OF_RANGE, REFUSED = 2, 3  # what a kernel returns that meets a number, or a description, it does not take
 
 Four = c_int64 * 4
 
@@ -139,6 +139,8 @@ def _last_byte(x: Tensor) -> int:
 
 def check(status: int) -> None:
     """Raise what a kernel reports."""
+    if status == REFUSED:
+        raise RuntimeError("a native kernel was given a description that no tensors have: please report this call")
     if status:
         raise MemoryError("a native kernel could not allocate its working memory")
 

@@ -62,7 +62,7 @@ def find_compiler() -> Compiler:
     ... except CannotCompile as reason:
     ...     found = str(reason)
     """
-    named = shlex.split(os.environ.get("CXX", ""))
+    named = _named()
     for command in [named] if named else [[name] for name in USUAL]:
         if found := shutil.which(command[0]):
             command = [os.path.abspath(found), *command[1:]]  # it runs in other folders, too
@@ -71,6 +71,14 @@ def find_compiler() -> Compiler:
     if named:
         raise CannotCompile(f"CXX names {named[0]}, which is not here")
     raise CannotCompile(f"no C++ compiler is on PATH ({', '.join(USUAL)}; CXX names another)")
+
+
+def _named() -> list[str]:
+    text = os.environ.get("CXX", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise CannotCompile(f"CXX is {text!r}, which is no command: {str(error).lower()}") from error
 
 
 def _run(command: list[str], folder: Path | None = None) -> str:

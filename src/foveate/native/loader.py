@@ -8,18 +8,21 @@ FOVEATE_SANITIZE=1    kernels that check every access (Python must then run with
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import threading
 
 import torch  # before a library is opened, which then shares PyTorch's OpenMP threads
 
+from foveate.native.fork import threads_lost
 from foveate.native.search import Loaded, Places, Status, search
 
 __all__ = ["Status", "library", "num_threads", "status"]
 
+FORKED = "one thread: this process was forked off one whose OpenMP threads are not here"
+
 _loaded: Loaded | None = None
 _lock = threading.Lock()
-_forked_in_use = False
 
 
 def library() -> ctypes.CDLL | None:
@@ -37,18 +40,19 @@ def status() -> Status:
     >>> status().origin in ("package", "cache", "compiled", None)
     True
     """
-    return (_loaded or _load()).status
+    found = (_loaded or _load()).status
+    return dataclasses.replace(found, cautions=(*found.cautions, FORKED)) if threads_lost() else found
 
 
 def num_threads() -> int:
-    """Threads for a call of the library: PyTorch's, but one in a process forked from one that had loaded it.
+    """Threads for a call of the library, at most: PyTorch's, but one in a process forked from one that had threads.
 
     OpenMP's threads do not survive a fork: whoever waits for them waits for ever.
 
     >>> 1 <= num_threads() <= torch.get_num_threads()
     True
     """
-    return 1 if _forked_in_use else torch.get_num_threads()
+    return 1 if threads_lost() else torch.get_num_threads()
 
 
 def _load() -> Loaded:
@@ -60,8 +64,7 @@ def _load() -> Loaded:
 
 
 def _after_fork() -> None:
-    global _forked_in_use, _lock
-    _forked_in_use = _forked_in_use or (_loaded is not None and _loaded.library is not None)
+    global _lock
     _lock = threading.Lock()  # another thread of the parent may have held it
 
 

@@ -79,8 +79,8 @@ def _pairs_saved(windows: Windows) -> float:
 
 
 def forward(windows: Windows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Heads out (B, H, N, Dv) and log row sums (B, H, N) in float32."""
-    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    """Heads out (B, H, N, Dv) and log row sums (B, H, N) in float64."""
+    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float64)
     call = _argument(windows, q, k, v, out, lse, scale)
     c.check(_library().foveate_neighborhood_forward(byref(call), byref(_windows(windows))))
     return out, lse
@@ -136,7 +136,7 @@ def _argument(
         k=c.tensor(k, q.dtype, batch, k.shape[1], tokens, dim),
         v=c.tensor(v, q.dtype, batch, v.shape[1], tokens, value_dim),
         out=c.tensor(out, q.dtype, batch, heads, tokens, value_dim),
-        lse=c.pointer(lse, torch.float32, batch, heads, tokens),
+        lse=c.pointer(lse, torch.float64, batch, heads, tokens),
         dtype=c.DTYPES[q.dtype],
         kind=c.KINDS["softmax"],
         threads=num_threads(),

@@ -79,10 +79,12 @@ def lacks(variant: Variant) -> str | None:
 
 
 def _vouched_by_torch() -> frozenset[str]:
-    import torch
-
     if family() == "arm":
         return frozenset(BY_NAME["neon"].abilities)
+    try:
+        import torch
+    except ImportError:  # while it is installed
+        return frozenset()
     names = TORCH_VOUCHES.get(torch.backends.cpu.get_cpu_capability(), ())
     return frozenset(ability for variant in VARIANTS if variant.name in names for ability in variant.abilities)
 

@@ -6,10 +6,11 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -18,22 +19,27 @@ from foveate.native.build import build_cached
 from foveate.native.compiler import CannotCompile, find_compiler
 from foveate.native.processor import lacks
 from foveate.native.shared_object import Unusable, open_library
+from foveate.native.trust import distrusted
 from foveate.native.variants import BY_NAME, SOURCES, VARIANTS, Variant, source_hash, units
 
 Origin = Literal["package", "cache", "compiled"]
-Found = tuple[ctypes.CDLL, Path, Origin]
+Found = tuple[ctypes.CDLL, Path, Origin, tuple[str, ...]]
 PATIENCE = 2.0  # seconds of compiling before we say so
 
 
 @dataclass(frozen=True)
 class Status:
-    """Which library is in use and where it came from, or why there is none; and why others were passed over."""
+    """Which library is in use and where it came from, or why there is none; why others were passed over.
+
+    Cautions say why a cache was not used, or a process that was forked has one thread.
+    """
 
     isa: str | None = None
     path: str | None = None
     origin: Origin | None = None
     reason: str | None = None
     skipped: tuple[tuple[str, str], ...] = ()
+    cautions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,13 @@ def search(places: Places) -> Loaded:
     skipped, failures = unwanted | unfit, []
     for variant in (variant for variant in VARIANTS if variant.name not in skipped):
         try:
-            found, path, origin = _obtain(variant, places)
+            found, path, origin, cautions = _obtain(variant, places)
         except Unusable as why:
             failures.append(f"no kernels for {variant.name}: {why}")
             skipped[variant.name] = str(why)
         else:
-            return Loaded(found, Status(variant.name, str(path), origin, skipped=tuple(skipped.items())))
+            status = Status(variant.name, str(path), origin, skipped=tuple(skipped.items()), cautions=cautions)
+            return Loaded(found, status)
     reason = failures[0] if failures else "there are no native kernels for this processor"
     return Loaded(None, Status(reason=reason, skipped=tuple(skipped.items())))
 
@@ -103,7 +110,7 @@ def _packaged(variant: Variant, places: Places) -> Found | None:
     if not path.exists():
         return None
     try:
-        return open_library(path, variant, places.hash_for(variant)), path, "package"
+        return open_library(path, variant, places.hash_for(variant)), path, "package", ()
     except Unusable as reason:
         raise Unusable(f"the one in the package is of no use: {reason}") from reason
 
@@ -112,7 +119,7 @@ def _kept(variant: Variant, places: Places) -> Found | None:
     wanted = places.hash_for(variant)
     for path in cache.find(variant.name, wanted, _compiler_version()) if wanted else ():
         with suppress(Unusable):
-            return open_library(path, variant, wanted), path, "cache"
+            return open_library(path, variant, wanted), path, "cache", _cautions(path)
     return None
 
 
@@ -123,9 +130,19 @@ def _compiled(variant: Variant, places: Places) -> Found:
     if os.environ.get("FOVEATE_NO_JIT", "0") not in ("", "0"):
         raise Unusable("FOVEATE_NO_JIT forbids to compile it")
     opens = partial(_opens, variant=variant, wanted=wanted)
+    refusals: list[str] = []
     with _announced(f"foveate: compiling the {variant.name} kernels for this machine, once"):
-        path, compiled_now = build_cached(variant, places.sources, find_compiler(), opens)
-    return open_library(path, variant, wanted), path, "compiled" if compiled_now else "cache"
+        path, compiled_now = build_cached(variant, places.sources, find_compiler(), opens, refusals)
+    origin: Origin = "compiled" if compiled_now else "cache"
+    return open_library(path, variant, wanted), path, origin, _cautions(path, refusals)
+
+
+def _cautions(path: Path, refusals: Sequence[str] = ()) -> tuple[str, ...]:
+    """Why a library does not lie in the first place where it could."""
+    passed_over = takewhile(lambda root: not path.is_relative_to(root), cache.roots())
+    distrust = (distrusted(root) for root in passed_over if os.path.lexists(root))
+    reasons = dict.fromkeys([*filter(None, distrust), *refusals])
+    return tuple(f"not kept in the user's cache: {reason}" for reason in reasons)
 
 
 def _opens(path: Path, variant: Variant, wanted: str) -> bool:

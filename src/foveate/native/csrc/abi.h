@@ -8,7 +8,7 @@
 enum FoveateDtype : int64_t { FOVEATE_FLOAT32 = 0, FOVEATE_BFLOAT16 = 1, FOVEATE_FLOAT16 = 2 };
 enum FoveateKind : int64_t { FOVEATE_SOFTMAX = 0, FOVEATE_SIGMOID = 1, FOVEATE_RELU = 2 };
 enum FoveateBiasKind : int64_t { FOVEATE_DENSE = 0, FOVEATE_ALIBI = 1, FOVEATE_RELATIVE = 2 };
-enum FoveateError : int64_t { FOVEATE_OK = 0, FOVEATE_NO_MEMORY = 1, FOVEATE_OUT_OF_RANGE = 2 };
+enum FoveateError : int64_t { FOVEATE_OK = 0, FOVEATE_NO_MEMORY = 1, FOVEATE_OUT_OF_RANGE = 2, FOVEATE_REFUSED = 3 };
 
 // (batch, heads, tokens, channels) of any strides.
 struct FoveateTensor {
@@ -48,8 +48,8 @@ struct FoveateSelection {
 
 struct FoveateAttend {
     FoveateTensor q, k, v, out;
-    float* lse;  // (batch, heads, queries); null: not wanted
-    int64_t dtype, kind, threads;
+    double* lse;  // (batch, heads, queries), in double: float32 of a great sum tells no weight. Null: not wanted
+    int64_t dtype, kind, threads;  // threads: at most
     int64_t batch, num_queries, num_keys, dim, value_dim;
     double scale, softcap;  // softcap 0: none
     FoveateSelection selection;
@@ -60,9 +60,12 @@ struct FoveateAttend {
     const float* grad_lse;  // null: zero
 };
 
+// All entry points return FOVEATE_REFUSED for a description that no tensors have: they check what costs nothing.
 FOVEATE_API int64_t foveate_attend_size(void);  // bytes of FoveateAttend, checked when the library is loaded
 FOVEATE_API int64_t foveate_attend_forward(const FoveateAttend* call);
 FOVEATE_API int64_t foveate_attend_backward(const FoveateAttend* call);
 // The same as forward for a band without biases; faster for few queries.
 FOVEATE_API int64_t foveate_attend_decode(const FoveateAttend* call);
+// Forward with the products of careful.h, whatever the numbers.
+FOVEATE_API int64_t foveate_attend_carefully(const FoveateAttend* call);
 FOVEATE_API int64_t foveate_decode_queries(int64_t num_keys);  // up to so many it is the faster, whatever the heads

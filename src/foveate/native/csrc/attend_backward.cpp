@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "bias_grads.h"
+#include "call.h"
+#include "careful.h"
 #include "pages.h"
 #include "weights.h"
 
@@ -39,7 +41,7 @@ struct Plan {
 template <class A> struct Workspace {
     typename A::Element *rows, *operand;
     void *queries, *query_rows, *grads, *grad_rows, *weights, *slopes, *slopes_of_keys;
-    float *scores, *d_weights, *d_logits, *cap_slope, *dq, *dq_rows, *lse, *delta, *spare;
+    float *scores, *d_weights, *d_logits, *cap_slope, *dq, *dq_rows, *lse, *lse_rest, *delta, *spare;
 
     BiasTiles biases;
 
@@ -62,6 +64,7 @@ template <class A> struct Workspace {
         dq = arena.take<float>(TILE * plan.dim);
         dq_rows = arena.take<float>(TILE * plan.dim);
         lse = arena.take<float>(TILE);
+        lse_rest = arena.take<float>(TILE);
         delta = arena.take<float>(TILE);
         spare = arena.take<float>(TILE * widest);
     }
@@ -95,8 +98,9 @@ template <class A> class Backward {
     using Right = std::conditional_t<A::PAIR == 1, const float*, const uint32_t*>;
 
     Backward(const FoveateAttend& call, const Plan& plan, const Operand<A>& keys, const Operand<A>& values,
-             Workspace<A> space, const BiasSums* bias_grads)
-        : call_(call), plan_(plan), keys_(keys), values_(values), space_(space), bias_grads_(bias_grads) {
+             Workspace<A> space, const BiasSums* bias_grads, bool careful)
+        : call_(call), plan_(plan), keys_(keys), values_(values), space_(space), bias_grads_(bias_grads),
+          careful_(careful) {
         space_.biases.begin();
     }
 
@@ -115,8 +119,12 @@ template <class A> class Backward {
         dk += group_of(call_, call_.k, h) % plan_.key_heads * plan_.key_rows * plan_.dim;
         dv += group_of(call_, call_.v, h) % plan_.value_heads * plan_.key_rows * plan_.value_dim;
         for_each_chunk(call_, b, h, first_, lanes_, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk, dk, dv); });
+        for (int64_t i = 0; i < call_.dim * ld_; i += LANES) finite_.look(load(space_.dq + i));
         write_queries(call_, call_.dq, b, h, first_, lanes_, call_.dim, space_.dq, ld_, space_.dq_rows);
     }
+
+    // Whether all gradients of queries are finite.
+    bool finite() const { return finite_.all_were(); }
 
   private:
     void read(const FoveateTensor& x, int64_t dim, int64_t padded, void* transposed, void* by_rows) {
@@ -125,15 +133,17 @@ template <class A> class Backward {
         pair_rows<A>(by_rows, space_.rows, ld_, padded);
     }
 
-    // Log row sums in base 2, and delta = dO . out - dlse, per lane.
+    // Log row sums in base 2 as a number and what it lacks, and delta = dO . out - dlse, per lane.
     void read_sums() {
         const int64_t row = (b_ * call_.q.heads + h_) * call_.num_queries;
         for (int64_t i = 0; i < ld_; ++i) {
-            space_.delta[i] = 0;
+            space_.delta[i] = space_.lse_rest[i] = 0;
             space_.lse[i] = INFINITY;  // no weight at all: what a bias says of a query that is not there is no matter
             const int64_t token = i < lanes_ ? query_at(call_, first_ + i) : -1;
             if (token < 0 || call_.kind != FOVEATE_SOFTMAX || std::isinf(call_.lse[row + token])) continue;
-            space_.lse[i] = call_.lse[row + token] * LOG2E;
+            const double lse = call_.lse[row + token] * LOG2E_EXACT;
+            space_.lse[i] = (float)lse;
+            space_.lse_rest[i] = (float)(lse - space_.lse[i]);
             space_.delta[i] = dot(token) - (call_.grad_lse ? call_.grad_lse[row + token] : 0);
         }
     }
@@ -162,11 +172,23 @@ template <class A> class Backward {
         A::multiply(rows, vectors_, value_dim, values_.natural(b_, vh, chunk, space_.operand), (Right)space_.grads,
                     ld_, space_.d_weights, ld_, false);
         differentiate(chunk, rows);
+        if constexpr (A::PAIR == 1)
+            if (careful_) return add_seen(chunk, dk, dv);
         const Left<Element> weights{(Element*)space_.weights, ld_, 1}, slopes{(Element*)space_.slopes, ld_, 1};
         add_to_keys(chunk, rows, weights, (Right)space_.grad_rows, plan_.value_dim, dv);
         add_to_keys(chunk, rows, slopes, (Right)space_.query_rows, plan_.dim, dk);
         A::multiply(round_up(call_.dim, A::GRAIN_M), vectors_, padded, keys_.transposed(b_, kh, chunk, space_.operand),
                     (Right)space_.slopes_of_keys, ld_, space_.dq, ld_, true);
+    }
+
+    void add_seen(const Chunk& chunk, float* dk, float* dv) {
+        const auto *weights = (const float*)space_.weights, *slopes = (const float*)space_.slopes;
+        for (int64_t k = 0; k < chunk.count; ++k) {
+            seen_.add_to_key(k, weights + k * ld_, (const float*)space_.grad_rows, plan_.value_dim, dv + chunk.slot(k) * plan_.value_dim);
+            seen_.add_to_key(k, slopes + k * ld_, (const float*)space_.query_rows, plan_.dim, dk + chunk.slot(k) * plan_.dim);
+        }
+        const auto keys = keys_.natural(b_, group_of(call_, call_.k, h_), chunk, space_.operand);
+        seen_.add_to_queries(call_.dim, keys, slopes, ld_, space_.dq);
     }
 
     // dX [key][channel] += left [key][query] right [query][channel]
@@ -189,6 +211,7 @@ template <class A> class Backward {
         const float* bias = space_.biases.of(b_, h_, first_, lanes_, ld_, chunk);
         bend(call_, s, bias, call_.softcap > 0 ? space_.cap_slope : nullptr);
         const bool softmax = call_.kind == FOVEATE_SOFTMAX;
+        if (careful_) seen_.look(call_, chunk, first_, lanes_);
         if (chunk.masked && softmax) hide(s, chunk, -INFINITY);
         for (int64_t k = 0; k < chunk.count; k += 2)
             for (int j = 0; j < vectors_; ++j) {
@@ -213,12 +236,17 @@ template <class A> class Backward {
         const int64_t at = k * ld_ + column;
         Floats w;
         if (softmax) {
-            w = exp2_of<A::EXP2_DEGREE>(load(s.data + at) * (s.factor * LOG2E) - load(space_.lse + column));
+            const Floats logit = load(s.data + at) * (s.factor * LOG2E) - load(space_.lse + column);
+            w = exp2_of<A::EXP2_DEGREE>(logit - load(space_.lse_rest + column));
         } else {
             w = weight_of(call_.kind, load(s.data + at) * s.factor);
             if (chunk.masked) w = choose((uint32_t)(chunk.seen[k] >> column), w, Floats{});
         }
         Floats d = slope_of(call_.kind, w) * (load(space_.d_weights + at) - load(space_.delta + column));
+        if (careful_) {  // what nobody sees has no gradient, whatever it is
+            w = choose((uint32_t)(seen_.of[k] >> column), w, Floats{});
+            d = choose((uint32_t)(seen_.of[k] >> column), d, Floats{});
+        }
         put_left<A>(space_.weights, at, w);
         if (bias_grads_) store(space_.d_logits + at, d);
         if (call_.softcap > 0) d *= load(space_.cap_slope + at);
@@ -232,13 +260,17 @@ template <class A> class Backward {
     const Operand<A>&keys_, &values_;
     Workspace<A> space_;
     const BiasSums* bias_grads_;
+    const bool careful_;
+    SeenPairs seen_;
+    Finite finite_;
     int64_t b_ = 0, h_ = 0, first_ = 0, lanes_ = 0, ld_ = 0;
     int vectors_ = 0;
 };
 
-// The sums of a unit's parts as rows of dk or dv.
-void write_keys(const FoveateAttend& call, const FoveateTensor& to, int64_t b, int64_t first_head, int64_t heads,
+// The sums of a unit's parts as rows of dk or dv; false where they are not finite.
+bool write_keys(const FoveateAttend& call, const FoveateTensor& to, int64_t b, int64_t first_head, int64_t heads,
                 int64_t key_rows, int64_t dim, int64_t padded, float* sums, int64_t parts, int64_t apart) {
+    bool finite = true;
     for (int64_t h = 0; h < heads; ++h)
         for (int64_t slot = 0; slot < num_slots(call); ++slot) {
             const int64_t token = key_at(call, slot);
@@ -246,16 +278,19 @@ void write_keys(const FoveateAttend& call, const FoveateTensor& to, int64_t b, i
             float* row = sums + (h * key_rows + slot) * padded;
             for (int64_t part = 1; part < parts; ++part)
                 for (int64_t c = 0; c < padded; c += LANES) store(row + c, load(row + c) + load(row + part * apart + c));
+            finite &= all_finite(row, dim);
             write_row((void*)at(to, call.dtype, b, first_head + h, token), call.dtype, to.stride[3], row, dim);
         }
+    return finite;
 }
 
-void write_unit(const FoveateAttend& call, const Plan& plan, int64_t unit, float* sums) {
+bool write_unit(const FoveateAttend& call, const Plan& plan, int64_t unit, float* sums) {
     const int64_t units_of_batch = plan.units / call.batch, b = unit / units_of_batch, u = unit % units_of_batch;
-    write_keys(call, call.dk, b, u * plan.key_heads, plan.key_heads, plan.key_rows, call.dim, plan.dim, sums,
+    const bool fine = write_keys(call, call.dk, b, u * plan.key_heads, plan.key_heads, plan.key_rows, call.dim, plan.dim, sums,
                plan.parts, plan.sums());
-    write_keys(call, call.dv, b, u * plan.value_heads, plan.value_heads, plan.key_rows, call.value_dim, plan.value_dim,
-               sums + plan.key_sums(), plan.parts, plan.sums());
+    return write_keys(call, call.dv, b, u * plan.value_heads, plan.value_heads, plan.key_rows, call.value_dim,
+                      plan.value_dim, sums + plan.key_sums(), plan.parts, plan.sums()) &&
+           fine;
 }
 
 // One part of a unit: every so-many-th of its tiles.
@@ -268,7 +303,8 @@ void run_part(const FoveateAttend& call, const Plan& plan, Backward<A>& work, in
         work.tile(b, first_head + i / tiles, i % tiles, sums, sums + plan.key_sums());
 }
 
-template <class A> int64_t backward(const FoveateAttend& call) {
+// Sets `finite` to whether the gradients of queries, keys and values are.
+template <class A> int64_t backward(const FoveateAttend& call, bool careful, std::atomic<bool>& finite) {
     const Plan plan = Plan::of<A>(call);
     Operand<A> keys(call, call.k, call.dim);
     const Operand<A> values(call, call.v, call.value_dim);
@@ -283,18 +319,20 @@ template <class A> int64_t backward(const FoveateAttend& call) {
     const bool done = on_threads(threads, [&](int64_t thread) {
         std::vector<BiasSums> own(call.num_biases);
         if (bias_grads) grads.of_thread(thread, own.data());
-        Backward<A> work(call, plan, keys, values, scratch<Workspace<A>>(call, plan), bias_grads ? own.data() : nullptr);
+        Backward<A> work(call, plan, keys, values, scratch<Workspace<A>>(call, plan), bias_grads ? own.data() : nullptr,
+                         careful);
         A::begin();
         const auto run = [&](int64_t i) {
             float* to = sums.get() + (plan.parts > 1 ? i : thread) * plan.sums();
             run_part(call, plan, work, i / plan.parts, i % plan.parts, to);
-            if (plan.parts == 1) write_unit(call, plan, i, to);
+            if (plan.parts == 1 && !write_unit(call, plan, i, to)) finite = false;
         };
         if (bias_grads)  // who sums what must not depend on the threads' pace
             for (int64_t i = thread; i < all; i += threads) run(i);
         else
             queue.run(run);
         A::end();
+        if (!work.finite()) finite = false;
         for (const BiasSums& sums : own)
             if (sums.tiles) sums.tiles->finish();
     });
@@ -302,7 +340,9 @@ template <class A> int64_t backward(const FoveateAttend& call) {
     if (bias_grads) grads.add_up();
     if (plan.parts == 1) return FOVEATE_OK;
     Queue units(plan.units);
-    const auto write = [&](int64_t unit) { write_unit(call, plan, unit, sums.get() + unit * plan.parts * plan.sums()); };
+    const auto write = [&](int64_t unit) {
+        if (!write_unit(call, plan, unit, sums.get() + unit * plan.parts * plan.sums())) finite = false;
+    };
     return on_threads(std::min(call.threads, plan.units), [&](int64_t) { units.run(write); }) ? FOVEATE_OK
                                                                                                : FOVEATE_NO_MEMORY;
 }
@@ -311,20 +351,48 @@ int64_t numbers_of(const FoveateAttend& call, const FoveateTensor& x, int64_t to
     return call.batch * x.heads * tokens * channels;
 }
 
+// Log row sums by the arithmetic of the backward pass: those of few queries come from another, whose rounding at great
+// logits would make weights that do not add up to one.
+void sum_rows_again(FoveateAttend& call, float* out, double* lse) {
+    const int64_t dim = call.value_dim, tokens = call.num_queries * dim;
+    FoveateAttend forward = call;
+    forward.out = {out, call.q.heads, {call.q.heads * tokens, tokens, dim, 1}};
+    forward.lse = lse;
+    if (attend_tiles(forward) != FOVEATE_OK) throw std::bad_alloc();
+    call.lse = lse;
+}
+
+template <class A> int64_t run(const FoveateAttend& call) {
+    std::atomic<bool> finite{true};
+    const int64_t status = backward<A>(call, false, finite);
+    if (status != FOVEATE_OK || finite) return status;
+    for (int64_t i = 0; i < call.num_biases; ++i)
+        if (call.biases[i].grad) std::fill_n(call.biases[i].grad, call.biases[i].size, 0.0f);
+    return backward<Float32>(call, true, finite);
+}
+
 }  // namespace
 }  // namespace foveate
 
-FOVEATE_API int64_t foveate_attend_backward(const FoveateAttend* call) {
+FOVEATE_API int64_t foveate_attend_backward(const FoveateAttend* given) {
     using namespace foveate;
-    if (call->batch * call->q.heads == 0) return FOVEATE_OK;
-    prefer_large_pages(call->dq.data, numbers_of(*call, call->q, call->num_queries, call->dim) * bytes_of(call->dtype));
-    prefer_large_pages(call->dk.data, numbers_of(*call, call->k, call->num_keys, call->dim) * bytes_of(call->dtype));
-    prefer_large_pages(call->dv.data, numbers_of(*call, call->v, call->num_keys, call->value_dim) * bytes_of(call->dtype));
+    if (is_refused(*given)) return FOVEATE_REFUSED;
+    if (given->batch * given->q.heads == 0) return FOVEATE_OK;
+    FoveateAttend call = with_worthwhile_threads(*given, 5 * (given->dim + given->value_dim) / 2);
+    prefer_large_pages(call.dq.data, numbers_of(call, call.q, call.num_queries, call.dim) * bytes_of(call.dtype));
+    prefer_large_pages(call.dk.data, numbers_of(call, call.k, call.num_keys, call.dim) * bytes_of(call.dtype));
+    prefer_large_pages(call.dv.data, numbers_of(call, call.v, call.num_keys, call.value_dim) * bytes_of(call.dtype));
     try {
+        const bool band = !call.selection.tile_starts && !call.num_biases && call.kind == FOVEATE_SOFTMAX;
+        const bool few = band && call.num_queries <= foveate_decode_queries(call.num_keys);
+        const int64_t rows = few ? call.batch * call.q.heads * call.num_queries : 0;
+        Buffer<float> out(rows * call.value_dim);  // float32 has room for either dtype
+        Buffer<double> lse(rows);
+        if (rows) sum_rows_again(call, out.get(), lse.get());
 #if FOVEATE_HAS_BFLOAT16
-        if (call->dtype == FOVEATE_BFLOAT16) return backward<Bfloat16>(*call);
+        if (call.dtype == FOVEATE_BFLOAT16) return run<Bfloat16>(call);
 #endif
-        return backward<Float32>(*call);
+        return run<Float32>(call);
     } catch (const std::bad_alloc&) {
         return FOVEATE_NO_MEMORY;
     }

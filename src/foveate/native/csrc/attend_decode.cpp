@@ -1,5 +1,7 @@
 // Attention of a few queries over many keys, at the speed of memory: the keys are split among threads, and all query
 // heads of a group share each read of a key or a value.
+#include "call.h"
+#include "careful.h"
 #include "decode_lanes.h"
 #include "decode_pairs.h"
 #include "decode_softmax.h"
@@ -63,9 +65,12 @@ template <class P> class Decode {
             merge(sums_of(sums, s), sums_of(others, s), call_.kind == FOVEATE_SOFTMAX, space_.step);
     }
 
-    void finish(int64_t b, int64_t set, float* sums) const {
+    // Writes what was summed up; false where it is not finite.
+    bool finish(int64_t b, int64_t set, float* sums) const {
+        bool finite = true;
         for (int64_t s = 0; s < work_.together; ++s)
-            for (int64_t r = 0; r < work_.rows; ++r) write(b, set + s, r, sums_of(sums, s));
+            for (int64_t r = 0; r < work_.rows; ++r) finite &= write(b, set + s, r, sums_of(sums, s));
+        return finite;
     }
 
   private:
@@ -116,7 +121,7 @@ template <class P> class Decode {
         }
     }
 
-    void write(int64_t b, int64_t set, int64_t r, const RowSums& sums) const {
+    bool write(int64_t b, int64_t set, int64_t r, const RowSums& sums) const {
         const int64_t h = head(set, r), i = query(r);
         const float total = sum_lanes(load(sums.sum + r * LANES));
         float* row = sums.out + r * sums.channels;
@@ -126,7 +131,8 @@ template <class P> class Decode {
         write_row(to, Reads::DTYPE, call_.out.stride[3], row, call_.value_dim);
         if (call_.lse)
             call_.lse[(b * call_.q.heads + h) * call_.num_queries + i] =
-                total == 0 ? -INFINITY : sums.top[r] * LN2 + std::log(total);
+                total == 0 ? -INFINITY : sums.top[r] * LN2_EXACT + std::log((double)total);
+        return all_finite(row, sums.channels);
     }
 
     const FoveateAttend& call_;
@@ -156,6 +162,7 @@ template <class P> int64_t decode(const FoveateAttend& call, const DecodeWork& w
     const int64_t apart = work.sets / work.together, splits = work.splits;
     const Parts parts(splits > 1 ? call.batch * apart : 0, splits, Decode<P>::sums_size(call, work));
     Queue queue(work.items);
+    std::atomic<bool> finite{true};
     const bool done = on_threads(work.threads, [&](int64_t) {
         const Decode<P> decode(call, work);
         P::begin();
@@ -168,11 +175,12 @@ template <class P> int64_t decode(const FoveateAttend& call, const DecodeWork& w
                 sums = parts.sums(whole, 0);
                 for (int64_t i = 1; i < splits; ++i) decode.add(sums, parts.sums(whole, i));
             }
-            decode.finish(b, set, sums);
+            if (!decode.finish(b, set, sums)) finite = false;
         });
         P::end();
     });
-    return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;
+    if (!done) return FOVEATE_NO_MEMORY;
+    return finite ? FOVEATE_OK : foveate_attend_carefully(&call);
 }
 
 }  // namespace
@@ -183,6 +191,7 @@ FOVEATE_API int64_t foveate_decode_queries(int64_t num_keys) { return num_keys <
 
 FOVEATE_API int64_t foveate_attend_decode(const FoveateAttend* call) {
     using namespace foveate;
+    if (is_refused(*call)) return FOVEATE_REFUSED;
     if (call->batch * call->q.heads * call->num_queries == 0) return FOVEATE_OK;
     try {
         const DecodeWork work(*call);

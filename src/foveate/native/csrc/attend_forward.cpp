@@ -1,4 +1,6 @@
 // Attention over a selection, forward: per tile of 64 queries an online softmax over chunks of up to 64 keys.
+#include "call.h"
+#include "careful.h"
 #include "pages.h"
 #include "weights.h"
 
@@ -39,8 +41,8 @@ template <class A> class Forward {
     using Element = typename A::Element;
     using Right = std::conditional_t<A::PAIR == 1, const float*, const uint32_t*>;
 
-    Forward(const FoveateAttend& call, const Operand<A>& keys, const Operand<A>& values, Workspace<A> space)
-        : call_(call), keys_(keys), values_(values), space_(space), softmax_(*space.softmax) {
+    Forward(const FoveateAttend& call, const Operand<A>& keys, const Operand<A>& values, Workspace<A> space, bool careful)
+        : call_(call), keys_(keys), values_(values), space_(space), softmax_(*space.softmax), careful_(careful) {
         space_.biases.begin();
     }
 
@@ -59,6 +61,9 @@ template <class A> class Forward {
         finish();
     }
 
+    // Whether all that was written is finite.
+    bool finite() const { return finite_.all_were(); }
+
   private:
     void pack_queries() {
         const int64_t dim = round_up(call_.dim, A::GRAIN_D), words = dim / A::PAIR;
@@ -72,10 +77,21 @@ template <class A> class Forward {
         A::multiply(round_up(chunk.count, A::GRAIN_M), vectors_, round_up(call_.dim, A::GRAIN_K), k,
                     (Right)space_.queries, ld_, space_.scores, ld_, false);
         weigh(chunk);
+        if constexpr (A::PAIR == 1)
+            if (careful_) return add_seen(chunk);
         const auto v = values_.transposed(b_, group_of(call_, call_.v, h_), chunk, space_.operand);
         A::multiply(round_up(call_.value_dim, A::GRAIN_M), vectors_, round_up(chunk.count, A::GRAIN_K), v,
                     (Right)space_.weights, ld_, space_.out, ld_, !empty_);
         empty_ = false;
+    }
+
+    void add_seen(const Chunk& chunk) {
+        if (empty_) std::fill(space_.out, space_.out + ld_ * round_up(call_.value_dim, LANES), 0.0f);
+        empty_ = false;
+        const auto v = values_.natural(b_, group_of(call_, call_.v, h_), chunk, space_.operand);
+        SeenPairs seen;
+        seen.look(call_, chunk, first_, lanes_);
+        seen.add_to_queries(call_.value_dim, v, (const float*)space_.weights, ld_, space_.out);
     }
 
     void weigh(const Chunk& chunk) {
@@ -99,18 +115,21 @@ template <class A> class Forward {
             for (int64_t i = 0; i < ld_; ++i) softmax_.kept[i] = softmax_.sum[i] == 0 ? 0.0f : 1.0f / softmax_.sum[i];
             scale_columns(space_.out, call_.value_dim, ld_, vectors_, softmax_.kept);
         }
+        for (int64_t i = 0; i < call_.value_dim * ld_; i += LANES) finite_.look(load(space_.out + i));
         write_queries(call_, call_.out, b_, h_, first_, lanes_, call_.value_dim, space_.out, ld_, space_.out_rows);
         if (call_.lse) write_lse(call_.lse + (b_ * call_.q.heads + h_) * call_.num_queries);
     }
 
-    void write_lse(float* lse) {
+    void write_lse(double* lse) {
         for (int j = 0; j < ld_; j += LANES) {
-            const Floats sum = load(softmax_.sum + j), logs = (load(softmax_.base + j) + log2_of(sum)) * LN2;
-            store(softmax_.kept + j, sum == 0.0f ? all(-INFINITY) : (sum == sum ? logs : sum));
+            const Floats sum = load(softmax_.sum + j);
+            store(softmax_.kept + j, sum == 0.0f ? all(-INFINITY) : (sum == sum ? log2_of(sum) : sum));
         }
         for (int64_t i = 0; i < lanes_; ++i) {
             const int64_t token = query_at(call_, first_ + i);
-            if (token >= 0) lse[token] = softmax_.kept[i];
+            if (token < 0) continue;
+            const bool none = softmax_.sum[i] == 0;
+            lse[token] = none ? -INFINITY : ((double)softmax_.base[i] + softmax_.kept[i]) * LN2_EXACT;
         }
     }
 
@@ -118,12 +137,15 @@ template <class A> class Forward {
     const Operand<A>&keys_, &values_;
     Workspace<A> space_;
     Softmax& softmax_;
+    const bool careful_;
+    Finite finite_;
     int64_t b_ = 0, h_ = 0, first_ = 0, lanes_ = 0, ld_ = 0;
     int vectors_ = 0;
     bool empty_ = true;
 };
 
-template <class A> int64_t forward(const FoveateAttend& call) {
+// Sets `finite` to whether the result is.
+template <class A> int64_t forward(const FoveateAttend& call, bool careful, std::atomic<bool>& finite) {
     const int64_t heads = call.q.heads, tiles = num_q_tiles(call), all = call.batch * heads * tiles;
     const Operand<A> keys(call, call.k, call.dim);
     Operand<A> values(call, call.v, call.value_dim);
@@ -134,7 +156,7 @@ template <class A> int64_t forward(const FoveateAttend& call) {
     const int64_t lanes = num_slots(call) > TILE ? A::lanes(std::max(call.dim, call.value_dim)) : TILE;
     Queue queue(all, std::max<int64_t>(all / (threads * 64 + 1), 1));
     const bool done = on_threads(threads, [&](int64_t) {
-        Forward<A> work(call, keys, values, scratch<Workspace<A>>(call));
+        Forward<A> work(call, keys, values, scratch<Workspace<A>>(call), careful);
         A::begin();
         queue.run([&](int64_t item) {
             const int64_t tile = tiles - 1 - item % tiles;  // the longest rows of a causal call first
@@ -142,6 +164,7 @@ template <class A> int64_t forward(const FoveateAttend& call) {
                 work.queries(item / tiles / heads, item / tiles % heads, i, lanes);
         });
         A::end();
+        if (!work.finite()) finite = false;
     });
     return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;
 }
@@ -151,18 +174,41 @@ template <class A> int64_t forward(const FoveateAttend& call) {
 
 FOVEATE_API int64_t foveate_attend_size(void) { return sizeof(FoveateAttend); }
 
-FOVEATE_API int64_t foveate_attend_forward(const FoveateAttend* call) {
+FOVEATE_API int64_t foveate_attend_forward(const FoveateAttend* given) {
     using namespace foveate;
+    if (is_refused(*given)) return FOVEATE_REFUSED;
+    if (given->batch * given->q.heads * num_q_tiles(*given) == 0) return FOVEATE_OK;
+    const bool band = !given->selection.tile_starts && !given->num_biases;
+    if (band && given->num_queries <= foveate_decode_queries(given->num_keys)) return foveate_attend_decode(given);
+    return attend_tiles(*given);
+}
+
+FOVEATE_API int64_t foveate_attend_carefully(const FoveateAttend* call) {
+    using namespace foveate;
+    if (is_refused(*call)) return FOVEATE_REFUSED;
     if (call->batch * call->q.heads * num_q_tiles(*call) == 0) return FOVEATE_OK;
-    const bool band = !call->selection.tile_starts && !call->num_biases;
-    if (band && call->num_queries <= foveate_decode_queries(call->num_keys)) return foveate_attend_decode(call);
-    const int64_t numbers = call->batch * call->q.heads * call->num_queries * call->value_dim;
-    prefer_large_pages(call->out.data, numbers * bytes_of(call->dtype));
+    std::atomic<bool> finite{true};
     try {
+        return forward<Float32>(*call, true, finite);
+    } catch (const std::bad_alloc&) {
+        return FOVEATE_NO_MEMORY;
+    }
+}
+
+int64_t foveate::attend_tiles(const FoveateAttend& given) {
+    const FoveateAttend call = with_worthwhile_threads(given, given.dim + given.value_dim);
+    const int64_t numbers = call.batch * call.q.heads * call.num_queries * call.value_dim;
+    prefer_large_pages(call.out.data, numbers * bytes_of(call.dtype));
+    std::atomic<bool> finite{true};
+    const auto run = [&] {
 #if FOVEATE_HAS_BFLOAT16
-        if (call->dtype == FOVEATE_BFLOAT16) return forward<Bfloat16>(*call);
+        if (call.dtype == FOVEATE_BFLOAT16) return forward<Bfloat16>(call, false, finite);
 #endif
-        return forward<Float32>(*call);
+        return forward<Float32>(call, false, finite);
+    };
+    try {
+        const int64_t status = run();
+        return status != FOVEATE_OK || finite ? status : foveate_attend_carefully(&call);
     } catch (const std::bad_alloc&) {
         return FOVEATE_NO_MEMORY;
     }

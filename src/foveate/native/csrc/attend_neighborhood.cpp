@@ -1,4 +1,5 @@
 // Attention of each token of a grid to the window around it, forward.
+#include "neighborhood_call.h"
 #include "slab.h"
 #include "threads.h"
 
@@ -53,7 +54,7 @@ class Forward {
         const Pairs pairs(l_, sight_);
         const int64_t num_rows = sight_.queries().size();
         for (int64_t r = 0; r < num_rows; ++r)
-            queries_.read(r, token(strip, r), l_, strip.lanes, (float)(call_.scale * LOG2E));
+            queries_.read(r, token(strip, r), l_, strip.lanes, factors_.of_queries);
         for (const Run& run : sight_)
             for (const KeyRow& key : run)
                 scores(run, key.slot, strip, pairs, call_.dim, queries_.transposed(), queries_.row(),
@@ -65,7 +66,7 @@ class Forward {
         return l_.token(sight_.z(), sight_.queries().begin + r, strip.x);
     }
 
-    // Scores in base 2 to weights, without the factor that makes their sum one; writes the log row sums.
+    // Scores to weights, without the factor that makes their sum one; writes the log row sums.
     void softmax(const Strip& strip, int64_t r, const Pairs& pairs) {
         Floats top = all(-INFINITY), sum{};
         const bool ragged = strip.ragged;
@@ -77,16 +78,19 @@ class Forward {
             }
             top = greater(top, score);
         });
+        top *= factors_.of_scores;
         pairs.each(sight_, r, [&](int64_t at, int64_t) {
-            const Floats weight = exp2_of(load(space_.scores + at) - top);
+            const Floats weight = exp2_of(load(space_.scores + at) * factors_.of_scores - top);
             store(space_.scores + at, weight);
             sum += weight;
         });
         store(space_.factor + r * LANES, 1.0f / sum);
         if (!lse_) return;
-        float lse[LANES];
-        store(lse, (top + log2_of(sum) + (sum - sum)) * LN2);  // NaN stays NaN
-        for (int64_t i = 0; i < strip.lanes; ++i) lse_[token(strip, r) + i * l_.x.stride] = lse[i];
+        float base[LANES], log[LANES];
+        store(base, top);
+        store(log, log2_of(sum) + (sum - sum));  // NaN stays NaN
+        for (int64_t i = 0; i < strip.lanes; ++i)
+            lse_[token(strip, r) + i * l_.x.stride] = ((double)base[i] + log[i]) * LN2_EXACT;
     }
 
     void write(const Strip& strip, int64_t r, int64_t rows, const Pairs& pairs) {
@@ -104,7 +108,8 @@ class Forward {
     QueryRows queries_;
     const TransposedRows keys_;
     const NaturalRows values_;
-    float* lse_;
+    double* lse_;
+    const Factors factors_{call_.scale};
     Sight sight_;
 };
 
@@ -131,10 +136,12 @@ int64_t forward(const FoveateAttend& call, const FoveateNeighborhood& window) {
 
 FOVEATE_API int64_t foveate_neighborhood_size(void) { return sizeof(FoveateNeighborhood); }
 
-FOVEATE_API int64_t foveate_neighborhood_forward(const FoveateAttend* call, const FoveateNeighborhood* window) {
-    if (call->batch * call->q.heads * call->num_queries == 0) return FOVEATE_OK;
+FOVEATE_API int64_t foveate_neighborhood_forward(const FoveateAttend* given, const FoveateNeighborhood* window) {
+    using namespace foveate;
+    if (is_refused(*given) || grid::is_refused(*given, *window)) return FOVEATE_REFUSED;
+    if (given->batch * given->q.heads * given->num_queries == 0) return FOVEATE_OK;
     try {
-        return foveate::grid::forward(*call, *window);
+        return grid::forward(grid::with_worthwhile_threads(*given, *window, 1), *window);
     } catch (const std::bad_alloc&) {
         return FOVEATE_NO_MEMORY;
     }

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "key_sums.h"
+#include "neighborhood_call.h"
 
 namespace foveate::grid {
 namespace {
@@ -71,7 +72,7 @@ class Backward {
         const Pairs pairs(l_, sight_);
         const int64_t num_rows = sight_.queries().size();
         for (int64_t r = 0; r < num_rows; ++r) {
-            queries_.read(r, token(strip, r), l_, strip.lanes, (float)(call_.scale * LOG2E));
+            queries_.read(r, token(strip, r), l_, strip.lanes, factors_.of_queries);
             grads_.read(r, token(strip, r), l_, strip.lanes, (float)call_.scale);
         }
         for (const Run& run : sight_)
@@ -90,18 +91,20 @@ class Backward {
 
     // Scores to weights, and gradients of weights (times scale) to gradients of q k.
     void slopes(const Strip& strip, int64_t r, const Pairs& pairs) {
-        float row_sum[LANES] = {}, row_delta[LANES] = {};
+        float row_sum[LANES] = {}, row_rest[LANES] = {}, row_delta[LANES] = {};
         for (int64_t i = 0; i < strip.lanes; ++i) {
             const int64_t token = this->token(strip, r) + i * l_.x.stride, place = first_ + token;
             const Rows grad = grads_.rows(r);
             const float d_lse = call_.grad_lse ? call_.grad_lse[place] : 0;
-            row_sum[i] = call_.lse[place] * LOG2E;
+            const double sum = call_.lse[place] * LOG2E_EXACT;
+            row_sum[i] = (float)sum;
+            row_rest[i] = (float)(sum - row_sum[i]);
             row_delta[i] = (float)call_.scale * (dot(grad.data + i * grad.token, token) - d_lse);
         }
-        const Floats sum = load(row_sum), delta = load(row_delta);
+        const Floats sum = load(row_sum), rest = load(row_rest), delta = load(row_delta);
         const bool ragged = strip.ragged;
         pairs.each(sight_, r, [&](int64_t at, int64_t i) {
-            Floats weight = exp2_of(load(space_.weights + at) - sum);
+            Floats weight = exp2_of(load(space_.weights + at) * factors_.of_scores - sum - rest);
             Floats slope = weight * (load(space_.slopes + at) - delta);
             if (ragged) {
                 const uint32_t seeing = strip.seeing(i % pairs.width());
@@ -143,6 +146,7 @@ class Backward {
     const SummedRows &dk_, &dv_;
     const int64_t first_;  // number of query 0 among the log row sums
     Sight sight_;
+    const Factors factors_{call_.scale};
 };
 
 // Some query heads, for one box of a lattice or all of them.
@@ -193,10 +197,12 @@ int64_t backward(const FoveateAttend& call, const FoveateNeighborhood& window) {
 }  // namespace
 }  // namespace foveate::grid
 
-FOVEATE_API int64_t foveate_neighborhood_backward(const FoveateAttend* call, const FoveateNeighborhood* window) {
-    if (call->batch * call->q.heads * call->num_queries == 0) return FOVEATE_OK;
+FOVEATE_API int64_t foveate_neighborhood_backward(const FoveateAttend* given, const FoveateNeighborhood* window) {
+    using namespace foveate;
+    if (is_refused(*given) || grid::is_refused(*given, *window)) return FOVEATE_REFUSED;
+    if (given->batch * given->q.heads * given->num_queries == 0) return FOVEATE_OK;
     try {
-        return foveate::grid::backward(*call, *window);
+        return grid::backward(grid::with_worthwhile_threads(*given, *window, 2.5), *window);
     } catch (const std::bad_alloc&) {
         return FOVEATE_NO_MEMORY;
     }

@@ -180,9 +180,12 @@ FOVEATE_API int64_t foveate_choose(const float* scores, const int64_t* own, uint
                                    int64_t threads) {
     const foveate::selection::Choosing call{scores,     numbers[0], numbers[1], numbers[2], own,  numbers[3],
                                             numbers[4], numbers[5], numbers[6], numbers[7], words};
+    if (call.planes < 0 || call.rows < 0 || call.columns < 0 || call.rows_per_word < 1) return FOVEATE_REFUSED;
     const int64_t per_plane = (call.rows + call.rows_per_word - 1) / call.rows_per_word;
     foveate::Queue queue(call.planes * per_plane, 4);
-    const bool done = foveate::on_threads(threads, [&](int64_t) {
+    constexpr double OF_SCORE = 100;  // multiply-adds that take as long as to rank one
+    const double work = OF_SCORE * (double)call.planes * (double)call.rows * (double)call.columns;
+    const bool done = foveate::on_threads(foveate::worthwhile_threads(work, 0, threads), [&](int64_t) {
         foveate::selection::Chooser chooser(call);
         queue.run([&](int64_t i) { chooser.choose(i / per_plane, i % per_plane); });
     });

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "rows.h"
+#include "threads.h"
 
 namespace foveate {
 
@@ -23,7 +24,8 @@ struct DecodeWork {
         together = call.k.stride[1] < call.k.stride[2] ? sets : 1;
         first = std::clamp<int64_t>(call.num_keys - call.num_queries - call.selection.band_high, 0, call.num_keys);
         end = std::clamp(call.num_keys - call.selection.band_low, first, call.num_keys);
-        threads = std::clamp<int64_t>((int64_t)(seconds(call) / SECONDS_OF_THREAD), 1, call.threads);
+        const double keys = (double)(call.batch * sets) * (double)(end - first);
+        threads = worthwhile_threads(keys * rows * (call.dim + call.value_dim), keys * bytes_of_key(call), call.threads);
         split = keys_of_part(call);
         splits = std::max<int64_t>((end - first + split - 1) / split, 1);
         items = call.batch * (sets / together) * splits;
@@ -32,16 +34,9 @@ struct DecodeWork {
 
   private:
     static constexpr int64_t ITEMS_OF_THREAD = 8, BYTES_OF_ITEM = 128 << 10;  // at least, where there are enough keys
-    static constexpr double SECONDS_OF_THREAD = 20e-6;  // at least: waking it takes a few millionths
-    static constexpr double BYTES_PER_SECOND = 20e9, MULTIPLY_ADDS_PER_SECOND = 50e9;  // about, of one thread
 
     int64_t bytes_of_key(const FoveateAttend& call) const {
         return (key_heads * call.dim + value_heads * call.value_dim) * bytes_of(call.dtype);
-    }
-    double seconds(const FoveateAttend& call) const {
-        const double multiply_adds = rows * (call.dim + call.value_dim);
-        const double key = bytes_of_key(call) / BYTES_PER_SECOND + multiply_adds / MULTIPLY_ADDS_PER_SECOND;
-        return key * (double)(call.batch * sets) * (double)(end - first);
     }
     int64_t keys_of_part(const FoveateAttend& call) const {
         const int64_t keys = end - first, apart = call.batch * (sets / together);

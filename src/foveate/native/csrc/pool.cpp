@@ -50,9 +50,12 @@ struct Pooling {
 
 // Numbers: dtype, batch, tokens, dim, tokens of a block, those that the first block lacks, blocks.
 FOVEATE_API int64_t foveate_pool(const FoveateTensor* x, const int64_t* numbers, float* out, int64_t threads) {
+    for (int i = 0; i < 7; ++i)
+        if (numbers[i] < 0 || (i == 0 && numbers[i] > FOVEATE_FLOAT16) || (i == 4 && numbers[i] < 1)) return FOVEATE_REFUSED;
     const foveate::Pooling pooling{x, numbers[0], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], out};
     foveate::Queue queue(numbers[1] * x->heads * pooling.blocks, 8);
-    const bool done = foveate::on_threads(threads, [&](int64_t) {
+    const double read = (double)(numbers[1] * x->heads) * (double)(numbers[2] * numbers[3]) * foveate::bytes_of(numbers[0]);
+    const bool done = foveate::on_threads(foveate::worthwhile_threads(0, 2 * read, threads), [&](int64_t) {
         queue.run([&](int64_t i) { pooling.mean(i / pooling.blocks, i % pooling.blocks); });
     });
     return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;

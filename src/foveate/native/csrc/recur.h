@@ -9,6 +9,25 @@ namespace foveate::recurrence {
 
 constexpr int64_t SEGMENT = 64;  // tokens from one checkpoint to the next, and packed at a time
 
+// Tensors that cannot be: a mistake of whoever describes the call, which must not become a read of any memory.
+inline bool is_refused(const FoveateRecur& call) {
+    if (call.sequences < 0 || call.states < 0 || call.tokens < 0 || call.dim < 0 || call.value_dim < 0) return true;
+    if (call.threads < 1 || (call.decay_channels != 1 && call.decay_channels != call.dim && call.decay.data)) return true;
+    const bool some = call.sequences && call.states && call.tokens;
+    for (const FoveateRows* x : {&call.q, &call.k, &call.v, &call.out, &call.decay, &call.beta, &call.a, &call.b}) {
+        if (!x->data) continue;
+        if (x->dtype < FOVEATE_FLOAT32 || x->dtype > FOVEATE_FLOAT16) return true;
+        if (some && x->heads < 1) return true;
+    }
+    return some && (!call.q.data || !call.k.data || (call.value_dim && !call.v.data));
+}
+
+// Numbers of the state that all tokens change.
+inline double numbers_updated(const FoveateRecur& call) {
+    const double tokens = (double)call.tokens * (call.starts ? 1 : call.sequences);
+    return tokens * (double)call.states * (double)(call.dim * call.value_dim);
+}
+
 // One head of a tensor along one sequence.
 class Line {
   public:

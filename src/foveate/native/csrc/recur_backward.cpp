@@ -339,12 +339,14 @@ class Backward {
 FOVEATE_API int64_t foveate_recur_backward(const FoveateRecur* call) {
     using namespace foveate;
     using namespace foveate::recurrence;
+    if (is_refused(*call)) return FOVEATE_REFUSED;
     const int64_t tokens = call->tokens * (call->starts ? 1 : call->sequences);
     prefer_large_pages(call->dq.data, 4 * call->q.heads * tokens * call->dim);
     prefer_large_pages(call->dk.data, 4 * call->states * tokens * call->dim);
     prefer_large_pages(call->dv.data, 4 * call->states * tokens * call->value_dim);
+    const int64_t threads = worthwhile_threads(6 * numbers_updated(*call), 0, call->threads);
     Queue queue(call->sequences * call->states);
-    const bool done = on_threads(std::min(call->threads, call->sequences * call->states), [&](int64_t) {
+    const bool done = on_threads(std::min(threads, call->sequences * call->states), [&](int64_t) {
         const auto space = scratch<Workspace>(*call);
         queue.run([&](int64_t item) {
             const Head head(*call, item / call->states, item % call->states);

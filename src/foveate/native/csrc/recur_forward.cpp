@@ -14,7 +14,6 @@ constexpr int MOST_VECTORS = 4;
 #endif
 constexpr int TILE_ROWS = 4;                // rows of the state in registers
 constexpr int64_t CACHE_BYTES = 32 << 10;  // for the state
-constexpr int64_t WORTHWHILE = 1 << 18;    // numbers of the state updated, for another thread
 
 enum Fading { NOT, TOKEN, CHANNEL };
 enum Recalling { NOTHING, DELTA, LOW_RANK };
@@ -324,12 +323,6 @@ int64_t vectors_at_a_time(const FoveateRecur& call, int64_t threads) {
     return vectors;
 }
 
-// Waking a thread takes as long as a good many operations.
-int64_t worthwhile_threads(const FoveateRecur& call) {
-    const int64_t work = call.sequences * call.states * call.tokens * call.dim * call.value_dim;
-    return std::min(call.threads, 1 + work / WORTHWHILE);
-}
-
 }  // namespace
 }  // namespace foveate::recurrence
 
@@ -339,7 +332,8 @@ FOVEATE_API int64_t foveate_recur_segment(void) { return foveate::recurrence::SE
 FOVEATE_API int64_t foveate_recur_forward(const FoveateRecur* call) {
     using namespace foveate;
     using namespace foveate::recurrence;
-    const int64_t threads = worthwhile_threads(*call);
+    if (is_refused(*call)) return FOVEATE_REFUSED;
+    const int64_t threads = worthwhile_threads(2 * numbers_updated(*call), 0, call->threads);
     const int64_t numbers = call->q.heads * call->tokens * call->value_dim * (call->starts ? 1 : call->sequences);
     prefer_large_pages(call->out.data, numbers * bytes_of(call->out.dtype));
     const int64_t ld = vectors_at_a_time(*call, threads) * LANES, blocks = (call->value_dim + ld - 1) / ld;

@@ -13,7 +13,8 @@ FOVEATE_INLINE Parts parts_of(const FoveateScan& call) {
 
 FOVEATE_INLINE int64_t threads_for(const FoveateScan& call) {
     const int64_t tokens = call.starts ? call.starts[call.sequences] : call.sequences * call.length;
-    return tokens * call.channels * call.states < (1 << 15) ? 1 : call.threads;
+    constexpr double OF_EXPONENTIAL = 16;  // multiply-adds that take as long as it
+    return worthwhile_threads(OF_EXPONENTIAL * tokens * call.channels * call.states, 0, call.threads);
 }
 
 // ln(1 + e) for e in [0, 1]: the series of 2 atanh(e / (2 + e)).

@@ -299,6 +299,7 @@ int64_t run_backward(const FoveateScan& call) {
 }  // namespace foveate
 
 FOVEATE_API int64_t foveate_scan_backward(const FoveateScan* call) {
+    if (foveate::is_refused(*call)) return FOVEATE_REFUSED;
     try {
         return foveate::run_backward(*call);
     } catch (const std::bad_alloc&) {

@@ -122,6 +122,7 @@ FOVEATE_API int64_t foveate_scan_size(void) { return sizeof(FoveateScan); }
 
 FOVEATE_API int64_t foveate_scan_forward(const FoveateScan* call) {
     using namespace foveate;
+    if (is_refused(*call)) return FOVEATE_REFUSED;
     prefer_large_pages(*call, call->out);
     const Forward forward(*call);
     Queue queue(forward.items());

@@ -98,6 +98,7 @@ class Step {
 
 FOVEATE_API int64_t foveate_scan_step(const FoveateScan* call) {
     using namespace foveate;
+    if (is_refused(*call)) return FOVEATE_REFUSED;
     const Step step(*call);
     Queue queue(step.items());
     std::atomic<bool> fades{true};

@@ -29,7 +29,8 @@ class Conv {
 
     int64_t threads() const {
         const int64_t tokens = call_.starts ? call_.starts[call_.sequences] : call_.sequences * call_.length;
-        return tokens * call_.channels * call_.width < (1 << 16) ? 1 : call_.threads;
+        constexpr double OF_SILU = 24;  // multiply-adds that take as long as it and the rest
+        return worthwhile_threads((call_.width + OF_SILU) * tokens * call_.channels, 0, call_.threads);
     }
     int64_t forward_items() const { return call_.sequences * parts_.count(); }
     int64_t backward_items() const { return groups_ * parts_.count(); }
@@ -203,6 +204,7 @@ FOVEATE_API int64_t foveate_conv_size(void) { return sizeof(FoveateConv); }
 
 FOVEATE_API int64_t foveate_conv_forward(const FoveateConv* call) {
     using namespace foveate;
+    if (is_refused(*call)) return FOVEATE_REFUSED;
     prefer_large_pages(*call, call->out);
     const Conv conv(*call);
     Queue queue(conv.forward_items());
@@ -211,6 +213,7 @@ FOVEATE_API int64_t foveate_conv_forward(const FoveateConv* call) {
 }
 
 FOVEATE_API int64_t foveate_conv_backward(const FoveateConv* call) {
+    if (foveate::is_refused(*call)) return FOVEATE_REFUSED;
     try {
         return foveate::run_backward(*call) ? FOVEATE_OK : FOVEATE_NO_MEMORY;
     } catch (const std::bad_alloc&) {

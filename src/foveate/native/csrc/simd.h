@@ -28,6 +28,7 @@ constexpr int TILE = 64;  // queries of a work item, and keys of a chunk
 constexpr int MAX_VECTORS = TILE / LANES;
 constexpr float LOG2E = 1.44269504088896340736f;
 constexpr float LN2 = 0.693147180559945309417f;
+constexpr double LOG2E_EXACT = 1.44269504088896340736, LN2_EXACT = 0.693147180559945309417;
 
 #define FOVEATE_INLINE static inline __attribute__((always_inline))
 #define FOVEATE_INLINE_MEMBER inline __attribute__((always_inline))

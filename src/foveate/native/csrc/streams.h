@@ -12,6 +12,24 @@ namespace foveate {
 constexpr int64_t SEGMENT = 64;  // tokens that are packed, and whose states are kept, at a time
 constexpr int64_t PART = 128;    // channels of a work item, at most
 
+// Streams that cannot be: a mistake of whoever describes the call, which must not become a read of any memory.
+inline bool is_refused(const FoveateStream& x) {
+    return x.data && (x.dtype < FOVEATE_FLOAT32 || x.dtype > FOVEATE_FLOAT16);
+}
+inline bool is_refused(const FoveateScan& call) {
+    for (const FoveateStream* x : {&call.x, &call.dt, &call.z, &call.b, &call.c, &call.out})
+        if (is_refused(*x)) return true;
+    if (call.sequences < 0 || call.length < 0 || call.channels < 0 || call.states < 0 || call.threads < 1) return true;
+    if (call.groups_b < 1 || call.groups_c < 1 || call.channels % call.groups_b || call.channels % call.groups_c)
+        return true;
+    return call.sequences && call.length && call.channels && !call.x.data;
+}
+inline bool is_refused(const FoveateConv& call) {
+    if (is_refused(call.x) || is_refused(call.out)) return true;
+    if (call.sequences < 0 || call.length < 0 || call.channels < 0 || call.width < 1 || call.threads < 1) return true;
+    return call.sequences && call.length && call.channels && (!call.x.data || !call.weight);
+}
+
 // One sequence: where its tokens lie, and the first of its marks.
 struct Run {
     int64_t batch, token, length, mark;

@@ -9,6 +9,9 @@
 
 namespace foveate {
 
+// The most threads that any part of the calls from this thread has run on since somebody asked.
+inline thread_local int64_t threads_used = 0;
+
 // Calls work(thread) on as many threads; false where memory ran out. One thread runs in the caller's: OpenMP's
 // do not survive a fork.
 template <class Work> static bool on_threads(int64_t threads, Work work) {
@@ -20,6 +23,7 @@ template <class Work> static bool on_threads(int64_t threads, Work work) {
             done = false;
         }
     };
+    threads_used = std::max(threads_used, std::max<int64_t>(threads, 1));
     if (threads <= 1) {
         guarded(0);
         return done;
@@ -27,6 +31,15 @@ template <class Work> static bool on_threads(int64_t threads, Work work) {
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int64_t thread = 0; thread < threads; ++thread) guarded(thread);
     return done;
+}
+
+// Threads worth waking for so many multiply-adds and bytes of memory, of `most`. Waking one takes a few millionths of a
+// second where a core waits for it, and thousands where none does: it must have far more to do than that. The same
+// sizes always have the same number.
+inline int64_t worthwhile_threads(double multiply_adds, double bytes, int64_t most) {
+    constexpr double SECONDS_OF_THREAD = 50e-6, BYTES_PER_SECOND = 20e9, MULTIPLY_ADDS_PER_SECOND = 50e9;
+    const double seconds = bytes / BYTES_PER_SECOND + multiply_adds / MULTIPLY_ADDS_PER_SECOND;
+    return (int64_t)std::max(std::min(seconds / SECONDS_OF_THREAD, (double)most), 1.0);
 }
 
 // Hands out the numbers 0 .. count - 1, `grain` at a time.
