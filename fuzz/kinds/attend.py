@@ -58,7 +58,8 @@ def problem(draw: Draw, n: int, m: int, *, plain: bool = False, finite: bool = F
     dim = draw.dim()
     value_dim = dim if draw.chance(0.7) else draw.dim()
     q = draw.tensor(batch, heads, n, dim, dtype=dtype, contents=contents)
-    k = draw.tensor(batch, groups, m, dim, dtype=dtype, contents=contents)
+    # Of two constants all products are equal, and their roundings add up instead of cancelling.
+    k = draw.tensor(batch, groups, m, dim, dtype=dtype, contents="normal" if contents == "constant" else contents)
     v = draw.tensor(
         batch, value_groups, m, value_dim, dtype=dtype, contents="normal" if contents == "large" else contents
     )
