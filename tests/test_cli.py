@@ -220,7 +220,7 @@ def test_doctor_finds_all_well() -> None:
 
 def test_doctor_says_what_became_of_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     native = json.loads(foveate_command("doctor", "--json").stdout)["native"]
-    assert native.keys() == {"isa", "path", "origin", "reason", "skipped"}
+    assert native.keys() == {"isa", "path", "origin", "reason", "skipped", "cautions"}
     assert (native["isa"] is None) == bool(native["reason"])
     monkeypatch.setattr(loader, "_loaded", Loaded(None, Status(reason="there is no compiler")))
     result = foveate_command("doctor")

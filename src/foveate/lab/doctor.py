@@ -33,6 +33,7 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "FOVEATE_SANITIZE": ("", "0", "1"),
     "FOVEATE_DEBUG": ("", "0", "1"),
     "FOVEATE_PRODUCTS": ("", "torch", "onednn"),
+    "FOVEATE_VARIANTS": ("", "all"),
     "FOVEATE_SEED": (),
 }
 LENGTH = 130
