@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from foveate.counts import whole_numbers
 from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene, mix_hash
 from foveate.patterns.place import NOWHERE, Place
 from foveate.patterns.sequence import positive, same_group
+from foveate.plain import remembered, traced
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,7 +61,7 @@ def documents(lengths: Iterable[int]) -> Pattern:
     return Documents(lengths)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def place_of_lengths(lengths: tuple[int, ...], num_keys: int) -> Place:
     slots = torch.arange(num_keys, device="cpu")
     return Place.counted(
@@ -282,8 +282,11 @@ _places: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _kept(pattern: Pattern, make: Callable[[], Place]) -> Place:
     """What ``make`` returns, kept while the pattern lives and its tensors hold the same."""
+    if traced(*pattern.tensors):
+        return make()
     before, place = _places.get(pattern, (None, None))
     if before is None or not all(map(torch.equal, before, pattern.tensors)):
-        before, place = tuple(x.clone() for x in pattern.tensors), make()
+        with torch.inference_mode(False):  # else it could serve no call that wants gradients
+            before, place = tuple(x.clone() for x in pattern.tensors), make()
         _places[pattern] = before, place
     return place
