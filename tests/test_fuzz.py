@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz.__main__ import main, workers_environment
-from fuzz.cases import KINDS, run_case
+from fuzz.cases import KINDS, load, run_case
 from fuzz.draw import PLACES, Draw, lay
 from fuzz.judge import Disagreement, Judge
 from fuzz.plan import Plan
@@ -22,6 +22,9 @@ import foveate
 from foveate import key_padding
 
 FAULTY = [sys.executable, faulty_kinds.__file__]
+FAULTS = ("falls", "sleeps", "differs", "raises", "refuses")
+CASES = 300
+SEED = 7
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +33,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_the_library_agrees_with_its_definitions() -> None:
+    plan = Plan(SEED, tuple(name for name in load() if name not in FAULTS), 0, 1, CASES)
+    cases = [plan.case(number) for number in plan.numbers()]
+    found = [(kind, seed, *verdict(kind, seed)) for kind, seed in cases]
+    wrong = [f"{kind}:{seed}  {message}" for kind, seed, outcome, message in found if outcome not in ("", "refused")]
+    assert not wrong, "python -m fuzz --one KIND:SEED repeats a case\n" + "\n".join(wrong)
+    assert sum(outcome == "" for _, _, outcome, _ in found) > 0.9 * CASES
 
 
 def outcomes(kind: str, count: int = 40) -> list[str]:
@@ -79,7 +91,7 @@ def test_reading_what_nobody_sees_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_process_that_dies_or_hangs_is_named_and_the_run_goes_on() -> None:
-    kinds = ("falls", "sleeps", "differs", "raises", "refuses")
+    kinds = FAULTS
     plan = Plan(37, kinds, 0, 1, 14)
     said: list[str] = []
     report = run(plan, command=FAULTY, environment=workers_environment(), say=said.append, patience=2.0)

@@ -217,7 +217,18 @@ def judge(found: Problem) -> Judge:
     def sizes(*tensors: Tensor) -> tuple[Tensor, ...]:
         return found.dense.sizes(*tensors)[:1]
 
-    return Judge(first, found.clean, found.q.dtype, sizes)
+    return Judge(first, found.clean, found.q.dtype, sizes, spoiled=spoiled(found))
+
+
+def spoiled(found: Problem) -> Tensor | None:
+    """Rows (B, H, N) that see a number which is not finite."""
+    q, k, v = found.clean[:3]
+    bad = [~x.isfinite().all(-1) for x in (q, k, v)]
+    if not any(bool(x.any()) for x in bad):
+        return None
+    keys = sum(x.repeat_interleave(q.shape[1] // x.shape[1], 1).float() for x in bad[1:])
+    assert isinstance(keys, Tensor)
+    return bad[0] | ((found.dense.mask.float() @ keys.unsqueeze(-1)).squeeze(-1) > 0)
 
 
 @kind("decode", 12)
@@ -237,7 +248,7 @@ def with_lse(draw: Draw) -> None:
     options = dict(found.options)
     with torch.no_grad(), anything(draw):
         whole = fv.attend_partial(found.q, found.k, found.v, found.pattern, **options)
-    both = Judge(found.dense, found.clean, found.q.dtype, found.dense.sizes)
+    both = Judge(found.dense, found.clean, found.q.dtype, found.dense.sizes, spoiled=spoiled(found))
     if whole.lse is None:
         both(["out"], [whole.out])
         return
