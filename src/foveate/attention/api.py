@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from foveate.attention import flex, native, reference, sdpa, tiles
-from foveate.attention.bias import Bias
+from foveate.attention.biases import BiasLike
 from foveate.attention.call import Call, prepare
 from foveate.attention.partial import Partial, with_sink
 from foveate.attention.quick import attend_plain
@@ -35,7 +35,7 @@ def attend(
     v: Tensor,
     pattern: Pattern = full,
     *,
-    bias: Tensor | Bias | None = None,
+    bias: BiasLike = None,
     weights: Weights | str = "softmax",
     scale: float | None = None,
     softcap: float | None = None,
@@ -58,7 +58,7 @@ def attend(
             Query i sits at key position ``i + M - N``: the last query meets the last key.
         pattern: which pairs are visible; a row that sees no key gives zeros.
         bias: added to the logits: a tensor that broadcasts to (B, H, N, M), ``alibi(slopes)``,
-            ``relative_table(table, dims)`` or ``log_decay(log_gates)``; differentiable.
+            ``relative_table(table, dims)`` or ``log_decay(log_gates)``, or a list of such, all added; differentiable.
         weights: "softmax", "sigmoid", "relu", or ``softmax(sink=...)``, ``sigmoid(bias=...)``, ``relu(bias=...)``.
         scale: factor on q k^T; D ** -0.5 by default.
         softcap: c in ``c * tanh(logits / c)``, applied before the bias.
@@ -94,7 +94,7 @@ def attend_partial(
     v: Tensor,
     pattern: Pattern = full,
     *,
-    bias: Tensor | Bias | None = None,
+    bias: BiasLike = None,
     weights: Weights | str = "softmax",
     scale: float | None = None,
     softcap: float | None = None,

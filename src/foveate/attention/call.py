@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, RelativeTable
+from foveate.attention.bias import Bias
+from foveate.attention.biases import BiasLike, beside, checked
 from foveate.attention.dropout import Dropout, as_dropout
 from foveate.attention.gaps import place_biases
 from foveate.attention.weights import Kind, Weights, as_weights
 from foveate.patterns.algebra import Pattern
-from foveate.patterns.beside import Beside
 from foveate.patterns.layouts import Layout, Sequence
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +63,7 @@ def prepare(
     k: Tensor,
     v: Tensor,
     pattern: Pattern,
-    bias: Tensor | Bias | None,
+    bias: BiasLike,
     weights: Weights | str,
     scale: float | None,
     softcap: float | None,
@@ -82,11 +82,7 @@ def prepare(
         raise ValueError(f"softcap must be a positive finite number; got {softcap}")
     weights, layout, heads = as_weights(weights), layout or Sequence(), q.shape[1]
     layout.check(k.shape[2])
-    biases = _biases(bias, weights, q, k)
-    if isinstance(bias, RelativeTable) and bias.dims and isinstance(layout, Beside):
-        raise ValueError(f"a relative table over a grid has no entry for the other tokens of {layout}: pass a tensor")
-    if isinstance(bias, LogDecay) and pattern.sees_future:
-        raise ValueError(f"log_decay looks back only, but {pattern} shows later keys: join it with & causal")
+    biases = tuple(checked(bias, weights, q, k, pattern, layout))
     if not is_compiling():  # there the operator looks, which alone knows what masks hold
         biases, pattern = place_biases(biases, pattern, layout, q.shape[2], k.shape[2])
     if pattern.batches not in (1, q.shape[0]):
@@ -96,7 +92,7 @@ def prepare(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     sink = weights.sink
     if sink is not None:
-        sink = _beside(q, _on_heads("sink", sink, heads))
+        sink = beside(q, _on_heads("sink", sink, heads))
     needs_lse, dropped = needs_lse or sink is not None, as_dropout(dropout, seed)
     return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout, needs_lse, dropped), sink
 
@@ -126,42 +122,6 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("key", k), ("value", v)):
         if tensor.shape[1] == 0 or q.shape[1] % tensor.shape[1]:
             raise ValueError(f"{name} heads must divide query heads; got {shapes}")
-
-
-def _biases(bias: Tensor | Bias | None, weights: Weights, q: Tensor, k: Tensor) -> tuple[Bias, ...]:
-    biases: list[Bias] = []
-    if isinstance(bias, Tensor):
-        biases.append(Dense(bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias))
-    elif isinstance(bias, Alibi):  # distances are no numbers of half precision
-        slopes = bias.parameter.to(
-            torch.promote_types(torch.promote_types(bias.parameter.dtype, q.dtype), torch.float32)
-        )
-        biases.append(replace(bias, parameter=slopes, offset=k.shape[2] - q.shape[2]))
-    elif isinstance(bias, (LogDecay, RelativeTable)):
-        biases.append(replace(bias, offset=k.shape[2] - q.shape[2]))
-    elif isinstance(bias, Bias):
-        biases.append(bias)
-    elif bias is not None:
-        raise TypeError(
-            f"bias must be a tensor, alibi(...), relative_table(...) or log_decay(...); got {type(bias).__name__}"
-        )
-    if weights.bias is not None:
-        biases.append(PerHead(_beside(q, weights.bias)))
-    for one in biases:
-        if one.parameter.layout is not torch.strided:
-            raise TypeError(f"a bias is a dense tensor; got {one.parameter.layout}: pass it through .to_dense()")
-        if not one.parameter.is_floating_point() or one.parameter.device != q.device:
-            raise ValueError(
-                f"a bias is a float tensor on {q.device}; got {one.parameter.dtype} on {one.parameter.device}"
-            )
-        one.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return tuple(biases)
-
-
-def _beside(q: Tensor, values: Tensor) -> Tensor:
-    """Numbers on q's device; float64 ones are kept beside float64 queries only."""
-    narrow = values.dtype == torch.float64 and q.dtype != torch.float64
-    return values.to(q.device, torch.float32 if narrow else values.dtype)
 
 
 def _on_heads(name: str, values: Tensor, heads: int) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveate.attention.api import IMPLEMENTATIONS, choose
-from foveate.attention.bias import Bias
+from foveate.attention.biases import BiasLike
 from foveate.attention.call import prepare
 from foveate.attention.weights import Weights
 from foveate.patterns.algebra import Pattern
@@ -42,7 +42,7 @@ def explain(
     v: Tensor,
     pattern: Pattern = full,
     *,
-    bias: Tensor | Bias | None = None,
+    bias: BiasLike = None,
     weights: Weights | str = "softmax",
     scale: float | None = None,
     softcap: float | None = None,

@@ -239,7 +239,7 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
     """Queries, keys and values as more entries of the batch, where nothing else tells entries apart."""
     tensors, (parameters, held, text, *rest) = inputs[:3], inputs[3:]
     pattern = parse(text.split("\n")[2], held)
-    shared = pattern.batches == 1 and all(x.dim() < 4 or x.shape[0] == 1 for x in parameters)
+    shared = pattern.batches == 1 and all(x.dim() < 3 or x.shape[0] == 1 for x in parameters)
     dropped = rest[-1] is not None  # by the number of the batch entry
     if dropped or not shared or any(dim is not None for dims in in_dims[3:5] for dim in dims or ()):
         return autodiff.looped(_attend, info, in_dims, *inputs)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from foveate.attention.bias import Dense
+from foveate.attention.biases import total
 from foveate.attention.call import Call
 from foveate.attention.partial import Partial
 from foveate.patterns.algebra import Scene, resolve
@@ -83,7 +84,7 @@ def _mask(call: Call) -> Tensor | None:
     visible = _visible(call) if _needs_mask(call) else None
     if not call.biases:
         return visible
-    bias = call.biases[0].parameter.to(call.q.dtype)
+    bias = total(call.biases).to(call.q.dtype)
     shape = (bias.shape[0], bias.shape[1], call.num_queries, call.num_keys)
     return bias.expand(shape) if visible is None else torch.where(visible, bias, float("-inf"))
 

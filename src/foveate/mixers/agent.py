@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.attention import Bias, Weights, attend
+from foveate.attention import Weights, attend
+from foveate.attention.biases import BiasLike, as_tuple
 from foveate.attention.weights import as_weights
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
 from foveate.mixers.registry import register
@@ -68,7 +69,7 @@ class AgentCore:
         v: Tensor,
         *,
         within: Pattern = full,
-        bias: Tensor | Bias | None = None,
+        bias: BiasLike = None,
         weights: Weights | str = "softmax",
         scale: float | None = None,
         softcap: float | None = None,
@@ -77,7 +78,7 @@ class AgentCore:
         weights = as_weights(weights)
         if within != full or q.shape[2] != k.shape[2]:
             raise ValueError(f"agents mix all keys for all queries, so they cannot keep to {within}")
-        if bias is not None or softcap is not None or weights.kind != "softmax" or weights.sink is not None:
+        if as_tuple(bias) or softcap is not None or weights.kind != "softmax" or weights.sink is not None:
             raise ValueError("agent attention is two plain softmaxes: it takes no bias, sink or soft-cap")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         agents = agents_of(q, layout, self.agents)

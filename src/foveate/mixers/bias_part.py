@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from foveate.attention import Bias
-from foveate.attention.bias import Alibi, Dense, LogDecay, RelativeTable
 from foveate.patterns.algebra import Index
 
 
@@ -30,13 +29,6 @@ class PartOfBias(Bias):
         return self.first_query + self.step * q, k + self.first_key
 
 
-def part_of_bias(bias: Bias | None, first_query: int, *, step: int = 1, first_key: int = 0) -> Bias | None:
-    """The part of a placed bias, if there is one."""
-    return None if bias is None else PartOfBias(bias.parameter, bias, first_query, step, first_key)
-
-
-def placed(bias: Tensor | Bias | None, offset: int) -> Bias | None:
-    """A bias that knows that query 0 sits at position ``offset`` of the keys."""
-    if isinstance(bias, Tensor):
-        return Dense(bias[(None,) * (4 - bias.dim())])
-    return replace(bias, offset=offset) if isinstance(bias, (Alibi, LogDecay, RelativeTable)) else bias
+def part_of_bias(biases: tuple[Bias, ...], first_query: int, *, step: int = 1, first_key: int = 0) -> tuple[Bias, ...]:
+    """The part of each of some placed biases."""
+    return tuple(PartOfBias(bias.parameter, bias, first_query, step, first_key) for bias in biases)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from foveate.attention import Bias, Weights, attend_partial, merge
+from foveate.attention import Weights, attend_partial, merge
+from foveate.attention.biases import BiasLike, as_tuple, placed
 from foveate.attention.partial import with_sink
 from foveate.attention.weights import as_weights
-from foveate.mixers.bias_part import part_of_bias, placed
+from foveate.mixers.bias_part import part_of_bias
 from foveate.patterns import Layout, Pattern, Scene, Sequence, full
 from foveate.patterns.part import Parts
 
@@ -45,7 +46,7 @@ class ChunkedCore:
         v: Tensor,
         *,
         within: Pattern = full,
-        bias: Tensor | Bias | None = None,
+        bias: BiasLike = None,
         weights: Weights | str = "softmax",
         scale: float | None = None,
         softcap: float | None = None,
@@ -53,7 +54,8 @@ class ChunkedCore:
     ) -> Tensor:
         weights = as_weights(weights)
         scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
-        parts, bias = Parts.of(within, scene), placed(bias, scene.offset)
+        parts = Parts.of(within, scene)
+        biases = tuple(placed(one, scene.offset) for one in as_tuple(bias))
         key_chunk = self.key_chunk or math.isqrt(k.shape[2])
 
         def rows_of(q: Tensor, k: Tensor, v: Tensor, at: slice) -> Tensor:
@@ -63,7 +65,7 @@ class ChunkedCore:
                     k[:, :, keys],
                     v[:, :, keys],
                     parts.part(at, keys),
-                    bias=part_of_bias(bias, at.start, first_key=keys.start),
+                    bias=part_of_bias(biases, at.start, first_key=keys.start),
                     weights=replace(weights, sink=None),
                     scale=scale,
                     softcap=softcap,

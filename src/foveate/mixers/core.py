@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from foveate.attention import Bias, Weights, attend
-from foveate.attention.bias import Dense
+from foveate.attention import Weights, attend
+from foveate.attention.biases import BiasLike, as_tuple, placed
 from foveate.patterns import Layout, Pattern, Sequence, full
 from foveate.patterns.placed import split
 
@@ -34,7 +34,7 @@ class Core(Protocol):
         v: Tensor,
         *,
         within: Pattern = full,
-        bias: Tensor | Bias | None = None,
+        bias: BiasLike = None,
         weights: Weights | str = "softmax",
         scale: float | None = None,
         softcap: float | None = None,
@@ -62,7 +62,7 @@ class PatternCore:
         v: Tensor,
         *,
         within: Pattern = full,
-        bias: Tensor | Bias | None = None,
+        bias: BiasLike = None,
         weights: Weights | str = "softmax",
         scale: float | None = None,
         softcap: float | None = None,
@@ -100,7 +100,7 @@ def one_by_one(
     v: Tensor,
     *,
     within: Pattern,
-    bias: Tensor | Bias | None = None,
+    bias: BiasLike = None,
     layout: Layout | None = None,
     **options: Any,
 ) -> Tensor | None:
@@ -109,18 +109,19 @@ def one_by_one(
     if place is None:
         return None
     offset = k.shape[2] - q.shape[2]
-    whole = Dense(bias[(None,) * (4 - bias.dim())]) if isinstance(bias, Tensor) else bias
-    if whole is not None and not whole.in_documents(place):
-        raise ValueError(f"this bias does not say what each document alone is given: {type(whole).__name__}")
+    wholes = [placed(one, offset) for one in as_tuple(bias)]
+    for whole in wholes:
+        if not whole.in_documents(place):
+            raise ValueError(f"this bias does not say what each document alone is given: {type(whole).__name__}")
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     for document in place.documents:
         if document.first:
             raise ValueError(f"{core} needs the first {document.first} keys of a text, which its cache has dropped")
         queries, keys = ((document.batch, slice(None), at) for at in (document.queries(offset), document.slots))
         if (own := q[queries]).shape[2]:
-            part = None
-            if whole is not None:
+            parts = []
+            for whole in wholes:
                 parameter = whole.of_document(whole.parameter, document.batch, queries[2], keys[2])
-                part = whole.moved(parameter, k[keys].shape[2] - own.shape[2])
-            out[queries] = core(own, k[keys], v[keys], within=rest, bias=part, **options)
+                parts.append(whole.moved(parameter, k[keys].shape[2] - own.shape[2]))
+            out[queries] = core(own, k[keys], v[keys], within=rest, bias=tuple(parts), **options)
     return out

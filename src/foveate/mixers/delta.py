@@ -8,10 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.attention import Bias, Weights, attend
+from foveate.attention import Weights, attend
+from foveate.attention.biases import BiasLike, as_tuple, placed
 from foveate.mixers.attention import AttentionMixer, KeyValues, visible_pairs
 from foveate.mixers.base import Stepped, join_heads
-from foveate.mixers.bias_part import part_of_bias, placed
+from foveate.mixers.bias_part import part_of_bias
 from foveate.mixers.core import Core, PatternCore, joined, one_by_one
 from foveate.mixers.registry import register
 from foveate.mixers.window import streaming_core
@@ -46,7 +47,7 @@ class DeltaCore:
         v: Tensor,
         *,
         within: Pattern = full,
-        bias: Tensor | Bias | None = None,
+        bias: BiasLike = None,
         weights: Weights | str = "softmax",
         scale: float | None = None,
         softcap: float | None = None,
@@ -61,12 +62,13 @@ class DeltaCore:
         )
         scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
         some = slice(0, None, self.stride)
+        biases = tuple(placed(one, scene.offset) for one in as_tuple(bias))
         exact = attend(
             q[:, :, some],
             k,
             v,
             Parts.of(within, scene).part(some, slice(None)),
-            bias=part_of_bias(placed(bias, scene.offset), 0, step=self.stride),
+            bias=part_of_bias(biases, 0, step=self.stride),
             weights=weights,
             scale=scale,
             softcap=softcap,

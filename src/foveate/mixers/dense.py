@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.attention import attend
+from foveate.attention import Bias, alibi, alibi_slopes, attend
 from foveate.mixers.attention import AttentionMixer, KeyValues
 from foveate.mixers.base import join_heads
 from foveate.mixers.chunked import ChunkedCore
 from foveate.mixers.core import PatternCore
+from foveate.mixers.recurrent import wide
 from foveate.mixers.registry import Feature, register
 from foveate.patterns import Layout, Packed, Pattern, causal, full
 
@@ -73,7 +74,7 @@ class SigmoidAttention(AttentionMixer):
 
     ``length`` is the n of the bias -log n; None counts the keys that each query may see, so that decoding and
     training agree at every length. ``qk_norm`` normalises each head's queries and keys, which the paper
-    recommends for stable training.
+    recommends for stable training; ``alibi`` adds ALiBi's slopes times the distance, as in its language models.
     """
 
     def __init__(
@@ -83,12 +84,13 @@ class SigmoidAttention(AttentionMixer):
         *,
         length: int | None = None,
         qk_norm: bool = False,
+        alibi: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(dim, heads, **options)
         if length is not None and length < 1:
             raise ValueError(f"length is the n of the bias -log n, at least 1; got {length}")
-        self.length = length
+        self.length, self.alibi = length, alibi
         self.norm_q = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.norm_k = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
 
@@ -98,13 +100,19 @@ class SigmoidAttention(AttentionMixer):
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         q, k, v = self.project(x, x)
-        bias = self.log_bias(self.count_keys(x, layout, padding)).to(q.dtype)
+        bias = self.biases(self.count_keys(x, layout, padding), q)
         out = attend(q, k, v, self.within(padding), bias=bias, weights="sigmoid", layout=layout)
         return self.to_out(join_heads(out))
 
     def attend_one(self, q: Tensor, state: KeyValues) -> Tensor:
-        bias = self.log_bias(torch.tensor([[state.seen]], device=q.device)).to(q.dtype)
+        bias = self.biases(torch.tensor([[state.seen]], device=q.device), q)
         return attend(q, state.k, state.v, causal, bias=bias, weights="sigmoid")
+
+    def biases(self, counts: Tensor, q: Tensor) -> list[Tensor | Bias]:
+        log_bias = self.log_bias(counts).to(q.dtype)
+        if not self.alibi:
+            return [log_bias]
+        return [log_bias, alibi(alibi_slopes(self.heads, dtype=wide(q.dtype), device=q.device))]
 
     def log_bias(self, counts: Tensor) -> Tensor:
         """-log n for each query, (B or 1, 1, N, 1)."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from foveate.attention import Bias, attend, relative_table
+from foveate.attention import attend, relative_table
+from foveate.attention.biases import BiasLike
 from foveate.mixers.core import PatternCore
 from foveate.mixers.grid import GridMixer, Size, sides_of
 from foveate.mixers.registry import register
@@ -44,7 +45,7 @@ def window_attention(
     k: Tensor,
     v: Tensor,
     *,
-    bias: Tensor | Bias | None = None,
+    bias: BiasLike = None,
     labels: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:

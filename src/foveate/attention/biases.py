@@ -1,0 +1,85 @@
+"""What a call adds to its logits: one bias or several, checked and placed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, RelativeTable
+from foveate.attention.weights import Weights
+from foveate.patterns.algebra import Pattern
+from foveate.patterns.beside import Beside
+from foveate.patterns.layouts import Layout
+
+OneBias = Tensor | Bias
+BiasLike = OneBias | list[OneBias] | tuple[OneBias, ...] | None
+
+
+def as_tuple(bias: BiasLike) -> tuple[OneBias, ...]:
+    """None, one bias or several as a tuple."""
+    if bias is None:
+        return ()
+    return tuple(bias) if isinstance(bias, (list, tuple)) else (bias,)
+
+
+def placed(bias: OneBias, offset: int) -> Bias:
+    """A bias that knows that query 0 sits at position ``offset`` of the keys."""
+    if isinstance(bias, Tensor):
+        return Dense(bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias)
+    if isinstance(bias, (Alibi, LogDecay, RelativeTable)):
+        return replace(bias, offset=offset)
+    if isinstance(bias, Bias):
+        return bias
+    raise TypeError(
+        "bias must be a tensor, alibi(...), relative_table(...) or log_decay(...), or a list of such;"
+        f" got {type(bias).__name__}"
+    )
+
+
+def checked(bias: BiasLike, weights: Weights, q: Tensor, k: Tensor, pattern: Pattern, layout: Layout) -> list[Bias]:
+    """The biases of a call, those of its weights included."""
+    biases = [_precise(placed(one, k.shape[2] - q.shape[2]), q) for one in as_tuple(bias)]
+    if weights.bias is not None:
+        biases.append(PerHead(beside(q, weights.bias)))
+    for one in biases:
+        _check(one, q, k, pattern, layout)
+    return biases
+
+
+def beside(q: Tensor, values: Tensor) -> Tensor:
+    """Numbers on q's device; float64 ones are kept beside float64 queries only."""
+    narrow = values.dtype == torch.float64 and q.dtype != torch.float64
+    return values.to(q.device, torch.float32 if narrow else values.dtype)
+
+
+def total(biases: Iterable[Bias]) -> Tensor:
+    """The sum of dense biases, (B or 1, H or 1, N or 1, M or 1), in float32 at least where there are several."""
+    parameters = [bias.parameter for bias in biases]
+    summed = parameters[0]
+    for parameter in parameters[1:]:
+        dtype = torch.promote_types(torch.promote_types(summed.dtype, parameter.dtype), torch.float32)
+        summed = summed.to(dtype) + parameter
+    return summed
+
+
+def _precise(bias: Bias, q: Tensor) -> Bias:
+    if not isinstance(bias, Alibi):
+        return bias
+    dtype = torch.promote_types(torch.promote_types(bias.parameter.dtype, q.dtype), torch.float32)
+    return replace(bias, parameter=bias.parameter.to(dtype))  # distances are no numbers of half precision
+
+
+def _check(bias: Bias, q: Tensor, k: Tensor, pattern: Pattern, layout: Layout) -> None:
+    parameter = bias.parameter
+    if isinstance(bias, RelativeTable) and bias.dims and isinstance(layout, Beside):
+        raise ValueError(f"a relative table over a grid has no entry for the other tokens of {layout}: pass a tensor")
+    if isinstance(bias, LogDecay) and pattern.sees_future:
+        raise ValueError(f"log_decay looks back only, but {pattern} shows later keys: join it with & causal")
+    if parameter.layout is not torch.strided:
+        raise TypeError(f"a bias is a dense tensor; got {parameter.layout}: pass it through .to_dense()")
+    if not parameter.is_floating_point() or parameter.device != q.device:
+        raise ValueError(f"a bias is a float tensor on {q.device}; got {parameter.dtype} on {parameter.device}")
+    bias.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
