@@ -198,7 +198,6 @@ def test_each_of_several_is_checked() -> None:
     assert reasons["sdpa"] == "it has dense biases only"
 
 
-@pytest.mark.paper("Sigmoid-Attention", "definition")
 def test_sigmoid_attention_takes_alibi_beside_its_log_n() -> None:
     mixer = SigmoidAttention(12, 3, alibi=True).double()
     x = torch.randn(2, 11, 12, dtype=torch.float64)

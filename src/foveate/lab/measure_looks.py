@@ -7,7 +7,8 @@ import statistics
 import torch
 from torch import Tensor
 
-from foveate.attention import Bias, Weights, attend
+from foveate.attention import Weights, attend
+from foveate.attention.biases import BiasLike
 from foveate.lab.measure_pairs import Picture
 from foveate.lab.results import Looked
 from foveate.mixers.core import joined
@@ -37,7 +38,7 @@ class Looks:
         v: Tensor,
         *,
         within: Pattern = full,
-        bias: Tensor | Bias | None = None,
+        bias: BiasLike = None,
         weights: Weights | str = "softmax",
         scale: float | None = None,
         softcap: float | None = None,
