@@ -309,9 +309,15 @@ def backward(draw: Draw) -> None:
         raise Refused(str(reason)) from None
     for name, leaf, got in zip(names, leaves, grads, strict=True):
         demand(got.dtype == leaf.dtype, f"the gradient of {name} is {got.dtype}, not {leaf.dtype}")
-    judged = Judge(
-        lambda *x: gradients(found.dense, *x), [*found.clean, grad], found.q.dtype, lambda *x: bounds(found.dense, *x)
-    )
+    far = 1.0
+    if found.q.dtype == torch.float64 and found.dense.weights == "softmax":  # weights are as exact as lse, as in merges
+        lse = found.dense(*found.clean)[1].nan_to_num(0, 0, 0).abs()
+        far = max([far, *lse.flatten().tolist()])
+
+    def sizes(*tensors: Tensor) -> list[Tensor]:
+        return [far * x for x in bounds(found.dense, *tensors)]
+
+    judged = Judge(lambda *x: gradients(found.dense, *x), [*found.clean, grad], found.q.dtype, sizes)
     judged(["out", *(f"gradient of {name}" for name in names)], [out, *grads])
 
 
