@@ -8,7 +8,7 @@ from tests.test_adapt_families import tiny
 from tests.test_adapt_transformers import padded_batch
 from torch import Tensor
 
-from foveate import full, sinks, window
+from foveate import full, sinks, topk_blocks, window
 from foveate.adapt import replace_attention
 
 pytest.importorskip("transformers", reason="needs pip install 'foveate[hf]'")
@@ -56,6 +56,53 @@ def test_documents_in_one_row_stay_apart_in_a_graph() -> None:
         apart = torch.cat([model(part, use_cache=False)[0] for part in ids.split(lengths, dim=1)], dim=1)
         found = compiled(ids, position_ids=positions, use_cache=False)[0]
     torch.testing.assert_close(found, apart, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_a_choice_is_narrowed_by_the_windows_of_a_model_in_a_graph_too(masked: bool) -> None:
+    model, inputs = tiny("Mistral", num_hidden_layers=1), given(masked)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with replace_attention(model, topk_blocks(4, k=2, causal=True)):
+        expected = model(**inputs, use_cache=False)[0]
+        torch.testing.assert_close(compiled(**inputs, use_cache=False)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_step_with_a_cache_in_a_graph() -> None:
+    model = tiny("Mistral", num_hidden_layers=1)
+    ids = torch.randint(3, 61, (2, 23))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with replace_attention(model, PATTERN):
+        expected = model(ids, use_cache=False)[0][:, -1:]
+        cache = model(ids[:, :-1]).past_key_values
+        found = compiled(ids[:, -1:], past_key_values=cache)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_models_own_mask_is_not_mistaken_for_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    made = modeling_llama.create_causal_mask
+
+    def every_other(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q - k) % 2 == 0
+
+    monkeypatch.setattr(
+        modeling_llama, "create_causal_mask", lambda **told: made(**told, and_mask_function=every_other)
+    )
+    model, ids = tiny("Llama", num_hidden_layers=1), torch.randint(3, 61, (2, 23))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with replace_attention(model, PATTERN):
+        expected = model(ids, use_cache=False)[0]
+        with pytest.raises(Exception, match="own mask function"):
+            compiled(ids, use_cache=False)
+        found = compiled(ids, torch.ones_like(ids), use_cache=False)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def uncached(name: str) -> dict[str, bool]:

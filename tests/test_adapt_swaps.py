@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.test_adapt_families import tiny
 from tests.test_adapt_transformers import make, padded_batch
 from torch import Tensor
 
@@ -254,8 +255,12 @@ def test_packed_documents_are_kept_apart(positions: bool) -> None:
             packing["position_ids"] = torch.arange(30).unsqueeze(0)
         apart = [logits_of(model, part) for part in ids.split(lengths, dim=1)]
     torch.testing.assert_close(packed, torch.cat(apart, 1), atol=1e-4, rtol=1e-4)
-    with replace_attention(model, full), pytest.raises(ValueError, match="counts from 0 to the 30 tokens"):
-        logits_of(model, ids, cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    for wrong in (torch.tensor([0, 4, 9]), torch.tensor([0, 200, 30], dtype=torch.uint8)):
+        with replace_attention(model, full), pytest.raises(ValueError, match="counts from 0 to the 30 tokens"):
+            logits_of(model, ids, cu_seq_lens_q=wrong)
+    ids, wraps = ids_of(266), torch.tensor([0, 255, 10], dtype=torch.uint8)
+    with replace_attention(model, full), pytest.raises(ValueError, match="counts from 0 to the 266 tokens"):
+        logits_of(model, ids, cu_seq_lens_q=wraps)
 
 
 def test_weights_are_handed_out_at_small_sizes() -> None:
@@ -274,6 +279,16 @@ def test_weights_are_handed_out_at_small_sizes() -> None:
     long = torch.zeros(1, 2049, dtype=torch.long)
     with replace_attention(model, window(3)), pytest.raises(ValueError, match="up to 2048 keys"):
         model(long, output_attentions=True)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "OPT", "StableLm"])
+@torch.no_grad()
+def test_weights_are_handed_out_by_layers_that_do_not_pass_the_question_on(family: str) -> None:
+    model, ids = tiny(family), ids_of(9, batch=2)
+    expected = model(ids, output_attentions=True, use_cache=False).attentions
+    with replace_attention(model, full):
+        found = model(ids, output_attentions=True, use_cache=False).attentions
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_dropout_in_training_is_served() -> None:

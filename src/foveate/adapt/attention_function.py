@@ -15,6 +15,11 @@ from foveate.adapt.stacked import attend_stacked
 from foveate.attention import softmax
 from foveate.patterns import Packed, Pattern, causal, full, window
 
+try:  # by which transformers 5 hands out weights
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:
+    _active_collector = None  # type: ignore[assignment]
+
 _WEIGHTS_UP_TO = 2048  # keys: more weights than these pairs of a head are not handed out
 
 
@@ -61,9 +66,19 @@ def attention_function(
     tokens = at_work(module, remembered)
     out = attend_stacked(tokens, query, key, value, options)
     weights = None
-    if kwargs.get("output_attentions", getattr(getattr(module, "config", None), "output_attentions", False)):
+    if _weights_asked(module, kwargs):
         weights = _weights(tokens, query, key, options)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _weights_asked(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether anybody waits for weights. Some layers keep the question to themselves: GPT-2's, OPT's, StableLM's."""
+    config = getattr(module, "config", None)
+    collected = None
+    if _active_collector is not None:
+        collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
+    told = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    return bool(told) or any(key.endswith("attentions") for key in collected or ())
 
 
 def _refuse(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -112,6 +127,8 @@ def _packed_lengths(kwargs: Mapping[str, Any], batch: int, num_keys: int) -> tup
     starts, of_keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if starts is None:
         return None
+    if starts.dtype == torch.uint8:  # whose differences wrap
+        starts = starts.long()
     if of_keys is not None and not torch.equal(starts, of_keys):
         raise ValueError("packed documents have as many keys as queries; got cu_seq_lens_q unlike cu_seq_lens_k")
     lengths = tuple(starts.diff().tolist())

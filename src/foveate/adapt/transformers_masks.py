@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.adapt.pattern_mask import PatternMask
-from foveate.adapt.traced_masks import maker_of, traced_documents, traced_pattern
+from foveate.adapt.traced_masks import in_graph, maker_of, traced_documents, traced_pattern
 from foveate.patterns import Pattern, blocks, boolean_mask, causal, full, key_padding, window
 from foveate.patterns.algebra import Index
 from foveate.patterns.listed import DocumentNumbers
@@ -47,12 +47,13 @@ def pattern_mask(
     assert q_length is not None and mask_function is not None
     extent = Extent(batch_size, q_length, kv_length, int(q_offset), kv_offset)
     if torch.compiler.is_dynamo_compiling():
-        _check_traceable(mask_function, **unused)
-        documents = traced_documents(mask_function, batch_size, q_length) if attention_mask is None else None
-        pattern, num_keys = _traced(mask_function, extent)
+        known = in_graph(mask_function, attention_mask is not None, unused)
+        may_be_packed = attention_mask is None and kv_length == q_length
+        documents = traced_documents(mask_function, batch_size, q_length) if may_be_packed else None
+        pattern, num_keys = _pattern(mask_function, known, extent)
     else:
         function, documents = _unpacked(mask_function)
-        pattern, num_keys = _pattern(function, extent)
+        pattern, num_keys = _pattern(function, translated(function), extent)
     where = _numbered(documents) if documents is not None else _where(extent, num_keys, attention_mask, pattern)
     if where is not None:
         pattern = where if pattern == full else pattern & where
@@ -110,29 +111,16 @@ def _later(position: Tensor) -> Pattern:
     return DocumentNumbers(torch.zeros_like(position), position)
 
 
-def _pattern(function: IndexFunction, extent: Extent) -> tuple[Pattern, int]:
-    """The pattern of an index function, and how many of the keys it is about."""
-    known = translated(function)
+def _pattern(function: IndexFunction, known: Pattern | None, extent: Extent) -> tuple[Pattern, int]:
+    """The pattern of an index function, ``known`` or not, and how many of the keys it is about."""
     if known is not None and (known == full or extent.empty_slots == 0):
         return known, extent.num_slots
     if known is not None and not known.sees_future and extent.empty_slots > 0:
         return known, extent.num_slots - extent.empty_slots
     if torch.compiler.is_compiling():
-        return _traced(function, extent)
+        queries, keys = (extent.first_query, extent.num_queries), (extent.first_key, extent.num_slots)
+        return traced_pattern(function, extent.batch_size, queries, keys), extent.num_slots
     return MaskFunction(function, extent, batches=extent.batch_size), extent.num_slots
-
-
-def _traced(function: IndexFunction, extent: Extent) -> tuple[Pattern, int]:
-    queries, keys = (extent.first_query, extent.num_queries), (extent.first_key, extent.num_slots)
-    pattern = traced_pattern(function, extent.batch_size, queries, keys)
-    hidden = extent.empty_slots if pattern == causal else 0
-    return pattern, extent.num_slots - hidden
-
-
-def _check_traceable(function: IndexFunction, config: Any = None, local_size: int | None = None, **_: Any) -> None:
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk is not None and chunk == local_size and maker_of(function) == "and_masks":
-        raise NotImplementedError("attention in chunks cannot be read by torch.compile; torch.export can")
 
 
 def _inside(function: IndexFunction) -> dict[str, Any]:
