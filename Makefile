@@ -11,6 +11,8 @@ WORKERS ?= 2
 DEMO_MECHANISMS = -m streaming_llm -m 'streaming_llm(window=256)' -m 'window(511) & causal | sinks(4)' -m mswa \
     -m power_attention -m minference_block_sparse -m moba -m delta_attention
 
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
+
 # The tests that run the kernels, rather than build or find them.
 KERNEL_TESTS := $(filter-out $(addprefix tests/test_native_,build.py neon.py sanitized.py),$(wildcard tests/test_native*.py))
 
@@ -19,7 +21,7 @@ KERNEL_TESTS := $(filter-out $(addprefix tests/test_native_,build.py neon.py san
 
 help:
 	@echo 'make demo      compare attention mechanisms on the built-in model at 8192 tokens, with a report'
-	@echo 'make test      run the tests, those of the native kernels with AVX2 too'
+	@echo 'make test      run the tests on WORKERS=2 processes, those of the native kernels with AVX2 too'
 	@echo 'make test-all  run the tests and the longer sweeps: native kernels under sanitizers, NEON in an emulator'
 	@echo 'make fuzz      random calls of everything for MINUTES=10, on WORKERS=2 processes; SANITIZE=1: kernels with checks'
 	@echo 'make lint      check style and types'
@@ -31,12 +33,12 @@ demo: $(DEMO_READY)
 	    --force --out $(DEMO_OUT) $(DEMO_MECHANISMS)
 
 test: $(DEV_READY)
-	$(PY) -m pytest
+	$(PYTEST)
 	$(call with_avx2,)
 
 test-all: export FOVEATE_SEED ?= fresh
 test-all: $(DEV_READY)
-	$(PY) -m pytest -m ''
+	$(PYTEST) -m ''
 	$(call with_avx2,-m '')
 
 fuzz: $(DEV_READY)
@@ -66,7 +68,7 @@ $(DEV_READY):
 # Where the processor has better than AVX2, the first run did not touch these kernels.
 define with_avx2
 @if $(PY) -c 'import sys; from foveate.native.processor import lacks; from foveate.native.variants import BY_NAME; sys.exit(lacks(BY_NAME["avx2"]))'; \
-then echo 'The tests of the native kernels once more, with AVX2:' && FOVEATE_ISA=avx2 $(PY) -m pytest $(1) $(KERNEL_TESTS); \
+then echo 'The tests of the native kernels once more, with AVX2:' && FOVEATE_ISA=avx2 $(PYTEST) $(1) $(KERNEL_TESTS); \
 else echo 'The AVX2 kernels are not tested: this processor does not run them.'; fi
 endef
 

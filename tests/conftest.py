@@ -44,13 +44,15 @@ def git(*words: str) -> str:
 
 
 SEED = chosen_seed()
+os.environ["FOVEATE_SEED"] = str(SEED)  # for the workers of pytest-xdist, who import this file, too
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("hypothesis_seed", None) is None:
         config.option.hypothesis_seed = SEED
-    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    # Workers side by side keep one core each; tests of threads ask for theirs.
+    torch.set_num_threads(1 if hasattr(config, "workerinput") else min(THREADS, torch.get_num_threads()))
     # torch then fills what torch.empty and its kin return with NaN (or the greatest integer).
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
@@ -88,6 +90,14 @@ def _fresh_random_numbers(seed: int) -> Iterator[None]:
     yield
     random.setstate(states[0])
     torch.set_rng_state(states[1])
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.hookimpl(wrapper=True)
