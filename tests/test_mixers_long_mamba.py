@@ -69,7 +69,7 @@ def layers(*keeps: int | None) -> list[Mixer]:
 
 
 def best_of(plain: Reader, length: int) -> Reader:
-    """The trained layers, untouched, of which one or both decimate: whichever does best at 4 times the length."""
+    """The trained layers, untouched, of which one or both decimate: chosen at 4 times the length."""
     found = []
     for keeps in ((length, None), (None, length), (length, length)):
         model = Reader(*layers(*keeps))
@@ -79,12 +79,12 @@ def best_of(plain: Reader, length: int) -> Reader:
 
 
 def test_decimation_finds_passkeys_at_sixteen_times_the_length() -> None:
-    length, plain, decimated = 16, [], []
-    for _ in range(3):
+    """On the average of several trained models: no single one of them is chosen."""
+    length, gains = 16, []
+    for _ in range(4):
         model = Reader(*layers(None, None)).trained(length, 150)
-        plain.append(model.accuracy(16 * length))
-        decimated.append(best_of(model, length).accuracy(16 * length))
-    assert max(other - one for one, other in zip(plain, decimated, strict=True)) > 0.05
+        gains.append(best_of(model, length).accuracy(16 * length) - model.accuracy(16 * length))
+    assert mean(gains) > 0
 
 
 @pytest.mark.long
