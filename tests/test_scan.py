@@ -240,7 +240,7 @@ def test_the_others_refuse_in_words() -> None:
         linear_scan(x, -x, state=torch.zeros(3))
     with pytest.raises(ValueError, match="lengths sum to 3, but x has 4 tokens"):
         linear_scan(x, -x, lengths=[1, 2])
-    with pytest.raises(ValueError, match="none shorter than 0"):
+    with pytest.raises(ValueError, match=r"each be 0 or more; got \[5, -1\]"):
         linear_scan(x, -x, lengths=[5, -1])
     with pytest.raises(ValueError, match=r"pass weight.squeeze\(1\)"):
         causal_conv(x, torch.ones(3, 1, 4))
