@@ -4,7 +4,8 @@ from foveate.attention.api import IMPLEMENTATIONS, attend, attend_partial
 from foveate.attention.bias import Bias, alibi, alibi_slopes, log_decay, relative_table
 from foveate.attention.explain import Explanation, explain
 from foveate.attention.partial import Partial, merge
-from foveate.attention.weights import Weights, relu, sigmoid, softmax
+from foveate.attention.score import score_function
+from foveate.attention.weights import Weights, entmax, entmax15, relu, sigmoid, sinkhorn, softmax, sparsemax
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -16,11 +17,16 @@ __all__ = [
     "alibi_slopes",
     "attend",
     "attend_partial",
+    "entmax",
+    "entmax15",
     "explain",
     "log_decay",
     "merge",
     "relative_table",
     "relu",
+    "score_function",
     "sigmoid",
+    "sinkhorn",
     "softmax",
+    "sparsemax",
 ]

@@ -37,7 +37,7 @@ def attend(
     *,
     bias: BiasLike = None,
     weights: Weights | str = "softmax",
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     softcap: float | None = None,
     layout: Layout | None = None,
     dropout: float = 0.0,
@@ -58,9 +58,12 @@ def attend(
             Query i sits at key position ``i + M - N``: the last query meets the last key.
         pattern: which pairs are visible; a row that sees no key gives zeros.
         bias: added to the logits: a tensor that broadcasts to (B, H, N, M), ``alibi(slopes)``,
-            ``relative_table(table, dims)`` or ``log_decay(log_gates)``, or a list of such, all added; differentiable.
-        weights: "softmax", "sigmoid", "relu", or ``softmax(sink=...)``, ``sigmoid(bias=...)``, ``relu(bias=...)``.
-        scale: factor on q k^T; D ** -0.5 by default.
+            ``relative_table(table, dims)``, ``log_decay(log_gates)``, or a list of such, all added; differentiable.
+            ``score_function(fn, *tensors)`` among them changes the sum: any function of it and of (b, h, q, k).
+        weights: "softmax", "sigmoid", "relu", "sparsemax", "entmax15", or ``softmax(sink=...)``, ``sigmoid(bias=...)``,
+            ``relu(bias=...)``, ``entmax(alpha)``, ``sinkhorn(iterations)``.
+        scale: factor on q k^T, D ** -0.5 by default: a number, or a tensor () or (B or 1, H or 1, N or 1), a
+            temperature of each query, which queries are multiplied by in at least float32; differentiable.
         softcap: c in ``c * tanh(logits / c)``, applied before the bias.
         layout: where tokens live; needed by grid and point patterns, and keeps ``Packed`` sequences apart.
         dropout: probability to drop each weight by, after the softmax; the others are divided by ``1 - dropout``
@@ -78,7 +81,8 @@ def attend(
 
     A NaN or infinite number spoils the rows that see its key, or whose query it is in, and no others.
     """
-    if bias is softcap is layout is None and weights == "softmax" and not dropout and _takes_native(impl):
+    plain = bias is softcap is layout is None and weights == "softmax" and not dropout
+    if plain and not isinstance(scale, Tensor) and _takes_native(impl):
         out = attend_plain(q, k, v, pattern, scale)
         if out is not None:
             return out
@@ -96,7 +100,7 @@ def attend_partial(
     *,
     bias: BiasLike = None,
     weights: Weights | str = "softmax",
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     softcap: float | None = None,
     layout: Layout | None = None,
     impl: str = "auto",
@@ -110,7 +114,8 @@ def attend_partial(
     torch.Size([1, 2, 5])
 
     Returns ``Partial(out, lse)``: lse is float32 (float64 for float64 inputs), -inf for a row that sees no key,
-    and None for sigmoid and ReLU weights. A sink counts in lse.
+    and None for sigmoid and ReLU weights. A sink counts in lse. Sparsemax, entmax and Sinkhorn weights, of which parts
+    do not merge, raise ValueError.
     """
     call, sink = prepare(q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=True)
     return _run(call, sink, impl)

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, RelativeTable
+from foveate.attention.score import ScoreFunction
 from foveate.attention.weights import Weights
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.beside import Beside
 from foveate.patterns.layouts import Layout
 
-OneBias = Tensor | Bias
-BiasLike = OneBias | list[OneBias] | tuple[OneBias, ...] | None
+OneBias = Tensor | Bias | ScoreFunction
+BiasLike = OneBias | Sequence[OneBias] | None
 
 
 def as_tuple(bias: BiasLike) -> tuple[OneBias, ...]:
     """None, one bias or several as a tuple."""
     if bias is None:
         return ()
-    return tuple(bias) if isinstance(bias, (list, tuple)) else (bias,)
+    return tuple(bias) if isinstance(bias, (list, tuple)) else (cast(OneBias, bias),)
 
 
-def placed(bias: OneBias, offset: int) -> Bias:
+def split_bias(bias: BiasLike) -> tuple[tuple[Tensor | Bias, ...], tuple[ScoreFunction, ...]]:
+    """What is added to the logits, and the functions of their sum."""
+    given = as_tuple(bias)
+    functions = tuple(one for one in given if isinstance(one, ScoreFunction))
+    return tuple(one for one in given if not isinstance(one, ScoreFunction)), functions
+
+
+def placed(bias: Tensor | Bias, offset: int) -> Bias:
     """A bias that knows that query 0 sits at position ``offset`` of the keys."""
     if isinstance(bias, Tensor):
         return Dense(bias[(None,) * (4 - bias.dim())] if bias.dim() < 4 else bias)
@@ -34,14 +43,16 @@ def placed(bias: OneBias, offset: int) -> Bias:
     if isinstance(bias, Bias):
         return bias
     raise TypeError(
-        "bias must be a tensor, alibi(...), relative_table(...) or log_decay(...), or a list of such;"
-        f" got {type(bias).__name__}"
+        "bias must be a tensor, alibi(...), relative_table(...), log_decay(...) or score_function(...), or a list of"
+        f" such; got {type(bias).__name__}"
     )
 
 
-def checked(bias: BiasLike, weights: Weights, q: Tensor, k: Tensor, pattern: Pattern, layout: Layout) -> list[Bias]:
+def checked(
+    given: Iterable[Tensor | Bias], weights: Weights, q: Tensor, k: Tensor, pattern: Pattern, layout: Layout
+) -> list[Bias]:
     """The biases of a call, those of its weights included."""
-    biases = [_precise(placed(one, k.shape[2] - q.shape[2]), q) for one in as_tuple(bias)]
+    biases = [_precise(placed(one, k.shape[2] - q.shape[2]), q) for one in given]
     if weights.bias is not None:
         biases.append(PerHead(beside(q, weights.bias)))
     for one in biases:

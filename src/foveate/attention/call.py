@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from foveate.attention.bias import Bias
-from foveate.attention.biases import BiasLike, beside, checked
+from foveate.attention.biases import BiasLike, beside, checked, split_bias
 from foveate.attention.dropout import Dropout, as_dropout
 from foveate.attention.gaps import place_biases
+from foveate.attention.normalise import Entmax, Normalise, Sinkhorn
+from foveate.attention.score import ScoreFunction
 from foveate.attention.weights import Kind, Weights, as_weights
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.layouts import Layout, Sequence
@@ -35,11 +37,16 @@ class Call:
     layout: Layout
     needs_lse: bool
     dropout: Dropout | None = None
+    functions: tuple[ScoreFunction, ...] = ()
+    normalise: Normalise | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that a kernel would read."""
-        return (self.q, self.k, self.v, *(bias.parameter for bias in self.biases), *self.pattern.tensors)
+        """All that an implementation would read."""
+        parameters = [bias.parameter for bias in self.biases] + [x for f in self.functions for x in f.tensors]
+        if isinstance(self.normalise, Entmax) and isinstance(self.normalise.alpha, Tensor):
+            parameters.append(self.normalise.alpha)
+        return (self.q, self.k, self.v, *parameters, *self.pattern.tensors)
 
     @property
     def batch(self) -> int:
@@ -65,7 +72,7 @@ def prepare(
     pattern: Pattern,
     bias: BiasLike,
     weights: Weights | str,
-    scale: float | None,
+    scale: float | Tensor | None,
     softcap: float | None,
     layout: Layout | None,
     needs_lse: bool,
@@ -82,19 +89,51 @@ def prepare(
         raise ValueError(f"softcap must be a positive finite number; got {softcap}")
     weights, layout, heads = as_weights(weights), layout or Sequence(), q.shape[1]
     layout.check(k.shape[2])
-    biases = tuple(checked(bias, weights, q, k, pattern, layout))
+    added, functions = split_bias(bias)
+    biases = tuple(checked(added, weights, q, k, pattern, layout))
+    if weights.normalise is not None:
+        _check_normalised(weights, q, k, pattern, needs_lse)
     if not is_compiling():  # there the operator looks, which alone knows what masks hold
         biases, pattern = place_biases(biases, pattern, layout, q.shape[2], k.shape[2])
     if pattern.batches not in (1, q.shape[0]):
         raise ValueError(f"{pattern} is for a batch of {pattern.batches}, but q has {q.shape[0]}")
     if heads % pattern.heads:
         raise ValueError(f"{pattern} tells {pattern.heads} heads apart, which does not divide q's {heads} heads")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, scale = scaled(q, scale)
     sink = weights.sink
     if sink is not None:
         sink = beside(q, _on_heads("sink", sink, heads))
     needs_lse, dropped = needs_lse or sink is not None, as_dropout(dropout, seed)
-    return Call(q, k, v, pattern, biases, weights.kind, scale, softcap, layout, needs_lse, dropped), sink
+    how = (weights.kind, scale, softcap, layout, needs_lse, dropped, functions, weights.normalise)
+    return Call(q, k, v, pattern, biases, *how), sink
+
+
+def scaled(q: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
+    """Queries and the factor on their products; a factor for each query goes into the queries."""
+    if not isinstance(scale, Tensor):
+        return q, q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not scale.is_floating_point() or scale.device not in (q.device, torch.device("cpu")):
+        raise TypeError(f"scale is a number or a float tensor on {q.device}; got {scale.dtype} on {scale.device}")
+    if scale.device != q.device and scale.dim():
+        raise ValueError(f"scale must be on {q.device}, as q is; got {scale.device}")
+    each = scale.reshape(()) if scale.numel() == 1 else scale
+    want = tuple(q.shape[:3])
+    if each.dim() and (each.dim() != 3 or any(x not in (1, n) for x, n in zip(each.shape, want, strict=True))):
+        raise ValueError(f"scale is a number, or (B or 1, H or 1, N or 1) = {want}; got {tuple(scale.shape)}")
+    precise = torch.promote_types(torch.promote_types(q.dtype, scale.dtype), torch.float32)
+    return (q.to(precise) * each.unsqueeze(-1)).to(q.dtype), 1.0
+
+
+def _check_normalised(weights: Weights, q: Tensor, k: Tensor, pattern: Pattern, needs_lse: bool) -> None:
+    if needs_lse:
+        raise ValueError(f"{weights.kind} weights over parts of the keys do not merge: call attend on the whole")
+    if isinstance(weights.normalise, Entmax) and isinstance(weights.normalise.alpha, Tensor):
+        _on_heads("alpha", weights.normalise.alpha, q.shape[1])
+    if isinstance(weights.normalise, Sinkhorn):
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"sinkhorn takes as many queries as keys; got {q.shape[2]} and {k.shape[2]}")
+        if not pattern.sees_future:
+            raise ValueError(f"sinkhorn normalises over all queries, later ones too, so {pattern} would not be causal")
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

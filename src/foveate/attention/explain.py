@@ -44,7 +44,7 @@ def explain(
     *,
     bias: BiasLike = None,
     weights: Weights | str = "softmax",
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     softcap: float | None = None,
     layout: Layout | None = None,
     dropout: float = 0.0,

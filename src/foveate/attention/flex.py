@@ -1,4 +1,4 @@
-"""attend by torch's FlexAttention, on GPUs: the selection becomes a BlockMask, biases a score function."""
+"""attend by torch's FlexAttention, on GPUs: the selection becomes a BlockMask, biases and functions its score_mod."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def attend_flex(call: Call, flex_attention: Any) -> Partial:
         call.q,
         call.k,
         call.v,
-        score_mod=_score_mod(call) if call.softcap is not None or call.biases else None,
+        score_mod=_score_mod(call) if call.softcap is not None or call.biases or call.functions else None,
         block_mask=mask,
         scale=call.scale,
         enable_gqa=call.k.shape[1] != call.heads,
@@ -75,6 +75,8 @@ def _score_mod(call: Call) -> Any:
             logit = call.softcap * torch.tanh(logit / call.softcap)
         for bias in call.biases:
             logit = logit + bias.values(batch, head, q, k).to(logit.dtype)
+        for function in call.functions:
+            logit = function(logit, batch, head, q, k)
         return logit
 
     return score

@@ -33,10 +33,15 @@ def weigh(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, how: Call | Spec) ->
         logits = how.softcap * torch.tanh(logits / how.softcap)
     for bias in how.biases:
         logits = logits + bias.values(*_indices(logits)).to(logits.dtype)
+    for function in how.functions:
+        logits = function(logits, *_indices(logits))
     logits = logits.masked_fill(odd_q | (odd_k | odd_v).mT, float("nan"))
     if how.kind == "softmax":
         return _softmax(logits, visible, v, how)
-    weights = torch.sigmoid(logits) if how.kind == "sigmoid" else torch.relu(logits)
+    if how.normalise is not None:
+        weights = how.normalise(logits, visible)
+    else:
+        weights = torch.sigmoid(logits) if how.kind == "sigmoid" else torch.relu(logits)
     return Partial(_dropped(torch.where(visible, weights, 0), how) @ v, None)
 
 

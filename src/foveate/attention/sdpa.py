@@ -31,6 +31,8 @@ def refuse(call: Call) -> str | None:
         return "it does not return the log row sums that a sink or a partial result needs"
     if call.q.numel() == 0 or call.num_keys == 0:
         return "it does not take empty inputs"
+    if call.functions:
+        return "it has no score functions"
     if call.softcap is not None:
         return "it has no soft-cap"
     if call.k.shape[1] != call.v.shape[1]:

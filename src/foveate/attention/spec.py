@@ -14,7 +14,9 @@ from foveate.attention import documents
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
+from foveate.attention.normalise import Normalise
 from foveate.attention.partial import Partial, lse_dtype, sums_dtype
+from foveate.attention.score import ScoreFunction
 from foveate.attention.weights import Kind
 from foveate.native.neighborhood import Windows
 from foveate.patterns.algebra import Pattern
@@ -40,6 +42,16 @@ class Spec(NamedTuple):
     scale: float
     softcap: float | None
     dropout: Dropout | None = None
+
+    @property
+    def functions(self) -> tuple[ScoreFunction, ...]:
+        """None: kernels take no functions of logits, which the definition asks for."""
+        return ()
+
+    @property
+    def normalise(self) -> Normalise | None:
+        """None likewise."""
+        return None
 
 
 class Kernels(Protocol):
@@ -67,6 +79,10 @@ class Kernels(Protocol):
 
 def refuse(call: Call) -> str | None:
     """Why no kernel can run the call, whichever it is; None if one might."""
+    if call.normalise is not None:
+        return f"it has softmax, sigmoid and relu weights, not {call.kind}"
+    if call.functions:
+        return "it has no score functions"
     if differentiated():
         return "derivatives in forward mode and by torch.func are those of the reference"
     if torch.compiler.is_compiling() or not traced(*call.tensors):

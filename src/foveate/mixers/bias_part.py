@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveate.attention import Bias
+from foveate.attention.score import ScoreFunction
 from foveate.patterns.algebra import Index
 
 
@@ -29,6 +30,14 @@ class PartOfBias(Bias):
         return self.first_query + self.step * q, k + self.first_key
 
 
-def part_of_bias(biases: tuple[Bias, ...], first_query: int, *, step: int = 1, first_key: int = 0) -> tuple[Bias, ...]:
-    """The part of each of some placed biases."""
-    return tuple(PartOfBias(bias.parameter, bias, first_query, step, first_key) for bias in biases)
+def part_of_bias(
+    biases: tuple[Bias, ...],
+    functions: tuple[ScoreFunction, ...],
+    first_query: int,
+    *,
+    step: int = 1,
+    first_key: int = 0,
+) -> tuple[Bias | ScoreFunction, ...]:
+    """The part of each of some placed biases, and of functions of scores."""
+    of_biases = (PartOfBias(bias.parameter, bias, first_query, step, first_key) for bias in biases)
+    return (*of_biases, *(function.part(first_query, step, first_key) for function in functions))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from foveate.attention import Weights, attend_partial, merge
-from foveate.attention.biases import BiasLike, as_tuple, placed
+from foveate.attention.biases import BiasLike, placed, split_bias
 from foveate.attention.partial import with_sink
 from foveate.attention.weights import as_weights
 from foveate.mixers.bias_part import part_of_bias
@@ -55,7 +55,8 @@ class ChunkedCore:
         weights = as_weights(weights)
         scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
         parts = Parts.of(within, scene)
-        biases = tuple(placed(one, scene.offset) for one in as_tuple(bias))
+        added, functions = split_bias(bias)
+        biases = tuple(placed(one, scene.offset) for one in added)
         key_chunk = self.key_chunk or math.isqrt(k.shape[2])
 
         def rows_of(q: Tensor, k: Tensor, v: Tensor, at: slice) -> Tensor:
@@ -65,7 +66,7 @@ class ChunkedCore:
                     k[:, :, keys],
                     v[:, :, keys],
                     parts.part(at, keys),
-                    bias=part_of_bias(biases, at.start, first_key=keys.start),
+                    bias=part_of_bias(biases, functions, at.start, first_key=keys.start),
                     weights=replace(weights, sink=None),
                     scale=scale,
                     softcap=softcap,

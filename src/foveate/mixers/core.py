@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from foveate.attention import Weights, attend
-from foveate.attention.biases import BiasLike, as_tuple, placed
+from foveate.attention.biases import BiasLike, placed, split_bias
 from foveate.patterns import Layout, Pattern, Sequence, full
 from foveate.patterns.placed import split
 
@@ -109,7 +109,10 @@ def one_by_one(
     if place is None:
         return None
     offset = k.shape[2] - q.shape[2]
-    wholes = [placed(one, offset) for one in as_tuple(bias)]
+    added, functions = split_bias(bias)
+    if functions:
+        raise ValueError("score functions are asked with the slots of the whole call, not of each document alone")
+    wholes = [placed(one, offset) for one in added]
     for whole in wholes:
         if not whole.in_documents(place):
             raise ValueError(f"this bias does not say what each document alone is given: {type(whole).__name__}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import Weights, attend
-from foveate.attention.biases import BiasLike, as_tuple, placed
+from foveate.attention.biases import BiasLike, placed, split_bias
 from foveate.mixers.attention import AttentionMixer, KeyValues, visible_pairs
 from foveate.mixers.base import Stepped, join_heads
 from foveate.mixers.bias_part import part_of_bias
@@ -62,13 +62,14 @@ class DeltaCore:
         )
         scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
         some = slice(0, None, self.stride)
-        biases = tuple(placed(one, scene.offset) for one in as_tuple(bias))
+        added, functions = split_bias(bias)
+        biases = tuple(placed(one, scene.offset) for one in added)
         exact = attend(
             q[:, :, some],
             k,
             v,
             Parts.of(within, scene).part(some, slice(None)),
-            bias=part_of_bias(biases, 0, step=self.stride),
+            bias=part_of_bias(biases, functions, 0, step=self.stride),
             weights=weights,
             scale=scale,
             softcap=softcap,
