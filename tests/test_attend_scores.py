@@ -19,7 +19,9 @@ from foveate import (
     explain,
     full,
     key_padding,
+    log_decay,
     merge,
+    relative_table,
     score_function,
     sigmoid,
     window,
@@ -222,3 +224,34 @@ def test_scales_of_other_shapes_are_refused() -> None:
             attend(q, k, v, scale=torch.ones(shape, dtype=torch.float64))
     with pytest.raises(TypeError, match="float tensor"):
         explain(q, k, v, scale=torch.ones((), dtype=torch.long))
+
+
+@pytest.mark.parametrize("gap", [(0, 3), (4, 6)], ids=["before", "between"])
+def test_compiled_definitions_count_positions_beside_padding(gap: tuple[int, int]) -> None:
+    q, k, v = inputs(9, 9)
+    slopes, table = leaf(H), leaf(H, 7)
+    mask = torch.ones(B, 9, dtype=torch.bool)
+    mask[1, slice(*gap)] = False
+
+    def run(mask: Tensor) -> Tensor:
+        bias = [alibi(slopes), relative_table(table), score_function(lambda score, b, h, q, k: score * 0.5)]
+        return attend(q, k, v, key_padding(mask) & causal, bias=bias).where(mask[:, None, :, None], 0)
+
+    torch._dynamo.reset()
+    got = torch.compile(run, fullgraph=True, backend="aot_eager")(mask)
+    position = mask.cumsum(1) - 1
+    distance = (position[:, :, None] - position[:, None])[:, None]
+    entries = table[torch.arange(H).view(H, 1, 1), distance.clamp(-3, 3) + 3]
+    scores = (q @ repeated(k).mT / math.sqrt(D) - slopes.view(H, 1, 1) * distance.abs() + entries) / 2
+    seen = mask[:, None, None] & (torch.arange(9)[:, None] >= torch.arange(9)) | ~mask[:, None, :, None]
+    expected = (masked_softmax(scores, seen) @ repeated(v)).where(mask[:, None, :, None], 0)
+    assert_same(got, expected, [q, k, v, slopes, table])
+    assert_same(run(mask), expected, [q, k, v, slopes, table])
+    if gap[0]:
+        gates = torch.zeros(1, 1, 9, dtype=torch.float64)
+
+        def decayed() -> Tensor:
+            return attend(q, k, v, key_padding(mask) & causal, bias=log_decay(gates), impl="reference")
+
+        with pytest.raises(ValueError, match="gates of padding"):
+            torch.compile(decayed, backend="aot_eager")()

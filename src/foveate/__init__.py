@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "foveate.attention": (
-        "Partial Weights alibi alibi_slopes attend attend_partial entmax entmax15 explain log_decay merge"
-        " relative_table relu score_function sigmoid sinkhorn softmax sparsemax"
+        "Partial Weights alibi alibi_slopes attend attend_partial attend_talking entmax entmax15 explain log_decay"
+        " merge relative_table relu score_function sigmoid sinkhorn softmax sparsemax"
     ),
     "foveate.recurrence": (
         "Convolved Order Recurrent Scanned bidirectional causal_conv column_major cross_scan linear_scan raster recur"

@@ -5,6 +5,7 @@ from foveate.attention.bias import Bias, alibi, alibi_slopes, log_decay, relativ
 from foveate.attention.explain import Explanation, explain
 from foveate.attention.partial import Partial, merge
 from foveate.attention.score import score_function
+from foveate.attention.talking import attend_talking
 from foveate.attention.weights import Weights, entmax, entmax15, relu, sigmoid, sinkhorn, softmax, sparsemax
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "alibi_slopes",
     "attend",
     "attend_partial",
+    "attend_talking",
     "entmax",
     "entmax15",
     "explain",

@@ -14,6 +14,8 @@ from foveate.patterns.listed import document_numbers
 from foveate.patterns.place import Place
 from foveate.patterns.placed import split
 
+DECAYS_IN_GAPS = "log_decay adds up the gates of padding that lies between two tokens of a text: remove it"
+
 
 @dataclass(frozen=True, eq=False)
 class Positioned(Bias):
@@ -52,7 +54,7 @@ def place_biases(
     if place is None or place.keeps_distances:
         return tuple(biases), pattern
     if any(isinstance(bias, LogDecay) for bias in biases):
-        raise ValueError("log_decay adds up the gates of padding that lies between two tokens of a text: remove it")
+        raise ValueError(DECAYS_IN_GAPS)
     placed = tuple(_placed(bias, place, num_keys - num_queries) for bias in biases)
     return placed, pattern & document_numbers(place.document, place.position)
 

@@ -6,6 +6,7 @@ A graph holds tensors and text: the pattern travels as what it prints, and is re
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -15,16 +16,18 @@ from torch import Tensor
 from foveate import autodiff, patterns
 from foveate.attention import bias as biases_by_name
 from foveate.attention import documents, native, tiles
-from foveate.attention.bias import Bias, RelativeTable
+from foveate.attention.bias import Alibi, Bias, LogDecay, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
-from foveate.attention.gaps import Positioned, place_biases
+from foveate.attention.gaps import DECAYS_IN_GAPS, Positioned, place_biases
 from foveate.attention.partial import Partial, lse_dtype, sums_dtype
 from foveate.attention.spec import Kernels, Spec, definition, is_plain
 from foveate.patterns.algebra import Pattern, Scene, resolve
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Layout, Points
 from foveate.patterns.parse import parse
+from foveate.patterns.place import Place
+from foveate.patterns.placed import split
 
 KERNELS: dict[str, Kernels] = {"tiles": cast(Kernels, tiles), "native": cast(Kernels, native)}
 
@@ -50,6 +53,26 @@ def visible(call: Call) -> Tensor:
     pattern, text = call.pattern, "\n".join((str(call.pattern), str(call.layout)))
     batches, heads = (call.batch, call.heads) if pattern.is_dynamic else (pattern.batches, pattern.heads)
     return _visible(call.q, call.k, list(pattern.tensors), text, call.scale, batches, heads)
+
+
+def placed(call: Call) -> tuple[Bias, ...]:
+    """The biases of a call; those by distance count positions, which an operator reads from masks."""
+    by_distance = [
+        isinstance(b, (Alibi, LogDecay)) or (isinstance(b, RelativeTable) and not b.dims) for b in call.biases
+    ]
+    if not any(by_distance) or call.layout.num_axes:
+        return call.biases
+    _check_layout(call.layout)
+    decays = any(isinstance(bias, LogDecay) for bias in call.biases)
+    text, pattern = "\n".join((str(call.pattern), str(call.layout))), call.pattern
+    positions = _positions(list(pattern.tensors), text, call.q, call.k, decays, pattern.batches)
+    place, offset = Place(torch.zeros_like(positions), positions), call.num_keys - call.num_queries
+    return tuple(
+        Positioned(bias.parameter, replace(bias, offset=0), place, offset)  # type: ignore[arg-type, call-arg]
+        if moves
+        else bias
+        for bias, moves in zip(call.biases, by_distance, strict=True)
+    )
 
 
 @lru_cache(maxsize=256)
@@ -228,6 +251,28 @@ _visible = autodiff.choice(
     "visible(Tensor q, Tensor k, Tensor[] held, str text, float scale, int batches, int heads) -> Tensor",
     _mask,
     _fake_mask,
+)
+
+
+def _read_positions(held: list[Tensor], text: str, q: Tensor, k: Tensor, decays: bool, batches: int) -> Tensor:
+    pattern, layout = text.split("\n")
+    slots = torch.arange(k.shape[2], device=q.device).expand(batches, -1).contiguous()
+    place = split(parse(pattern, held), _layout(layout), k.shape[2])[1]
+    if place is None or place.keeps_distances:
+        return slots  # which also keep log decay right, and the operator, that refuses the rest, in the graph
+    if decays:
+        raise ValueError(DECAYS_IN_GAPS)
+    return place.position.to(q.device).expand(batches, -1).contiguous()
+
+
+def _fake_positions(held: list[Tensor], text: str, q: Tensor, k: Tensor, decays: bool, batches: int) -> Tensor:
+    return q.new_empty(batches, k.shape[2], dtype=torch.int64)
+
+
+_positions = autodiff.choice(
+    "positions(Tensor[] held, str text, Tensor q, Tensor k, bool decays, int batches) -> Tensor",
+    _read_positions,
+    _fake_positions,
 )
 _attend.register_autograd(_backward, setup_context=_setup)
 _attend_backward.register_autograd(_second_backward, setup_context=_setup_backward)

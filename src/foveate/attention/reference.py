@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,12 @@ def refuse(call: Call) -> str | None:
 
 def run(call: Call) -> Partial:
     """Weights of every pair, masked and summed."""
-    return weigh(call.q, call.k, call.v, visible(call), call)
+    mask = visible(call)
+    if torch.compiler.is_compiling():
+        from foveate.attention import ops
+
+        call = replace(call, biases=ops.placed(call))
+    return weigh(call.q, call.k, call.v, mask, call)
 
 
 def weigh(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, how: Call | Spec) -> Partial:
@@ -64,15 +71,19 @@ def _dropped(weights: Tensor, how: Call | Spec) -> Tensor:
 
 
 def visible(call: Call) -> Tensor:
-    """The dense mask of a call's pattern, (B or 1, H, N, M)."""
+    """The dense mask of a call's pattern for each of its heads, (B or 1, H, N, M)."""
+    mask = pattern_mask(call)
+    return mask.repeat_interleave(call.heads // mask.shape[1], dim=1)
+
+
+def pattern_mask(call: Call) -> Tensor:
+    """The dense mask of a call's pattern, (B or 1, heads that it tells apart, N, M)."""
     if torch.compiler.is_compiling() or (call.pattern.is_dynamic and traced(call.q, call.k)):
         from foveate.attention import ops  # which knows every implementation
 
-        mask = ops.visible(call)
-    else:
-        scene = Scene(call.num_queries, call.num_keys, call.layout, call.q.detach(), call.k.detach(), call.scale)
-        mask = dense_mask(resolve(call.pattern, scene), scene, call.q.device)
-    return mask.repeat_interleave(call.heads // mask.shape[1], dim=1)
+        return ops.visible(call)
+    scene = Scene(call.num_queries, call.num_keys, call.layout, call.q.detach(), call.k.detach(), call.scale)
+    return dense_mask(resolve(call.pattern, scene), scene, call.q.device)
 
 
 def _indices(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -50,6 +50,7 @@ def score_function(fn: Callable[..., Tensor], *tensors: Tensor) -> ScoreFunction
     well, whose answers count for nothing; where they are to have gradients, they must be finite there too. It runs on
     "reference" and, on GPUs, "flex".
 
+    >>> import torch
     >>> from foveate import attend, causal
     >>> q = k = v = torch.randn(1, 2, 5, 8)
     >>> gain = torch.ones(2, requires_grad=True)

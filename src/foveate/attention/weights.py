@@ -67,6 +67,7 @@ def sparsemax() -> Weights:
     Martins and Astudillo, From Softmax to Sparsemax, arXiv 1602.02068. Runs on "reference"; it has no row sums by
     which parts merge.
 
+    >>> import torch
     >>> from foveate import attend
     >>> q, k = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 0.5, -3.0]).view(1, 1, 3, 1)
     >>> attend(q, k, torch.eye(3).view(1, 1, 3, 3), weights=sparsemax())
@@ -123,6 +124,7 @@ def sinkhorn(iterations: int = 3) -> Weights:
     takes as many queries as keys, of the same tokens, and no causal pattern: a token hidden from all queries is
     padding, and gives zeros as a query. Runs on "reference"; it has no row sums by which parts merge.
 
+    >>> import torch
     >>> from foveate import attend
     >>> q, k = torch.randn(2, 1, 1, 5, 4)
     >>> attend(q, k, torch.eye(5).view(1, 1, 5, 5), weights=sinkhorn(31)).sum(2).round(decimals=3)
