@@ -31,7 +31,10 @@ Kernel = Callable[[bytes], int]
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor | None:
     """Heads out (B, H, N, Dv) of a plain call; None if it is none."""
-    kernel, band = _kernel(), None if pattern.tensors else _band(pattern)  # one that holds tensors is never a band
+    kernel, band = (
+        _kernel(),
+        None if getattr(pattern, "tensors", True) else _band(pattern),
+    )  # with tensors: no band
     if kernel is None or band is None or not _is_served(q, k, v):
         return None
     batch, heads, num_queries, dim = q.shape
