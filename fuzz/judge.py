@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TRIES = 16  # of moved inputs, before a disagreement is believed
+TRIES = 64  # of moved inputs, before a disagreement is believed
 ULPS = 4.0  # of the sizes that were summed
 
 Definition = Callable[..., Sequence[Tensor]]  # tensors in, tensors out, computed in the dtype of the tensors
