@@ -143,6 +143,15 @@ def test_plots_are_well_formed_and_name_every_mechanism(plot: Any, width: int) -
     assert all(-20 <= n <= 940 for n in numbers)
 
 
+def test_intervals_end_where_the_plot_does() -> None:
+    wide = made_up_entry("unsure", speed=1.3, change=-0.002, width=0.9)
+    wide.timings[:] = [replace(timing, speedup=Spread(1.3, 0.01, 40.0, 5)) for timing in wide.timings]
+    root = ET.fromstring(quality_plot(made_up_results([wide]), 920, 480))
+    paths = [path.get("d", "") for path in root.iter("path") if path.get("class") == "whisker"]
+    across, upright = ([float(n) for n in re.findall(r"-?\d+\.?\d*", path)] for path in paths)
+    assert across[::2] == [58, 908] and upright[1::2] == [34, 432]
+
+
 def test_the_front_is_what_no_other_beats() -> None:
     results = some_results()
     assert [entry.name for entry in front(results)] == ["window(64)", "streaming_llm", "moba", "exact", "slow"]

@@ -154,8 +154,8 @@ def _point(
         None
         if exact
         else join(
-            line([(x(speed.low), at[1]), (x(speed.high), at[1])], "whisker"),
-            line([(at[0], y(quality.change_low)), (at[0], y(quality.change_high))], "whisker"),
+            line([(x.inside(speed.low), at[1]), (x.inside(speed.high), at[1])], "whisker"),
+            line([(at[0], y.inside(quality.change_low)), (at[0], y.inside(quality.change_high))], "whisker"),
         )
     )
     return tag(

@@ -34,6 +34,10 @@ class Scale:
     def holds(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    def inside(self, value: float) -> float:
+        """The pixel of a value, or of the end of the scale that is nearest to it."""
+        return self(min(max(value, self.low), self.high))
+
 
 def symlog(threshold: float) -> Transform:
     """Nearly linear below the threshold, logarithmic above it, odd.
