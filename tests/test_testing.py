@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any, ClassVar
 
 import pytest
@@ -18,7 +19,7 @@ from foveate.patterns import Pattern, Scene, causal, full, sinks, window
 from foveate.patterns.algebra import Bounds, Boxes, Index
 from foveate.patterns.sequence import Window
 from foveate.recurrence import recur
-from foveate.testing import check_mixer, check_pattern, reference_only, seeing
+from foveate.testing import check_mixer, check_pattern, numbers, reference_only, seeing
 from foveate.testing.mixer import PROPERTIES
 
 
@@ -40,6 +41,19 @@ def test_a_broken_mixer_fails_where_it_is_broken(mixer: type[Mixer], seed: int) 
 
 def test_every_property_can_fail() -> None:
     assert set().union(*BROKEN.values()) == {prop.name for prop in PROPERTIES}
+
+
+@pytest.mark.parametrize("passing", list(itertools.product([True, False], repeat=3)))
+def test_low_precision_must_do_on_most_inputs(passing: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = iter(passing)
+
+    def judge(_: object, dtype: torch.dtype, *__: object) -> None:
+        assert dtype != torch.float32 or next(judged), "error"
+
+    monkeypatch.setattr(numbers, "_low_precision", judge)
+    found = check_mixer(Sound, seed=0, raise_on_failure=False)
+    single = next(check for check in found.checks if check.name == "single precision")
+    assert (single.status == "passed") == (sum(passing) >= 2)
 
 
 def test_a_failure_names_the_property_the_seed_and_the_numbers() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from foveate.testing.subject import Place, Subject, lowered
 
 SINGLE_ROUNDINGS = 8.0  # sums in another order: at float32 both errors are a few roundings
 MOVE = 1e-6  # of central differences
-INPUTS = 3  # tried in low precision: on one of them the definition may by chance hit the exact numbers
+INPUTS = 3  # in low precision most of them must pass: on one the definition may by chance hit the exact numbers
 
 
 def definition(subject: Subject) -> None:
@@ -89,19 +89,24 @@ def differentiated(
 
 def single_precision(subject: Subject) -> None:
     """In float32, at most twice the definition's error: outputs, and the gradients of input and parameters."""
-    _on_one_of_some_inputs(subject, torch.float32, SINGLE_ROUNDINGS)
+    _on_most_inputs(subject, torch.float32, SINGLE_ROUNDINGS)
 
 
 def half_precision(subject: Subject) -> None:
     """In bfloat16, at most twice the definition's error plus one rounding: outputs and the input's gradient."""
-    _on_one_of_some_inputs(subject, torch.bfloat16, 1.0)
+    _on_most_inputs(subject, torch.bfloat16, 1.0)
 
 
-def _on_one_of_some_inputs(subject: Subject, dtype: torch.dtype, roundings: float) -> None:
-    for _ in range(INPUTS - 1):
-        with suppress(AssertionError):
-            return _low_precision(subject, dtype, roundings)
-    _low_precision(subject, dtype, roundings)
+def _on_most_inputs(subject: Subject, dtype: torch.dtype, roundings: float) -> None:
+    passed = failed = 0
+    while passed <= INPUTS // 2:
+        try:
+            _low_precision(subject, dtype, roundings)
+            passed += 1
+        except AssertionError:
+            failed += 1
+            if failed > INPUTS // 2:
+                raise
 
 
 def _low_precision(subject: Subject, dtype: torch.dtype, roundings: float) -> None:
