@@ -431,7 +431,10 @@ def test_viper_modulates_its_scan_by_what_each_token_matches() -> None:
         state = state + (step[:, t] * u[:, t]).unsqueeze(-1) * write[:, t, None, :]
         outs.append((state * read[:, t, None, :]).sum(-1) + ssm.skip * u[:, t])
     y = torch.stack(outs, 1) * silu(gate)
-    assert_close(mixer(x, context=patches), film(mixer.leave, mixer.to_out(y)))
+    out, expected = mixer(x, context=patches), film(mixer.leave, mixer.to_out(y))
+    assert_close(out, expected)
+    mine, plain = (torch.autograd.grad(each.square().sum(), [*mixer.parameters()]) for each in (out, expected))
+    assert_close(mine, plain)
 
 
 @pytest.mark.paper("Viper-F1", "works_when")

@@ -12,6 +12,7 @@ from foveate.mixers.base import Mixer
 from foveate.mixers.mamba import NEVER, Chosen, SelectiveScan
 from foveate.mixers.recurrent import widened
 from foveate.mixers.registry import register
+from foveate.mixers.sparse import JUMPS
 from foveate.patterns import Layout
 
 
@@ -55,6 +56,8 @@ class ViperScan(Mixer):
     >>> mixer(text, context=patches).shape
     torch.Size([2, 12, 64])
     """
+
+    exempt: ClassVar[dict[str, str]] = JUMPS
 
     tiny: ClassVar[dict[str, Any]] = {"top": 5, "match": 12}
 
