@@ -27,10 +27,11 @@ from foveate import (
     window,
 )
 from foveate.attention.call import prepare
-from foveate.attention.flex import attend_flex
+from foveate.attention.flex import attend_flex, score_mod
 from foveate.mixers.chunked import ChunkedCore
 from foveate.mixers.core import PatternCore
 from foveate.mixers.delta import DeltaCore
+from foveate.patterns.flex import to_block_mask
 
 B, H, G, D = 2, 4, 2, 5
 
@@ -149,6 +150,18 @@ def test_flex_attention_is_given_the_function_as_its_score_mod() -> None:
     bias = [alibi(torch.rand(H)), score_function(bent, gain, table)]
     call, _ = prepare(q, k, v, causal, bias, "softmax", None, 3.0, None, needs_lse=False)
     got = attend_flex(call, flex_attention).out
+    torch.testing.assert_close(got, attend(q, k, v, causal, bias=bias, softcap=3.0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@torch.no_grad()
+def test_flex_attention_compiles_the_function() -> None:
+    q, k, v = (torch.randn(B, H, 128, 16) for _ in range(3))
+    bias = [alibi(torch.rand(H)), score_function(bent, torch.randn(B, H), torch.randn(H, 7))]
+    call, _ = prepare(q, k, v, causal, bias, "softmax", None, 3.0, None, needs_lse=False)
+    run, mask = torch.compile(flex_attention), to_block_mask(causal, 128, 128)
+    got = run(q, k, v, score_mod=score_mod(call), block_mask=mask, scale=call.scale)
     torch.testing.assert_close(got, attend(q, k, v, causal, bias=bias, softcap=3.0), atol=1e-5, rtol=1e-5)
 
 

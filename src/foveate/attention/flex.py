@@ -60,7 +60,7 @@ def attend_flex(call: Call, flex_attention: Any) -> Partial:
         call.q,
         call.k,
         call.v,
-        score_mod=_score_mod(call) if call.softcap is not None or call.biases or call.functions else None,
+        score_mod=score_mod(call) if call.softcap is not None or call.biases or call.functions else None,
         block_mask=mask,
         scale=call.scale,
         enable_gqa=call.k.shape[1] != call.heads,
@@ -69,14 +69,16 @@ def attend_flex(call: Call, flex_attention: Any) -> Partial:
     return Partial(out, aux.lse)
 
 
-def _score_mod(call: Call) -> Any:
+def score_mod(call: Call) -> Any:
+    """What FlexAttention makes of each logit of a call."""
+
     def score(logit: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         if call.softcap is not None:
             logit = call.softcap * torch.tanh(logit / call.softcap)
         for bias in call.biases:
             logit = logit + bias.values(batch, head, q, k).to(logit.dtype)
         for function in call.functions:
-            logit = function(logit, batch, head, q, k)
+            logit = function.fn(logit, batch, head, q, k, *function.tensors).to(logit.dtype)  # one number, no shape
         return logit
 
     return score
