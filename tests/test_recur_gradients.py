@@ -26,7 +26,8 @@ def test_agree_with_finite_differences(decay: str, update: str, impl: str) -> No
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(recur(**dict(zip(names, tensors, strict=True)), impl=impl, chunk=4))
 
-    assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in values])
+    # along random directions: a wrong Jacobian is off there, too
+    assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in values], fast_mode=True)
 
 
 @every_decay
