@@ -309,18 +309,9 @@ def backward(draw: Draw) -> None:
         raise Refused(str(reason)) from None
     for name, leaf, got in zip(names, leaves, grads, strict=True):
         demand(got.dtype == leaf.dtype, f"the gradient of {name} is {got.dtype}, not {leaf.dtype}")
-    far = 1.0
-    if (
-        found.q.dtype == torch.float64 and found.dense.weights == "softmax"
-    ):  # weights are as exact as row sums of logits
-        q, k, _, *parameters = found.clean
-        logits = found.dense.logits(q, k, parameters[0] if found.dense.bias != "none" else None)
-        far = max([far, *torch.where(found.dense.mask, logits, 0).abs().flatten().tolist()])
-
-    def sizes(*tensors: Tensor) -> list[Tensor]:
-        return [far * x for x in bounds(found.dense, *tensors)]
-
-    judged = Judge(lambda *x: gradients(found.dense, *x), [*found.clean, grad], found.q.dtype, sizes)
+    judged = Judge(
+        lambda *x: gradients(found.dense, *x), [*found.clean, grad], found.q.dtype, lambda *x: bounds(found.dense, *x)
+    )
     judged(["out", *(f"gradient of {name}" for name in names)], [out, *grads])
 
 
