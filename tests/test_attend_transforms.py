@@ -21,8 +21,10 @@ from foveate import (
     attend,
     attend_partial,
     causal,
+    document_numbers,
     full,
     key_padding,
+    log_decay,
     neighborhood,
     relative_table,
     sigmoid,
@@ -157,6 +159,67 @@ def test_vmap_equals_a_loop_with_gradients(pattern: Any) -> None:
         pairs = zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (got, torch.stack(each))), strict=True)
         for one, other in pairs:
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # within torch.func
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("impl", ["auto", "tiles", "reference"])
+def test_vmap_over_masks_and_numbers_of_documents(pattern: Any, impl: str) -> None:
+    q, k, v = inputs(3, 2)
+    real = torch.rand(3, 2, 7) < 0.7
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+        return attend(q, k, v, pattern & key_padding(real), impl=impl)
+
+    def numbered(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+        return attend(q, k, v, pattern & document_numbers(real.long()), impl=impl)
+
+    for run in (padded, numbered):
+        each = torch.stack([run(q[i], k[i], v[i], real[i]) for i in range(3)])
+        torch.testing.assert_close(torch.vmap(run)(q, k, v, real), each)
+    if impl == "auto":
+        grad = torch.vmap(torch.func.grad(lambda *x: numbered(*x).square().sum()))(
+            *(x.detach() for x in (q, k, v)), real
+        )
+        torch.testing.assert_close(grad, torch.autograd.grad(each.square().sum(), q)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["auto", "tiles"])
+def test_vmap_beside_the_gates_of_a_batch(impl: str) -> None:
+    q, k, v = inputs(3, 2)
+    gates = -torch.rand(2, 4, 7)
+    each = [attend(*x, causal, bias=log_decay(gates), impl=impl) for x in zip(q, k, v, strict=True)]
+    got = torch.vmap(lambda q, k, v: attend(q, k, v, causal, bias=log_decay(gates), impl=impl))(q, k, v)
+    torch.testing.assert_close(got, torch.stack(each))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("biased", ["alibi", "table"])
+def test_padding_between_tokens_is_no_distance_in_traces_either(biased: str, impl: str) -> None:
+    q, k, v = (x.detach() for x in inputs(2))
+    real = torch.rand(3, 2, 7) < 0.7
+    slopes, table = torch.rand(4), torch.randn(4, 5)
+    bias = alibi(slopes) if biased == "alibi" else relative_table(table)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+        return attend(q, k, v, causal & key_padding(real), bias=bias, impl=impl)
+
+    def formula(real: Tensor) -> Tensor:
+        place = real.long().cumsum(1)
+        distance = (place.unsqueeze(2) - place.unsqueeze(1)).unsqueeze(1)
+        clipped = distance.clamp(-2, 2).squeeze(1) + 2
+        logits = -slopes.view(-1, 1, 1) * distance.abs() if biased == "alibi" else table[:, clipped].transpose(0, 1)
+        mask = torch.ones(7, 7, dtype=torch.bool).tril() & real[:, None, None, :] & real[:, None, :, None]
+        weights = torch.exp(q @ k.repeat_interleave(2, 1).mT / 3**0.5 + logits) * mask
+        return (weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)) @ v.repeat_interleave(2, 1)
+
+    want = torch.stack([formula(each) for each in real])
+    torch.testing.assert_close(torch.stack([run(q, k, v, each) for each in real]), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.vmap(run, (None, None, None, 0))(q, k, v, real), want, rtol=1e-4, atol=1e-5)
+    recorded, compiled = make_fx(run)(q, k, v, real[0]), torch.compile(run, backend="eager", fullgraph=True)
+    for each, its in zip(real, want, strict=True):
+        torch.testing.assert_close(recorded(q, k, v, each), its, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(q, k, v, each), its, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # within torch.func

@@ -171,8 +171,9 @@ def test_packed_documents(pattern: Pattern, mask: Mask, impl: str) -> None:
 @every_pattern
 def test_padding(pattern: Pattern, mask: Mask, side: str, impl: str) -> None:
     length, place = 29, torch.arange(29)
-    kept = torch.tensor([[29], [17], [1]])
-    real = {"left": place >= length - kept, "right": place < kept, "inner": torch.rand(3, length) < 0.6}[side]
+    kept = torch.tensor([[29], [17], [17], [1]])  # two entries alike, which are run together
+    inner = (torch.rand(3, length) < 0.6)[[0, 1, 1, 2]]
+    real = {"left": place >= length - kept, "right": place < kept, "inner": inner}[side]
     documents = [(entry, torch.nonzero(row).squeeze(1)) for entry, row in enumerate(real)]
     assert_alone(pattern & key_padding(real), mask, impl, documents, length)
 
@@ -240,6 +241,70 @@ def test_a_choice_among_dropped_keys_is_refused() -> None:
         attend(q, k, v, topk_keys(3) & where)
 
 
+@every_impl
+def test_a_choice_is_refused_where_the_window_beside_it_looks_back_at_dropped_keys(impl: str) -> None:
+    q, k, v = heads(1, 9, impl)
+    where = document_numbers(torch.zeros(9, dtype=torch.long), torch.arange(20, 29))
+    with pytest.raises(ValueError, match="dropped the first 20"):
+        attend(q[:, :, -2:], k, v, topk_keys(3) & window(8) & where, impl=impl)
+    attend(q[:, :, -2:], k, v, topk_keys(3) & window(7) & where, impl=impl)
+
+
+@every_impl
+@pytest.mark.parametrize("inside", [blocks(8) & causal, sinks(7), topk_blocks(4, k=2) & window(3)], ids=str)
+def test_told_positions_hold_beside_padding_and_packing(inside: Pattern, impl: str) -> None:
+    """Positions that the caller names are counted anew only where a document is cut into several."""
+    q, k, v = heads(2, 12, impl)
+    numbers, told = torch.zeros(12, dtype=torch.long), torch.arange(12) + 5
+    later = [x[:, :, -6:] for x in (q, k, v)] if inside.is_dynamic else [q, k, v]
+    numbers, told = numbers[-later[0].shape[2] :], told[-later[0].shape[2] :]
+    later[0] = later[0][:, :, -3:]
+    pattern, length = document_numbers(numbers, told) & inside, len(told)
+    alone = attend(*later, pattern, impl=impl)
+    real = torch.ones(2, length, dtype=torch.bool)
+    torch.testing.assert_close(attend(*later, pattern & key_padding(real), impl=impl), alone)
+    torch.testing.assert_close(attend(*later, pattern, layout=Packed([length]), impl=impl), alone)
+    torch.testing.assert_close(attend(*later, pattern & document_numbers(numbers), impl=impl), alone)
+
+
+@every_impl
+def test_told_positions_skip_what_padding_hides_and_start_again_in_parts(impl: str) -> None:
+    q, k, v = heads(1, 9, impl)
+    numbers, told = torch.zeros(9, dtype=torch.long), torch.arange(9) + 3
+    real = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    out = attend(q, k, v, document_numbers(numbers, told) & blocks(4) & key_padding(real), impl=impl)
+    group = (torch.arange(9) + 3) // 4
+    mask = (group.unsqueeze(1) == group) & real
+    want = alone(lambda q, k: mask, q[0], k[0], v[0], torch.arange(9))
+    torch.testing.assert_close(out[0][:, real[0]].double(), want[:, real[0]], atol=2e-5, rtol=2e-5)
+    cut = attend(q, k, v, document_numbers(numbers, told) & sinks(1), layout=Packed([4, 5]), impl=impl)
+    first = torch.tensor([0] * 4 + [4] * 5)
+    torch.testing.assert_close(cut, v.repeat_interleave(2, 1)[:, :, first])
+
+
+@every_impl
+@pytest.mark.parametrize("told", [[0, 1, 5, 6, 7, 9], [4, 5, 6, 1, 2, 3], [2, 1, 0, 3, 5, 4]], ids=str)
+def test_told_positions_may_have_gaps_and_any_order(told: list[int], impl: str) -> None:
+    """As in caches that keep some keys of a text, or write over the oldest."""
+    q, k, v = heads(1, 6, impl)
+    place, slopes = torch.tensor(told), torch.rand(HEADS).to(q.dtype)
+    distance = place.unsqueeze(1) - place
+    where = document_numbers(torch.zeros(6, dtype=torch.long), place)
+    cases = [
+        (causal, distance >= 0),
+        (window(2), distance.abs() <= 2),
+        (blocks(4) & causal, (place.unsqueeze(1) // 4 == place // 4) & (distance >= 0)),
+        (sinks(2) | window(0, 1), (place < 2) & (distance >= 0) | (distance <= 0) & (distance >= -1)),
+    ]
+    for pattern, mask in cases:
+        for bias, logits in ((None, None), (alibi(slopes), -slopes.double().view(-1, 1, 1) * distance.abs())):
+            out = attend(q, k, v, pattern & where, bias=bias, impl="auto" if bias and impl == "native" else impl)
+            want = alone(lambda q, k, mask=mask: mask, q[0], k[0], v[0], torch.arange(6), logits)  # type: ignore[misc]
+            torch.testing.assert_close(out[0].double(), want, atol=2e-5, rtol=2e-5)
+    with pytest.raises(ValueError, match="some are missing"):
+        attend(q, k, v, topk_keys(2) & where, impl=impl)
+
+
 def test_rows_that_are_padding_are_zero_and_have_no_weight() -> None:
     q, k, v = heads(1, 9, "tiles")
     real = torch.arange(9).unsqueeze(0) >= 4
@@ -280,3 +345,21 @@ def test_selections_of_documents_are_their_masks() -> None:
             own = pattern.select(q[entry : entry + 1, :, slots], k[entry : entry + 1, :, slots]).to_dense()[0]
             assert torch.equal(dense[entry][:, slots][:, :, slots], own)
             assert not dense[entry][:, :, ~row].any() and not dense[entry][:, ~row].any()
+
+
+@pytest.mark.parametrize("pattern", [blocks(24) & causal | sinks(3), prefix(20) | window(9), power_of_two(4)], ids=str)
+def test_selections_of_long_documents_are_their_masks_and_no_more(pattern: Pattern) -> None:
+    """Where documents are longer than tiles, bounds say which tiles are needed and which are full."""
+    place = torch.arange(400)
+    numbers = torch.stack([torch.where(place < 130, -1, 0), torch.where(place < 70, 4, 1), torch.full((400,), 2)])
+    q = k = torch.zeros(3, 1, 400, 1)
+    chosen = (pattern & document_numbers(numbers)).select(q, k)
+    dense = chosen.to_dense()
+    for entry, row in enumerate(numbers):
+        want = torch.zeros(400, 400, dtype=torch.bool)
+        for number in row.unique()[row.unique() >= 0]:
+            slots = torch.nonzero(row == number).squeeze(1)
+            want[slots.unsqueeze(1), slots] = pattern.mask(len(slots))[0, 0]
+        assert torch.equal(dense[entry, 0], want)
+    padded = torch.nn.functional.pad(dense, (0, 48, 0, 48)).unflatten(2, (7, 64)).unflatten(4, (7, 64))
+    assert chosen.num_tiles <= int(padded.any(5).any(3).sum())

@@ -21,7 +21,6 @@ from foveate.adapt.traced_masks import in_graph, maker_of, traced_documents, tra
 from foveate.patterns import Pattern, blocks, boolean_mask, causal, full, key_padding, window
 from foveate.patterns.algebra import Index
 from foveate.patterns.listed import DocumentNumbers
-from foveate.patterns.place import Place
 
 IndexFunction = Callable[..., Tensor]
 REMAPPED = "remap_positions_for_packed_sequence"
@@ -88,7 +87,7 @@ def _unpacked(function: IndexFunction) -> tuple[IndexFunction, Tensor | None]:
 
 
 def _numbered(documents: Tensor) -> Pattern:
-    return DocumentNumbers(documents.long(), Place.counted(documents.long()).position)
+    return DocumentNumbers(documents.long())
 
 
 def _where(extent: Extent, num_keys: int, mask: Tensor | None, pattern: Pattern) -> Pattern | None:

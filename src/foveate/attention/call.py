@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from foveate.attention.bias import Bias
 from foveate.attention.biases import BiasLike, beside, checked, split_bias
@@ -18,6 +17,7 @@ from foveate.attention.score import ScoreFunction
 from foveate.attention.weights import Kind, Weights, as_weights
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.layouts import Layout, Sequence
+from foveate.plain import traced
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,7 +93,8 @@ def prepare(
     biases = tuple(checked(added, weights, q, k, pattern, layout))
     if weights.normalise is not None:
         _check_normalised(weights, q, k, pattern, needs_lse)
-    if not is_compiling():  # there the operator looks, which alone knows what masks hold
+    parameters = (one.parameter for one in biases)
+    if not traced(q, k, v, *parameters, *pattern.tensors):  # there operators look, which alone know what masks hold
         biases, pattern = place_biases(biases, pattern, layout, q.shape[2], k.shape[2])
     if pattern.batches not in (1, q.shape[0]):
         raise ValueError(f"{pattern} is for a batch of {pattern.batches}, but q has {q.shape[0]}")

@@ -84,6 +84,8 @@ def _runs_by_document(
     parts = list(leaves(rest))
     if any(leaf.depends_on == "slot" or leaf.needs_axes for leaf in parts) or scene.layout.num_axes:
         return False  # what is said of slots holds for the whole call
+    if not place.is_consecutive:
+        return False
     if not all(bias.in_documents(place) for bias in biases) or (drops and not place.keeps_distances):
         return False
     return any(leaf.by_number for leaf in leaves(pattern)) or any(moves(leaf, place, scene) for leaf in parts)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from foveate.attention.call import Call
+from foveate.attention.gaps import by_distance
 from foveate.attention.partial import Partial
 from foveate.patterns.layouts import Packed
-from foveate.plain import differentiated
+from foveate.plain import differentiated, traced
 
 
 def refuse(call: Call) -> str | None:
@@ -28,6 +29,8 @@ def refuse(call: Call) -> str | None:
         return "it has no float64"
     if call.k.shape[1] != call.v.shape[1]:
         return "it wants as many key heads as value heads"
+    if by_distance(call.biases) and call.pattern.tensors and traced(*call.tensors):
+        return "padding between tokens, which biases by distance must not count, is seen by other operators only"
     if call.pattern.is_dynamic or call.pattern.heads not in (1, call.heads):
         return "dynamic and group-wise patterns are left to tiles"
     return None

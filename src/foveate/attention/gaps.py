@@ -14,8 +14,6 @@ from foveate.patterns.listed import document_numbers
 from foveate.patterns.place import Place
 from foveate.patterns.placed import split
 
-DECAYS_IN_GAPS = "log_decay adds up the gates of padding that lies between two tokens of a text: remove it"
-
 
 @dataclass(frozen=True, eq=False)
 class Positioned(Bias):
@@ -35,8 +33,8 @@ class Positioned(Bias):
 
     def _at(self, batch: Index, slot: Tensor) -> Tensor:
         """Positions; those of padding mean nothing."""
-        last = self.place.num_slots - 1
-        return self.place.position.to(slot.device)[self.place.row(batch), slot.clamp(0, last)]
+        inside = slot.clamp(0, self.place.num_slots - 1)
+        return self.place.position.to(slot.device)[self.place.row(batch), inside] + (slot - inside)
 
     def in_documents(self, place: Place) -> bool:
         return True
@@ -49,14 +47,33 @@ def place_biases(
     biases: Sequence[Bias], pattern: Pattern, layout: Layout, num_queries: int, num_keys: int
 ) -> tuple[tuple[Bias, ...], Pattern]:
     """Where padding lies between tokens: biases by distance told where these stand, and a pattern that says it too."""
-    by_distance = any(isinstance(bias, (Alibi, LogDecay, RelativeTable)) for bias in biases)
-    place = split(pattern, layout, num_keys)[1] if by_distance and not layout.num_axes else None
-    if place is None or place.keeps_distances:
+    if not by_distance(biases):
         return tuple(biases), pattern
-    if any(isinstance(bias, LogDecay) for bias in biases):
-        raise ValueError(DECAYS_IN_GAPS)
+    place = gaps_in(pattern, layout, num_keys, decays=any(isinstance(bias, LogDecay) for bias in biases))
+    if place is None:
+        return tuple(biases), pattern
     placed = tuple(_placed(bias, place, num_keys - num_queries) for bias in biases)
     return placed, pattern & document_numbers(place.document, place.position)
+
+
+def by_distance(biases: Sequence[Bias]) -> bool:
+    """Whether what lies between two tokens could change a bias."""
+    return any(isinstance(bias, (Alibi, LogDecay, RelativeTable)) for bias in biases)
+
+
+def gaps_in(pattern: Pattern, layout: Layout, num_keys: int, *, decays: bool) -> Place | None:
+    """Where tokens stand, if padding lies between some of them; refused where log decays would count it."""
+    place = None if layout.num_axes else split(pattern, layout, num_keys)[1]
+    if place is None or place.keeps_distances:
+        return None
+    if decays:
+        raise ValueError("log_decay adds up the gates of padding that lies between two tokens of a text: remove it")
+    return place
+
+
+def placed_at(bias: Bias, position: Tensor, offset: int) -> Bias:
+    """A bias that reads the position (B, M) of each key slot, if it is one by distance."""
+    return _placed(bias, Place(position, position), offset)
 
 
 def _placed(bias: Bias, place: Place, offset: int) -> Bias:

@@ -16,18 +16,16 @@ from torch import Tensor
 from foveate import autodiff, patterns
 from foveate.attention import bias as biases_by_name
 from foveate.attention import documents, native, tiles
-from foveate.attention.bias import Alibi, Bias, LogDecay, RelativeTable
+from foveate.attention.bias import Bias, LogDecay, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
-from foveate.attention.gaps import DECAYS_IN_GAPS, Positioned, place_biases
+from foveate.attention.gaps import Positioned, gaps_in, place_biases, placed_at
 from foveate.attention.partial import Partial, lse_dtype, sums_dtype
 from foveate.attention.spec import Kernels, Spec, definition, is_plain
 from foveate.patterns.algebra import Pattern, Scene, resolve
 from foveate.patterns.dense import dense_mask
 from foveate.patterns.layouts import Layout, Points
 from foveate.patterns.parse import parse
-from foveate.patterns.place import Place
-from foveate.patterns.placed import split
 
 KERNELS: dict[str, Kernels] = {"tiles": cast(Kernels, tiles), "native": cast(Kernels, native)}
 
@@ -55,24 +53,19 @@ def visible(call: Call) -> Tensor:
     return _visible(call.q, call.k, list(pattern.tensors), text, call.scale, batches, heads)
 
 
-def placed(call: Call) -> tuple[Bias, ...]:
-    """The biases of a call; those by distance count positions, which an operator reads from masks."""
-    by_distance = [
-        isinstance(b, (Alibi, LogDecay)) or (isinstance(b, RelativeTable) and not b.dims) for b in call.biases
-    ]
-    if not any(by_distance) or call.layout.num_axes:
-        return call.biases
+def positioned(call: Call) -> tuple[Call, Tensor]:
+    """The call with biases told where tokens stand, and which queries (B, 1, N, 1) are tokens.
+
+    What :func:`foveate.attention.gaps.place_biases` does where it may look at what masks hold.
+    """
     _check_layout(call.layout)
-    decays = any(isinstance(bias, LogDecay) for bias in call.biases)
-    text, pattern = "\n".join((str(call.pattern), str(call.layout))), call.pattern
-    positions = _positions(list(pattern.tensors), text, call.q, call.k, decays, pattern.batches)
-    place, offset = Place(torch.zeros_like(positions), positions), call.num_keys - call.num_queries
-    return tuple(
-        Positioned(bias.parameter, replace(bias, offset=0), place, offset)  # type: ignore[arg-type, call-arg]
-        if moves
-        else bias
-        for bias, moves in zip(call.biases, by_distance, strict=True)
-    )
+    text = "\n".join((str(call.pattern), str(call.layout), *(_bias_text(bias) for bias in call.biases)))
+    position = _positions(call.k, list(call.pattern.tensors), text)
+    offset = call.num_keys - call.num_queries
+    ahead = max(-offset, 0)  # queries before the first key
+    tokens = torch.nn.functional.pad(position[:, max(offset, 0) :] >= 0, (ahead, 0), value=True)
+    biases = tuple(placed_at(bias, position, offset) for bias in call.biases)
+    return replace(call, biases=biases), tokens[:, None, :, None]
 
 
 @lru_cache(maxsize=256)
@@ -247,6 +240,18 @@ def _fake_mask(q: Tensor, k: Tensor, held: list[Tensor], text: str, scale: float
     return q.new_empty(batches, heads, q.shape[2], k.shape[2], dtype=torch.bool)
 
 
+def _position(k: Tensor, held: list[Tensor], text: str) -> Tensor:
+    pattern, layout, *biases = text.split("\n")
+    place = gaps_in(parse(pattern, held), _layout(layout), k.shape[2], decays=LogDecay.__name__ in biases)
+    position = torch.arange(k.shape[2], device=k.device) if place is None else place.position.to(k.device)
+    return position.expand(k.shape[0], -1).clone(memory_format=torch.contiguous_format)
+
+
+def _fake_position(k: Tensor, held: list[Tensor], text: str) -> Tensor:
+    return k.new_empty(k.shape[0], k.shape[2], dtype=torch.int64)
+
+
+_positions = autodiff.choice("positions(Tensor k, Tensor[] held, str text) -> Tensor", _position, _fake_position)
 _visible = autodiff.choice(
     "visible(Tensor q, Tensor k, Tensor[] held, str text, float scale, int batches, int heads) -> Tensor",
     _mask,
@@ -254,26 +259,6 @@ _visible = autodiff.choice(
 )
 
 
-def _read_positions(held: list[Tensor], text: str, q: Tensor, k: Tensor, decays: bool, batches: int) -> Tensor:
-    pattern, layout = text.split("\n")
-    slots = torch.arange(k.shape[2], device=q.device).expand(batches, -1).contiguous()
-    place = split(parse(pattern, held), _layout(layout), k.shape[2])[1]
-    if place is None or place.keeps_distances:
-        return slots  # which also keep log decay right, and the operator, that refuses the rest, in the graph
-    if decays:
-        raise ValueError(DECAYS_IN_GAPS)
-    return place.position.to(q.device).expand(batches, -1).contiguous()
-
-
-def _fake_positions(held: list[Tensor], text: str, q: Tensor, k: Tensor, decays: bool, batches: int) -> Tensor:
-    return q.new_empty(batches, k.shape[2], dtype=torch.int64)
-
-
-_positions = autodiff.choice(
-    "positions(Tensor[] held, str text, Tensor q, Tensor k, bool decays, int batches) -> Tensor",
-    _read_positions,
-    _fake_positions,
-)
 _attend.register_autograd(_backward, setup_context=_setup)
 _attend_backward.register_autograd(_second_backward, setup_context=_setup_backward)
 _attend_backward.register_vmap(partial(autodiff.looped, _attend_backward))
@@ -283,10 +268,9 @@ _attend_backward.register_vmap(partial(autodiff.looped, _attend_backward))
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
     """Queries, keys and values as more entries of the batch, where nothing else tells entries apart."""
     tensors, (parameters, held, text, *rest) = inputs[:3], inputs[3:]
-    pattern = parse(text.split("\n")[2], held)
-    shared = pattern.batches == 1 and all(x.dim() < 3 or x.shape[0] == 1 for x in parameters)
     dropped = rest[-1] is not None  # by the number of the batch entry
-    if dropped or not shared or any(dim is not None for dims in in_dims[3:5] for dim in dims or ()):
+    mapped = any(dim is not None for dims in in_dims[3:5] for dim in dims or ())
+    if dropped or mapped or not _shared_by_entries(parameters, held, text):
         return autodiff.looped(_attend, info, in_dims, *inputs)
     size = info.batch_size
     spread = (
@@ -294,3 +278,9 @@ def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
     )
     out, lse = _attend(*(x.flatten(0, 1) for x in spread), parameters, held, text, *rest)
     return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
+
+
+def _shared_by_entries(parameters: list[Tensor], held: list[Tensor], text: str) -> bool:
+    """Whether neither the pattern nor a bias tells entries of the batch apart."""
+    alike = all(x.dim() < 3 or x.shape[0] == 1 for x in parameters)  # (B, H, M) log decays and (B, H, N, M)
+    return alike and parse(text.split("\n")[2], held).batches == 1

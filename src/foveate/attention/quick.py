@@ -31,10 +31,7 @@ Kernel = Callable[[bytes], int]
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor | None:
     """Heads out (B, H, N, Dv) of a plain call; None if it is none."""
-    kernel, band = (
-        _kernel(),
-        None if getattr(pattern, "tensors", True) else _band(pattern),
-    )  # with tensors: no band
+    kernel, band = _kernel(), _band(pattern) if _may_be_band(pattern) else None
     if kernel is None or band is None or not _is_served(q, k, v):
         return None
     batch, heads, num_queries, dim = q.shape
@@ -66,6 +63,10 @@ def _is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if q.dtype not in c.DTYPES or not q.dtype is k.dtype is v.dtype or not q.dim() == k.dim() == v.dim() == 4:
         return False
     return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+
+
+def _may_be_band(pattern: object) -> bool:
+    return isinstance(pattern, Pattern) and not pattern.tensors  # nor may one that holds tensors be kept
 
 
 @lru_cache(maxsize=256)

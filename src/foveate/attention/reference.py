@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from foveate.attention.call import Call
+from foveate.attention.gaps import by_distance
 from foveate.attention.partial import Partial
 from foveate.attention.spec import Spec
 from foveate.patterns.algebra import Scene, resolve
@@ -23,10 +22,11 @@ def refuse(call: Call) -> str | None:
 def run(call: Call) -> Partial:
     """Weights of every pair, masked and summed."""
     mask = visible(call)
-    if torch.compiler.is_compiling():
+    if by_distance(call.biases) and traced(*call.tensors):
         from foveate.attention import ops
 
-        call = replace(call, biases=ops.placed(call))
+        call, tokens = ops.positioned(call)
+        mask = mask & tokens
     return weigh(call.q, call.k, call.v, mask, call)
 
 
@@ -78,12 +78,19 @@ def visible(call: Call) -> Tensor:
 
 def pattern_mask(call: Call) -> Tensor:
     """The dense mask of a call's pattern, (B or 1, heads that it tells apart, N, M)."""
-    if torch.compiler.is_compiling() or (call.pattern.is_dynamic and traced(call.q, call.k)):
+    if traced(*call.tensors) and _goes_by_operator(call):
         from foveate.attention import ops  # which knows every implementation
 
         return ops.visible(call)
     scene = Scene(call.num_queries, call.num_keys, call.layout, call.q.detach(), call.k.detach(), call.scale)
     return dense_mask(resolve(call.pattern, scene), scene, call.q.device)
+
+
+def _goes_by_operator(call: Call) -> bool:
+    """Whether a mask is found by an operator, which may look at numbers that are traced; its pattern goes as text."""
+    from foveate.attention import ops
+
+    return torch.compiler.is_compiling() or call.pattern.is_dynamic or ops.travels(call)
 
 
 def _indices(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

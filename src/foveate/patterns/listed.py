@@ -74,11 +74,13 @@ class DocumentNumbers(Pattern):
     """Keys of the query's own document, by a number for each key slot of each batch entry (-1: no token)."""
 
     document: Tensor  # (B, M) int64
-    position: Tensor
+    position: Tensor | None = None  # counted in each document
     depends_on = "slot"
     by_number = True
 
-    text = "document_numbers(..., ...)"
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return f"document_numbers(...{'' if self.position is None else ', ...'})"
 
     @property
     def batches(self) -> int:  # type: ignore[override]
@@ -86,12 +88,16 @@ class DocumentNumbers(Pattern):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.document, self.position)
+        return (self.document,) if self.position is None else (self.document, self.position)
 
     def places_tokens(self, num_keys: int) -> Place:
         if self.document.shape[1] != num_keys:
             raise ValueError(f"document_numbers has {self.document.shape[1]} keys, but there are {num_keys}")
-        return _kept(self, lambda: Place(*(x.clone() for x in self.tensors)))
+        return _kept(self, self._place)
+
+    def _place(self) -> Place:
+        document = self.document.clamp_min(NOWHERE)
+        return Place.counted(document) if self.position is None else Place(document, self.position.clone(), given=True)
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         document, row = self.document.to(q.device), batch if len(self.document) > 1 else 0
@@ -119,11 +125,11 @@ def document_numbers(numbers: Tensor, positions: Tensor | None = None) -> Patter
     for name, each in (("numbers", numbers), ("positions", positions)):
         if each is not None and (each.is_floating_point() or each.dtype == torch.bool or each.shape != numbers.shape):
             raise ValueError(f"document_numbers takes whole numbers (M,) or (B, M); got {name} {_described(each)}")
-    if numbers.dim() not in (1, 2) or (numbers.numel() and int(numbers.min()) < NOWHERE):
+    fits = numbers.dim() in (1, 2)
+    if not fits or (numbers.numel() and not traced(numbers) and int(numbers.min()) < NOWHERE):
         raise ValueError(f"document_numbers takes numbers (M,) or (B, M) from -1 on; got {_described(numbers)}")
     document = torch.atleast_2d(numbers).long()
-    position = Place.counted(document).position if positions is None else torch.atleast_2d(positions).long()
-    return DocumentNumbers(document, position)
+    return DocumentNumbers(document, None if positions is None else torch.atleast_2d(positions).long())
 
 
 def _described(x: Tensor) -> str:

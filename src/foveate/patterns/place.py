@@ -27,6 +27,7 @@ class Document(NamedTuple):
     batch: slice
     slots: Slots
     first: int  # position of the first token; above 0 where a cache has dropped those before it
+    is_consecutive: bool  # whether the others follow it one by one
 
     def queries(self, offset: int) -> Slots:
         """The queries among these tokens, where query i is the token of key slot ``i + offset``."""
@@ -41,6 +42,7 @@ class Place:
 
     document: Tensor
     position: Tensor
+    given: bool = False  # whether positions were told rather than counted
 
     @classmethod
     def counted(cls, document: Tensor) -> Place:
@@ -59,11 +61,21 @@ class Place:
         return cls(document, torch.where(document == NOWHERE, NOWHERE, position))
 
     def also(self, other: Place) -> Place:
-        """Tokens that share a document in both; positions are those of the finer documents, counted anew."""
+        """Tokens that share a document in both; positions are counted anew, unless they were told and still hold."""
         document, others = torch.broadcast_tensors(self.document, other.document)
         many = int(others.max()) + 2 if others.numel() else 1
         joint = torch.where((document == NOWHERE) | (others == NOWHERE), NOWHERE, document * many + others)
+        for place in (self, other):
+            if place.given and not place._is_split_by(joint):
+                return Place(joint, torch.where(joint == NOWHERE, NOWHERE, place.position), given=True)
         return Place.counted(joint)
+
+    def _is_split_by(self, joint: Tensor) -> bool:
+        """Whether tokens of one document lie in several of these."""
+        own = self.document.expand_as(joint)
+        entry = torch.arange(len(joint), device=joint.device).unsqueeze(1).expand_as(joint)
+        numbers = torch.stack([entry, own, joint])[:, joint != NOWHERE]
+        return numbers.unique(dim=1).shape[1] != numbers[:2].unique(dim=1).shape[1]
 
     @property
     def num_slots(self) -> int:
@@ -82,6 +94,18 @@ class Place:
         return all(isinstance(document.slots, slice) for document in self.documents)
 
     @cached_property
+    def is_consecutive(self) -> bool:
+        """Whether every document is its first position and those that follow it, in order."""
+        return all(document.is_consecutive for document in self.documents)
+
+    @cached_property
+    def ascends(self) -> bool:
+        """Whether positions rise along the slots of every document."""
+        document, order = torch.sort(self.document, dim=1, stable=True)
+        falls = self.position.gather(1, order).diff(dim=1) <= 0
+        return not bool((falls & (document.diff(dim=1) == 0) & (document[:, 1:] != NOWHERE)).any())
+
+    @cached_property
     def documents(self) -> list[Document]:
         """Every document; neighbouring batch entries with equal ones share them, as all do in a place for all."""
         if len(self.document) == 1:
@@ -92,7 +116,7 @@ class Place:
         for _, group in groupby(zip(self._row_numbers(), rows, strict=True), key=lambda pair: pair[0]):
             same = [row for _, row in group]
             batch = slice(entry, entry + len(same))
-            found += [Document(batch, slots, first) for slots, first in same[0]]
+            found += [Document(batch, *each) for each in same[0]]
             entry += len(same)
         return found
 
@@ -106,15 +130,17 @@ class Place:
         return batch if len(self.document) > 1 else 0
 
 
-def _documents_of(document: Tensor, position: Tensor) -> Iterator[tuple[Slots, int]]:
-    """Slots and first position of the documents of one batch entry, by their first slot."""
+def _documents_of(document: Tensor, position: Tensor) -> Iterator[tuple[Slots, int, bool]]:
+    """Slots, first position and whether the others follow, of the documents of one batch entry, by their first slot."""
     slots = torch.nonzero(document != NOWHERE).squeeze(1)
     slots = slots[torch.argsort(document[slots], stable=True)]
     counts = torch.unique_consecutive(document[slots], return_counts=True)[1]
     ends = counts.cumsum(0)
     firsts, lasts = slots[ends - counts], slots[ends - 1]
     begins = position[firsts]
-    whole = (lasts - firsts + 1 == counts) & (position[lasts] - begins + 1 == counts)
-    numbers = zip(*(each.tolist() for each in (firsts, lasts, ends, counts, begins, whole)), strict=True)
-    for first, last, end, count, begin, is_whole in sorted(numbers):
-        yield slice(first, last + 1) if is_whole else slots[end - count : end], begin
+    follows = pad((position[slots].diff() == 1).long(), (1, 0)).cumsum(0)  # steps of one up to each token
+    consecutive = follows[ends - 1] - follows[ends - counts] + 1 == counts
+    whole = (lasts - firsts + 1 == counts) & consecutive
+    numbers = zip(*(each.tolist() for each in (firsts, lasts, ends, counts, begins, consecutive, whole)), strict=True)
+    for first, last, end, count, begin, is_consecutive, is_whole in sorted(numbers):
+        yield slice(first, last + 1) if is_whole else slots[end - count : end], begin, is_consecutive

@@ -27,8 +27,10 @@ def moves(leaf: Pattern, place: Place, scene: Scene) -> bool:
     """Whether a leaf says something else once its positions are those of documents."""
     if leaf.is_dynamic:
         return True
-    if leaf.needs_axes or scene.layout.num_axes or leaf.depends_on in ("order", "slot"):
+    if leaf.needs_axes or scene.layout.num_axes or leaf.depends_on == "slot":
         return False
+    if leaf.depends_on == "order":
+        return not place.ascends
     return not (leaf.depends_on == "distance" and place.keeps_distances)
 
 
@@ -45,6 +47,8 @@ def check_complete(leaf: Pattern, document: Document, offset: int, reach: int | 
 
     ``offset`` queries of the document came before, and no query looks further back than ``reach``.
     """
+    if leaf.is_dynamic and not document.is_consecutive:
+        raise ValueError(f"{leaf} chooses among all keys of a text, but its positions tell that some are missing")
     if leaf.is_dynamic and document.first > 0 and (reach is None or offset < reach):
         raise ValueError(
             f"{leaf} chooses among all keys of a text, but its cache has dropped the first {document.first}: "
