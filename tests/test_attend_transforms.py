@@ -193,6 +193,22 @@ def test_vmap_beside_the_gates_of_a_batch(impl: str) -> None:
     torch.testing.assert_close(got, torch.stack(each))
 
 
+@pytest.mark.parametrize("impl", ["auto", "tiles", "reference"])
+def test_gates_of_padding_between_tokens_are_refused_in_graphs_too(impl: str) -> None:
+    q, k, v = (x.detach() for x in inputs(1))
+    gates, real = -torch.rand(1, 4, 7), torch.arange(7).unsqueeze(0) >= 2
+
+    def run(real: Tensor) -> Tensor:
+        return attend(q, k, v, causal & key_padding(real), bias=log_decay(gates), impl=impl)
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(real), run(real), rtol=1e-4, atol=1e-5)
+    real[0, 4] = False
+    for call in (run, compiled):
+        with pytest.raises(ValueError, match="gates of padding"):
+            call(real)
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("biased", ["alibi", "table"])
 def test_padding_between_tokens_is_no_distance_in_traces_either(biased: str, impl: str) -> None:
@@ -202,7 +218,8 @@ def test_padding_between_tokens_is_no_distance_in_traces_either(biased: str, imp
     bias = alibi(slopes) if biased == "alibi" else relative_table(table)
 
     def run(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
-        return attend(q, k, v, causal & key_padding(real), bias=bias, impl=impl)
+        out = attend(q, k, v, causal & key_padding(real), bias=bias, impl=impl)
+        return out * real[:, None, :, None]  # what padding asks for means nothing
 
     def formula(real: Tensor) -> Tensor:
         place = real.long().cumsum(1)

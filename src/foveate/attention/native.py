@@ -25,6 +25,7 @@ from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band, band_of
 from foveate.patterns.layouts import Layout
 from foveate.patterns.selection import Selection
+from foveate.plain import traced
 
 
 def refuse(call: Call) -> str | None:
@@ -40,6 +41,8 @@ def refuse(call: Call) -> str | None:
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
         if c.misaligned(x):
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
+    if any(isinstance(bias, LogDecay) for bias in call.biases) and call.pattern.tensors and traced(*call.tensors):
+        return "whether padding lies between tokens, whose gates would count, is seen before it gets the decay"
     for bias in call.biases:
         known = (Dense, PerHead, Alibi, RelativeTable, LogDecay)
         if type(bias) not in known and not (isinstance(bias, Positioned) and runs_by_document(call)):
