@@ -259,6 +259,28 @@ def test_mswa_layers_cost_less_than_one_window_for_all() -> None:
 # ---- static and chosen blocks -----------------------------------------------------------------------------
 
 
+@pytest.mark.paper("PowerAttention", "definition")
+@pytest.mark.paper("PowerAttention", "works_when")
+@pytest.mark.parametrize(("near", "block", "first"), [(3, 2, 1), (5, 4, 0), (4, 3, 5)])
+def test_power_attention_is_its_mask_whole_and_step_by_step(near: int, block: int, first: int) -> None:
+    q, k, v = qkv(41)
+    query, key = torch.arange(41).unsqueeze(1), torch.arange(41)
+    seen = (query - key < near) | (key < first)
+    for power in range(6):
+        seen |= query // block - key // block == 2**power
+    seen &= query >= key
+    agree(power_core(window=near, block=block, sinks=first)(q, k, v, within=causal), plain(q, k, v, seen), q, k, v)
+    model = mixer("power_attention", 32, heads=4, kv_heads=2, window=near, block=block, sinks=first).double()
+    x = heads(2, 41, 32)
+    q, k, v = (
+        split_heads(layer(x), number)
+        for layer, number in zip((model.to_q, model.to_k, model.to_v), (4, 2, 2), strict=True)
+    )
+    agree(model(x), model.to_out(plain(q, k, v, seen).transpose(1, 2).flatten(2)), x, *model.parameters())
+    torch.testing.assert_close(stepped(model, x), model(x))
+
+
+@pytest.mark.paper("PowerAttention", "works_when")
 def test_power_attention_reaches_the_last_two_to_the_d_blocks_in_d_layers() -> None:
     """Token by token: each carries what it is through layers whose weights are nowhere 0 by chance."""
     block, blocks = 3, 32

@@ -78,6 +78,7 @@ def best_of(plain: Reader, length: int) -> Reader:
     return max(found, key=lambda model: model.accuracy(4 * length))
 
 
+@pytest.mark.paper("DeciMamba", "works_when")
 def test_decimation_finds_passkeys_at_sixteen_times_the_length() -> None:
     """On the average of several trained models: no single one of them is chosen."""
     length, gains = 16, []
