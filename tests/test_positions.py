@@ -363,3 +363,15 @@ def test_selections_of_long_documents_are_their_masks_and_no_more(pattern: Patte
         assert torch.equal(dense[entry, 0], want)
     padded = torch.nn.functional.pad(dense, (0, 48, 0, 48)).unflatten(2, (7, 64)).unflatten(4, (7, 64))
     assert chosen.num_tiles <= int(padded.any(5).any(3).sum())
+
+
+@every_impl
+@pytest.mark.parametrize("pattern", [blocks(4) & causal | sinks(2), topk_keys(2)], ids=str)
+def test_a_padded_pattern_first_used_without_gradients_trains_later(pattern: Pattern, impl: str) -> None:
+    q, k, v = heads(1, 11, impl)
+    padded = pattern & key_padding(torch.tensor([[0, 1, 1, 0, 1, 0, 1, 1, 1, 1, 0]], dtype=torch.bool))
+    with torch.inference_mode():
+        first = attend(q, k, v, padded, impl=impl)
+    out = attend(q, k, v, padded, impl=impl)
+    torch.testing.assert_close(out, first.clone())
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v)))

@@ -108,6 +108,10 @@ class Place:
     @cached_property
     def documents(self) -> list[Document]:
         """Every document; neighbouring batch entries with equal ones share them, as all do in a place for all."""
+        with torch.inference_mode(False):  # they are kept, and may have to serve calls that want gradients
+            return self._listed()
+
+    def _listed(self) -> list[Document]:
         if len(self.document) == 1:
             return [Document(slice(None), *each) for each in _documents_of(self.document[0], self.position[0])]
         rows = [list(_documents_of(*row)) for row in zip(self.document, self.position, strict=True)]
