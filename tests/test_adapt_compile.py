@@ -39,7 +39,7 @@ def test_another_swap_is_another_graph() -> None:
     model, inputs = tiny("Llama", num_hidden_layers=1), given(False)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for pattern in (PATTERN, full):
+    for pattern in (PATTERN, full, topk_blocks(4, k=2), window(6), window(3), PATTERN):
         with replace_attention(model, pattern):
             expected = model(**inputs, use_cache=False)[0]
             torch.testing.assert_close(compiled(**inputs, use_cache=False)[0], expected, atol=1e-5, rtol=1e-4)

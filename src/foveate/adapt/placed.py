@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 from weakref import WeakValueDictionary
 
 import torch
@@ -32,6 +33,7 @@ class Token:
 
     def __init__(self, core: Core, heads: tuple[int, ...] | None = None) -> None:
         self.core, self.heads = core, heads
+        self.key = uuid4().hex  # graphs of torch.compile are told apart by it, as they do not look into patterns
         self.none: Token | None = None if heads == () else Token(core, ())
         self.switches: list[Switch] = []
         self.drops = "dropout" in inspect.signature(type(core).__call__).parameters
@@ -123,7 +125,10 @@ def at_work(module: nn.Module, remembered: dict[int, tuple[Token, ...]] | None) 
     """
     record = record_of(module)
     now = () if record is None else tuple(record.tokens)
-    if torch.compiler.is_compiling() or not module.training:
+    if torch.compiler.is_compiling():
+        assert all([token.key != "" for token in now])  # read, so that another swap is another graph
+        return now
+    if not module.training:
         return now
     if remembered is not None:
         return remembered.get(id(module), now) if _recomputes() else remembered.setdefault(id(module), now)
