@@ -346,3 +346,8 @@ def test_nothing_in_nothing_out(pattern: Any, impl: str) -> None:
             assert all(not x.any() for x in torch.autograd.grad(out.sum(), (q, k, v)))
         with torch.no_grad():
             assert attend(q, k, v, pattern).shape == out.shape
+
+
+def test_second_derivatives_in_double_precision_by_default() -> None:
+    q, k, v = inputs(1, length=6, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda *x: attend(*x, causal), (q, k, v), fast_mode=True)

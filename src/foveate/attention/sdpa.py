@@ -39,11 +39,18 @@ def refuse(call: Call) -> str | None:
         return "it wants as many key heads as value heads"
     if any(not isinstance(bias, Dense) for bias in call.biases):
         return "it has dense biases only"
+    if call.q.dtype == torch.float64 and call.q.is_cpu and _wants_gradient(call):
+        return "its gradient in float64 could not be differentiated again"
     if is_plain(call.q, call.k, call.v) and not _is_finite(call):
         return "what is not finite would reach rows that do not see it, and leave rows that do at zero"
     if _needs_mask(call) and call.num_queries * call.num_keys >= SMALL:
         return f"{call.pattern} would cost it a dense {call.num_queries} x {call.num_keys} mask"
     return None
+
+
+def _wants_gradient(call: Call) -> bool:
+    tensors = (call.q, call.k, call.v, *(bias.parameter for bias in call.biases))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def run(call: Call) -> Partial:
