@@ -178,7 +178,10 @@ def _place(draw: Draw, problem: Problem) -> None:
 
 
 def implementation(draw: Draw, problem: Problem) -> str:
-    return "auto" if draw.chance(0.85) else draw.one(("native", "tiles", "sdpa", "reference"))
+    wanted = "auto" if draw.chance(0.85) else draw.one(("native", "tiles", "sdpa", "reference"))
+    finite = all(bool(x.isfinite().all()) for x in (problem.q, problem.k, problem.v))
+    # torch's own products in bfloat16 spread NaN to the next row (oneDNN with AMX, odd inner sizes).
+    return wanted if finite or problem.q.dtype != torch.bfloat16 else "auto"
 
 
 def lengths(draw: Draw) -> tuple[int, int]:
@@ -200,7 +203,7 @@ def called(draw: Draw, found: Problem, impl: str) -> Tensor:
         with torch.no_grad(), anything(draw):
             out = fv.attend(found.q, found.k, found.v, found.pattern, impl=impl, **found.options)
     except NotImplementedError as reason:
-        if impl == "auto":
+        if impl == "auto" and "Points" not in str(reason):  # which no traced operator takes
             raise
         raise Refused(str(reason)) from None
     demand(out.dtype == found.q.dtype, f"out is {out.dtype}, q {found.q.dtype}")
@@ -246,8 +249,13 @@ def with_lse(draw: Draw) -> None:
     """Out and lse of a call; and parts of the keys, merged."""
     found = problem(draw, *lengths(draw))
     options = dict(found.options)
-    with torch.no_grad(), anything(draw):
-        whole = fv.attend_partial(found.q, found.k, found.v, found.pattern, **options)
+    try:
+        with torch.no_grad(), anything(draw):
+            whole = fv.attend_partial(found.q, found.k, found.v, found.pattern, **options)
+    except NotImplementedError as reason:
+        if "Points" not in str(reason):
+            raise
+        raise Refused(str(reason)) from None
     both = Judge(found.dense, found.clean, found.q.dtype, found.dense.sizes, spoiled=spoiled(found))
     if whole.lse is None:
         both(["out"], [whole.out])

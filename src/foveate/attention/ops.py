@@ -83,7 +83,10 @@ def travels(call: Call) -> bool:
 
 def _check_layout(layout: Layout) -> None:
     if isinstance(layout, Points):
-        raise NotImplementedError("a Points layout cannot be traced by torch.compile: attend outside of it")
+        raise NotImplementedError(
+            "a Points layout cannot be traced by torch.compile, nor serve tensors that are not plain (fake, subclasses,"
+            " views that negate): attend on plain tensors, outside of what traces"
+        )
 
 
 def _bias_text(bias: Bias) -> str:

@@ -136,7 +136,7 @@ class Steps(Inputs):
     """Inputs with several keys and values to a token, one after another; queries read after the last."""
 
     def only(self, real: Tensor) -> Inputs:
-        return super().only(real.repeat_interleave(self.k.shape[2] // real.shape[1], dim=1))
+        return super().only(real.repeat_interleave(self.k.shape[2] // max(real.shape[1], 1), dim=1))
 
 
 @register(
