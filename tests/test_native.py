@@ -279,3 +279,15 @@ def other_work() -> Iterator[None]:
         done.set()
         for worker in workers:
             worker.join()
+
+
+def test_weights_too_small_for_normal_numbers_are_zero_and_the_callers_arithmetic_stays_as_it_was() -> None:
+    """Logits 95 apart: float32's exponentials are below its least normal number there."""
+    q = torch.full((1, 1, 200, 1), 1.0)
+    k = torch.where(torch.arange(200) == 7, 0.0, -95.0).view(1, 1, 200, 1)
+    v = torch.ones(1, 1, 200, 1)
+    v[0, 0, 7] = 0
+    out = attend(q, k, v, scale=1.0, impl="native")
+    assert not out.any()
+    tiny = torch.tensor(1e-40)
+    assert 0 < float(tiny * 0.5) < float(tiny)
