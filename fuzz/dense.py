@@ -21,10 +21,11 @@ class Dense:
     weights: str = "softmax"
     dims: tuple[int, ...] = ()
     positions: Tensor | None = None  # (B or 1, M): of each key's token in its text, where padding lies in between
+    in_order: bool = False  # sum the products of q and k one after the other, as kernels of large tiles do
 
     def logits(self, q: Tensor, k: Tensor, parameter: Tensor | None) -> Tensor:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        logits = self.scale * (q @ k.mT)
+        logits = self.scale * (summed_in_order(q, k) if self.in_order else q @ k.mT)
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if parameter is None or self.bias == "none":
@@ -80,7 +81,18 @@ class Dense:
 
     def sizes(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         out, *lse = self(q, k, v.abs(), *more)
+        if self.weights == "sigmoid":  # as exact as logits, which have several roundings even where a cap hides q and k
+            logits = self.logits(q, k, more[0] if self.bias != "none" else None)
+            out = out * (1 + torch.where(self.mask, logits, 0).abs().amax((2, 3), keepdim=True) / 2)
         return out, *(x.abs() + 1 for x in lse)
+
+
+def summed_in_order(q: Tensor, k: Tensor) -> Tensor:
+    """q @ k.mT, one channel after the other."""
+    logits = q.new_zeros(*q.shape[:3], k.shape[2])
+    for channel in range(q.shape[3]):
+        logits = logits + q[..., channel, None] * k[..., None, :, channel]
+    return logits
 
 
 def summed(weights: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 TRIES = 64  # of moved inputs, before a disagreement is believed
 ULPS = 4.0  # of the sizes that were summed
+FLUSHED = 512  # summed terms below the least normal number, which kernels may take for 0
 DOUBLE_ULPS = 2.0**14  # the same in float64, where nothing is wider: what logits and sums of rows lose stays lost
 
 Definition = Callable[..., Sequence[Tensor]]  # tensors in, tensors out, computed in the dtype of the tensors
@@ -29,13 +30,14 @@ class Judge:
 
     ``low`` is the dtype of the plain computation. ``sizes`` gives results without cancellation, from the same inputs
     and in the same order, whose rounding is always allowed; by default the results themselves. What comes out is
-    besides allowed one rounding to its own dtype.
+    besides allowed one rounding to its own dtype. ``other`` is the definition computed in another order of sums.
     """
 
     definition: Definition
     inputs: Sequence[Tensor]
     low: torch.dtype
     sizes: Definition | None = None
+    other: Definition | None = None
     ulps: float = ULPS
     spoiled: Tensor | None = None  # rows that see what is not finite: all of them may be NaN
 
@@ -57,7 +59,7 @@ class Judge:
         mine = mine.double()
         finite = same_finite(name, mine, plain, truth, self.spoiled)
         off, by_plain, of = (norm(x, finite) for x in (mine - truth, plain - truth, truth))
-        floor = stored * of + (least + 8 * torch.finfo(self.low).tiny) * truth.numel()
+        floor = stored * of + (least + FLUSHED * torch.finfo(self.low).tiny) * truth.numel()
         if off <= 2 * by_plain + floor:
             return
         if self.sizes is not None:
@@ -66,12 +68,18 @@ class Judge:
         floor += (stored + ulps * torch.finfo(self.low).eps) * of
         if off <= 2 * by_plain + floor:
             return
-        spread = self.spread(number, truth, finite)
+        spread = max(self.spread(number, truth, finite), self.by_other(number, truth, finite))
         if not off <= 2 * max(by_plain, spread) + floor:
             raise Disagreement(
                 f"{name} is off by {off:.3g} of {of:.3g} (a plain {str(self.low).removeprefix('torch.')} computation "
                 f"by {by_plain:.3g}, rounded inputs by {spread:.3g}); {worst(mine, truth, finite)}"
             )
+
+    def by_other(self, number: int, truth: Tensor, finite: Tensor) -> float:
+        if self.other is None:
+            return 0.0
+        result = self.other(*(x.detach().to(self.low) for x in self.inputs))[number].detach().double()
+        return norm(result - truth, finite & result.isfinite())
 
     def spread(self, number: int, truth: Tensor, finite: Tensor) -> float:
         """How far the result goes when inputs move by a unit of rounding, computed exactly and plainly."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -220,7 +220,10 @@ def judge(found: Problem) -> Judge:
     def sizes(*tensors: Tensor) -> tuple[Tensor, ...]:
         return found.dense.sizes(*tensors)[:1]
 
-    return Judge(first, found.clean, found.q.dtype, sizes, spoiled=spoiled(found))
+    def in_order(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return replace(found.dense, in_order=True)(*tensors)[:1]
+
+    return Judge(first, found.clean, found.q.dtype, sizes, in_order, spoiled=spoiled(found))
 
 
 def spoiled(found: Problem) -> Tensor | None:
@@ -256,7 +259,8 @@ def with_lse(draw: Draw) -> None:
         if "Points" not in str(reason):
             raise
         raise Refused(str(reason)) from None
-    both = Judge(found.dense, found.clean, found.q.dtype, found.dense.sizes, spoiled=spoiled(found))
+    in_order = replace(found.dense, in_order=True)
+    both = Judge(found.dense, found.clean, found.q.dtype, found.dense.sizes, in_order, spoiled=spoiled(found))
     if whole.lse is None:
         both(["out"], [whole.out])
         return
@@ -317,8 +321,13 @@ def backward(draw: Draw) -> None:
         raise Refused(str(reason)) from None
     for name, leaf, got in zip(names, leaves, grads, strict=True):
         demand(got.dtype == leaf.dtype, f"the gradient of {name} is {got.dtype}, not {leaf.dtype}")
+    in_order = replace(found.dense, in_order=True)
     judged = Judge(
-        lambda *x: gradients(found.dense, *x), [*found.clean, grad], found.q.dtype, lambda *x: bounds(found.dense, *x)
+        lambda *x: gradients(found.dense, *x),
+        [*found.clean, grad],
+        found.q.dtype,
+        lambda *x: bounds(found.dense, *x),
+        lambda *x: gradients(in_order, *x),
     )
     judged(["out", *(f"gradient of {name}" for name in names)], [out, *grads])
 
