@@ -14,7 +14,7 @@ DEMO_MECHANISMS = -m streaming_llm -m 'streaming_llm(window=256)' -m 'window(511
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 # The tests that run the kernels, rather than build or find them.
-KERNEL_TESTS := $(filter-out $(addprefix tests/test_native_,build.py neon.py sanitized.py),$(wildcard tests/test_native*.py))
+KERNEL_TESTS := $(filter-out $(addprefix tests/kernels/test_,build.py neon.py sanitized.py),$(wildcard tests/kernels/test_*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all fuzz lint docs clean
@@ -52,8 +52,8 @@ lint: $(DEV_READY)
 docs: $(DEV_READY)
 	$(PY) -m foveate.catalogue.index
 	$(PY) -m foveate.catalogue.evidence tests
-	$(PY) -m foveate.lab.catalogue_page docs/catalogue.md
-	$(PY) -m foveate.lab.patterns_page docs
+	$(PY) -m foveate.lab.pages.catalogue docs/catalogue.md
+	$(PY) -m foveate.lab.pages.patterns docs
 
 clean:
 	rm -rf .venv out/demo
@@ -67,7 +67,7 @@ $(DEV_READY):
 
 # Where the processor has better than AVX2, the first run did not touch these kernels.
 define with_avx2
-@if $(PY) -c 'import sys; from foveate.native.processor import lacks; from foveate.native.variants import BY_NAME; sys.exit(lacks(BY_NAME["avx2"]))'; \
+@if $(PY) -c 'import sys; from foveate.kernels.cpu.processor import lacks; from foveate.kernels.cpu.variants import BY_NAME; sys.exit(lacks(BY_NAME["avx2"]))'; \
 then echo 'The tests of the native kernels once more, with AVX2:' && FOVEATE_ISA=avx2 $(PYTEST) $(1) $(KERNEL_TESTS); \
 else echo 'The AVX2 kernels are not tested: this processor does not run them.'; fi
 endef

@@ -14,10 +14,10 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from foveate.native.build import build  # noqa: E402
-from foveate.native.compiler import CannotCompile, Compiler, find_compiler  # noqa: E402
-from foveate.native.processor import family, lacks  # noqa: E402
-from foveate.native.variants import SOURCES, VARIANTS, Variant  # noqa: E402
+from foveate.kernels.cpu.build import build  # noqa: E402
+from foveate.kernels.cpu.compiler import CannotCompile, Compiler, find_compiler  # noqa: E402
+from foveate.kernels.cpu.processor import family, lacks  # noqa: E402
+from foveate.kernels.cpu.variants import SOURCES, VARIANTS, Variant  # noqa: E402
 
 
 class MaybeNative(Distribution):
@@ -35,7 +35,7 @@ class BuildKernels(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            self.distribution.holds_kernels = compile_into(Path(self.build_lib, "foveate", "native", "lib"))
+            self.distribution.holds_kernels = compile_into(Path(self.build_lib, "foveate", "kernels", "cpu", "lib"))
 
 
 class Wheel(bdist_wheel):

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from foveate.lab import machine
+from foveate.lab.measure import machine
 
 RESULTS = Path(__file__).parent / "results"
 Run = Callable[[], tuple[Tensor, ...]]

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from benchmarks.contest import seconds_of
-from foveate.native.loader import library
+from foveate.kernels.cpu.loader import library
 
 SECONDS = 0.3  # for each rate
 COPIES = 12

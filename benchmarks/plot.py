@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from benchmarks.plot_lengths import TALL, has_no_rival, over_lengths
 from benchmarks.report import best, lead, milliseconds
 from benchmarks.targets import OURS
-from foveate.lab import machine
+from foveate.lab.measure import machine
 
 COLOURS = {"float32": "#2f6f9f", "bfloat16": "#c8642a"}
 INK, FAINT = "#333333", "#dddddd"

@@ -19,9 +19,9 @@ from typing import Any
 from benchmarks.report import best, lead, milliseconds
 from benchmarks.targets import OURS
 from benchmarks.titles import ATTEND, RECUR
-from foveate.lab import machine
-from foveate.lab.report_table import row
-from foveate.lab.results import Entry, Results
+from foveate.lab.compare.results import Entry, Results
+from foveate.lab.measure import machine
+from foveate.lab.report.table import row
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -16,7 +16,7 @@ from benchmarks.contest import Run
 from benchmarks.field import Settings, Work, worst_row
 from benchmarks.recur_cpu_plain import recur_loop, scan_loop
 from foveate.recurrence import recur
-from foveate.recurrence.scan import scan
+from foveate.recurrence.selective.api import scan
 
 Function = Callable[..., Tensor]  # of a problem's tensors by name
 Place = tuple[slice, ...]

@@ -30,13 +30,13 @@ from foveate import (
     vertical_slash,
     window,
 )
-from foveate.attention import native
-from foveate.attention.spec import Spec
-from foveate.lab import machine
-from foveate.native.loader import status
+from foveate.attention.impl import native
+from foveate.attention.impl.spec import Spec
+from foveate.kernels.cpu.loader import status
+from foveate.lab.measure import machine
 from foveate.patterns.algebra import Scene, resolve
-from foveate.patterns.build import build
-from foveate.patterns.dense import dense_mask
+from foveate.patterns.select.build import build
+from foveate.patterns.select.dense import dense_mask
 
 GOAL = 0.1  # of the attention's time
 CHECKED = 1000  # tokens at which every selection is first held against its dense mask

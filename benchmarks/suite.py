@@ -18,8 +18,8 @@ from benchmarks.field import Settings, Tell
 from benchmarks.limits import arithmetic
 from benchmarks.plot import draw
 from benchmarks.report import Record, table
-from foveate.lab import machine
-from foveate.native.loader import status
+from foveate.kernels.cpu.loader import status
+from foveate.lab.measure import machine
 
 
 class Named(Protocol):

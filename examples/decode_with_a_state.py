@@ -2,7 +2,7 @@
 
 import torch
 
-from foveate.mixers.registry import mixer
+from foveate.catalogue.registry import mixer
 
 DIM, HEADS, LENGTH = 64, 4, 100
 

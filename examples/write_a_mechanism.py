@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.catalogue.registry import Reference, register
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
-from foveate.mixers.registry import Reference, register
-from foveate.patterns.sequence import ByDistance
+from foveate.patterns.rules.sequence import ByDistance
 from foveate.testing import check_mixer
 
 DISTANCES = [0, 1]

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from foveate.native.compiler import find_compiler
-from foveate.native.processor import lacks
-from foveate.native.variants import VARIANTS
+from foveate.kernels.cpu.compiler import find_compiler
+from foveate.kernels.cpu.processor import lacks
+from foveate.kernels.cpu.variants import VARIANTS
 
 RUNTIMES = ("libasan.so", "libstdc++.so")
 
@@ -20,7 +20,7 @@ def environment(usual: dict[str, str]) -> dict[str, str]:
         raise SystemExit("there are no native kernels for this processor: nothing to sanitize")
     isa = usual.get("FOVEATE_ISA") or runnable[0]
     # Compiled before the sanitizers are in the process: the compiler would carry them too.
-    build = [sys.executable, "-m", "foveate.native.build", "--isa", isa, "--sanitize"]
+    build = [sys.executable, "-m", "foveate.kernels.cpu.build", "--isa", isa, "--sanitize"]
     subprocess.run(build, check=True, env=usual, stdout=subprocess.DEVNULL)
     switches = {"FOVEATE_SANITIZE": "1", "FOVEATE_ISA": isa, "ASAN_OPTIONS": "detect_leaks=0"}
     return usual | switches | {"LD_PRELOAD": " ".join(map(str, runtimes()))}

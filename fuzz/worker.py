@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from foveate.native.loader import library
+from foveate.kernels.cpu.loader import library
 from fuzz.cases import Refused, load, run_case
 from fuzz.judge import Disagreement
 from fuzz.plan import Plan

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from foveate import causal, neighborhood, window
 from foveate.attention import attend
-from foveate.native.loader import library
+from foveate.kernels.cpu.loader import library
 from foveate.patterns import Grid, random_blocks
 
 IMPL = "tiles" if library() is None else "native"

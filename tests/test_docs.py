@@ -14,7 +14,7 @@ import typer
 from benchmarks.readme_table import filled
 
 from foveate.cli import app
-from foveate.lab import catalogue_page
+from foveate.lab.pages import catalogue as catalogue_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -16,7 +16,7 @@ from fuzz.plan import Plan
 from fuzz.run import Report, run
 from fuzz.table import table
 from fuzz.worker import verdict
-from tests import faulty_kinds
+from tests.support import faulty_kinds as faulty_kinds
 
 import foveate
 from foveate import key_padding

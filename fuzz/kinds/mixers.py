@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import foveate as fv
+from foveate.catalogue.registry import Row, rows
 from foveate.mixers.base import Mixer
-from foveate.mixers.registry import Row, rows
+from foveate.testing.case import DIM, Place, Subject
 from foveate.testing.closeness import reference_only
-from foveate.testing.subject import DIM, Place, Subject
 from fuzz.cases import Refused, kind
 from fuzz.draw import Draw
 from fuzz.judge import Judge, demand

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 import foveate as fv
-from foveate.patterns import Scene, Selection, native
-from foveate.patterns.choose import Sought, choose_rows, pool
-from foveate.patterns.decided import no_rows
+from foveate.patterns import Scene, Selection
+from foveate.patterns.rules.choose import Sought, choose_rows, pool
+from foveate.patterns.rules.decided import no_rows
+from foveate.patterns.select import native
 from fuzz import trees
 from fuzz.cases import kind
 from fuzz.dense import mask_of

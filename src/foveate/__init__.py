@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from foveate.native import fork as _fork  # noqa: F401  # sees forks from now on
+from foveate.kernels.cpu import fork as _fork  # noqa: F401  # sees forks from now on
 
 __version__ = "0.1.0"
 
@@ -17,19 +17,32 @@ _HOMES = {
         "Partial Weights alibi alibi_slopes attend attend_partial attend_talking entmax entmax15 explain log_decay"
         " merge relative_table relu score_function sigmoid sinkhorn softmax sparsemax"
     ),
-    "foveate.recurrence": (
-        "Convolved Order Recurrent Scanned bidirectional causal_conv column_major cross_scan linear_scan raster recur"
-        " reverse scan scan_orders scan_step spatio_temporal windows zigzag"
+    "foveate.layouts": (
+        "Grid Order Packed Points Sequence bidirectional column_major cross_scan raster reverse scan_orders"
+        " spatio_temporal windows zigzag"
     ),
+    "foveate.recurrence": "Convolved Recurrent Scanned causal_conv linear_scan recur scan scan_step",
     "foveate.patterns": (
-        "Beside Grid Packed Pattern Points Selection Sequence block_diffusion block_mask blocks boolean_mask causal"
+        "Beside Pattern Selection block_diffusion block_mask blocks boolean_mask causal"
         " dilated document_numbers document_prefix documents full global_tokens key_padding listed_blocks lsh mask_mod"
         " mass_blocks neighborhood parse per_head power_of_two prefix random_blocks same_bucket shared_prefix"
         " sinks spans sta strided strips topk_blocks topk_keys vertical_slash window window_partition within"
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = {"attention", "recurrence", "patterns", "mixers", "models", "adapt", "compat", "lab", "testing"}
+_MODULES = {
+    "layouts",
+    "layers",
+    "attention",
+    "recurrence",
+    "patterns",
+    "mixers",
+    "models",
+    "adapt",
+    "compat",
+    "lab",
+    "testing",
+}
 
 __all__ = ["__version__", *sorted(_HOME_OF)]
 

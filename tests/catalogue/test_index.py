@@ -13,15 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 import foveate
-from foveate.catalogue import index
+from foveate.catalogue import index, registry
+from foveate.catalogue.registry import rows
 from foveate.cli import app
-from foveate.mixers import registry
-from foveate.mixers.registry import rows
 
 STORED = json.loads(index.PATH.read_text(encoding="utf-8"))
 MINE = '''
 from foveate.mixers.attention import AttentionMixer
-from foveate.mixers.registry import Reference, register
+from foveate.catalogue.registry import Reference, register
 
 
 @register("mine", papers=("MoBA",), formula="f", supports={"causal"})
@@ -67,7 +66,7 @@ def package(tmp_path: Path) -> Path:
 def run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     script = (
         "import sys; from foveate.cli import main\ntry: main()\nfinally: "
-        "print(sorted({'torch', 'foveate.mixers.sparse'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'foveate.mixers.static_sparse'} & set(sys.modules)), file=sys.stderr)"
     )
     command = [sys.executable, "-c", script, *arguments]
     environment = os.environ | {"PYTHONPATH": str(package.parent), "COLUMNS": "200"}
@@ -83,20 +82,24 @@ def test_listing_imports_no_mechanism(package: Path) -> None:
 def test_changed_files_are_read_anew_and_broken_ones_hide_nothing_else(package: Path) -> None:
     mixers = package / "mixers"
     (mixers / "new.py").write_text(MINE, encoding="utf-8")
-    (mixers / "yoso.py").unlink()
+    (mixers / "linear" / "yoso.py").unlink()
     (mixers / "worse.py").write_text("def (", encoding="utf-8")
-    with (mixers / "sparse.py").open("a", encoding="utf-8") as file:
+    with (mixers / "static_sparse" / "power_attention.py").open("a", encoding="utf-8") as file:
         file.write("\nraise RuntimeError('boom')\n")
     found = run(package, "list", "--json")
     assert found.returncode == 0
     assert "foveate.mixers.worse cannot be imported: SyntaxError" in found.stderr
-    assert "foveate.mixers.sparse cannot be imported: RuntimeError: boom" in found.stderr
+    assert "foveate.mixers.static_sparse.power_attention cannot be imported: RuntimeError: boom" in found.stderr
     there = {one["name"] for one in json.loads(found.stdout)}
     lost = index.indexed().keys() - there
-    assert "mine" in there and {"yoso", "moba", "power_attention"} <= lost
+    assert "mine" in there and {"yoso", "power_attention"} <= lost and "moba" in there
     # Besides these, only what borrows from the broken file.
-    borrowing = [path.stem for path in mixers.glob("*.py") if "foveate.mixers.sparse" in path.read_text("utf-8")]
-    assert {index.indexed()[name].module.split(".")[-1] for name in lost} <= {"yoso", "sparse", *borrowing}
+    borrowing = [
+        path.stem
+        for path in mixers.rglob("*.py")
+        if "foveate.mixers.static_sparse.power_attention" in path.read_text("utf-8")
+    ]
+    assert {index.indexed()[name].module.split(".")[-1] for name in lost} <= {"yoso", "power_attention", *borrowing}
     assert "no mechanism is called 'yoso'" in run(package, "show", "yoso").stderr
 
 

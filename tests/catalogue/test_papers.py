@@ -7,7 +7,7 @@ import re
 import pytest
 
 from foveate.catalogue.papers import TIERS, Paper, families, paper, papers
-from foveate.mixers.registry import rows
+from foveate.catalogue.registry import rows
 
 DOMAINS = {"text", "image", "video", "audio", "multimodal", "3d", "timeseries", "graph", "rl", "other"}
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from foveate.mixers import registry
+from foveate.catalogue import registry
+from foveate.catalogue.registry import Reference, register, row
 from foveate.mixers.attention import AttentionMixer
-from foveate.mixers.registry import Reference, register, row
 
 NOBODY = Reference("Nobody", "Nothing", "")
 OWN: dict[str, Any] = {"papers": None, "reference": NOBODY, "family": "none"}
@@ -70,7 +70,7 @@ def test_a_feature_nobody_knows_is_refused() -> None:
 
 def test_another_class_under_a_taken_name_is_refused() -> None:
     theirs = row("moba").mixer
-    with pytest.raises(ValueError, match=r"'moba' is taken by foveate\.mixers\.sparse\.MoBA"):
+    with pytest.raises(ValueError, match=r"'moba' is taken by foveate\.mixers\.dynamic_sparse\.moba\.MoBA"):
         added("moba", **OWN)
     assert row("moba").mixer is theirs
 
@@ -78,15 +78,15 @@ def test_another_class_under_a_taken_name_is_refused() -> None:
 def test_a_taken_name_is_refused_before_its_owner_is_imported() -> None:
     script = """
 import sys
-from foveate.mixers.registry import Reference, register
+from foveate.catalogue.registry import Reference, register
 try:
     register("moba", papers=None, reference=Reference("", "", ""), family="none", formula="", supports={"causal"})(
         type("MoBA", (), {}))
 except ValueError as error:
-    print(error, "foveate.mixers.sparse" in sys.modules)
+    print(error, "foveate.mixers.dynamic_sparse.moba" in sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "is taken by foveate.mixers.sparse.MoBA" in run.stdout
+    assert "is taken by foveate.mixers.dynamic_sparse.moba.MoBA" in run.stdout
     assert run.stdout.endswith("False\n")
 
 
@@ -97,8 +97,8 @@ def test_a_module_that_is_run_again_replaces_its_own() -> None:
 
 def test_one_mechanism_is_loaded_without_the_others() -> None:
     script = (
-        "import sys; from foveate.mixers.registry import row; row('gla');"
-        "print('foveate.mixers.gated' in sys.modules, 'foveate.mixers.nsa' in sys.modules)"
+        "import sys; from foveate.catalogue.registry import row; row('gla');"
+        "print('foveate.mixers.linear.gated' in sys.modules, 'foveate.mixers.dynamic_sparse.nsa' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "True False\n"

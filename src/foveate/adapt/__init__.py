@@ -8,14 +8,14 @@ from foveate.adapt.named import as_core
 from foveate.adapt.swap import Swap, replace_attention, swaps, use
 
 if TYPE_CHECKING:
-    from foveate.adapt.recurrent import accelerate as accelerate
+    from foveate.adapt.hf.recurrent.accelerate import accelerate as accelerate
 
 __all__ = ["Swap", "accelerate", "as_core", "replace_attention", "swaps", "use"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "accelerate":
-        from foveate.adapt.recurrent import accelerate
+        from foveate.adapt.hf.recurrent.accelerate import accelerate
 
         return accelerate
     raise AttributeError(f"module 'foveate.adapt' has no attribute {name!r}")

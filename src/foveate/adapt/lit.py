@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from foveate.mixers.relu_linear import LiTAttention
+from foveate.mixers.linear.relu_linear import LiTAttention
 from foveate.patterns import Grid
 
 Chosen = type[nn.Module] | Callable[[str, nn.Module], bool]

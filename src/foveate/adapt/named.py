@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from foveate.patterns import Pattern
 
 if TYPE_CHECKING:
+    from foveate.catalogue.registry import Row
     from foveate.mixers.core import Core
-    from foveate.mixers.registry import Row
 
 
 UNNAMED = "*"  # stands for what is given without a name
@@ -79,7 +79,7 @@ def mechanism(text: str) -> tuple[Row, dict[str, Any]] | None:
 
     Raises ValueError for a single word that is neither a mechanism nor a pattern.
     """
-    from foveate.mixers import registry
+    from foveate.catalogue import registry
     from foveate.patterns.parse import constructors
 
     name, options = _call(text.strip())

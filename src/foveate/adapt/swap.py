@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from foveate.adapt.hf.placed import Token
 from foveate.adapt.named import as_core
-from foveate.adapt.placed import Token
 from foveate.patterns import Pattern
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from foveate.adapt.layers import Layers
+    from foveate.adapt.hf.layers import Layers
     from foveate.mixers.core import Core
 
 
@@ -97,7 +97,7 @@ def use(
         TypeError: a model of a kind that no adapter knows.
         ValueError: a model that cannot be switched, or would not heed the switch, in words; no such layers or heads.
     """
-    from foveate.adapt import transformers
+    from foveate.adapt.hf import install as transformers
 
     swap = Swap(Token(as_core(core, **options), _head_numbers(heads)))
     try:
@@ -133,7 +133,7 @@ def swaps(model: nn.Module) -> list[Swap]:
     >>> swaps(twin), len(swaps(model))
     ([], 1)
     """
-    from foveate.adapt import transformers
+    from foveate.adapt.hf import install as transformers
 
     found = [Swap(token) for token in transformers.tokens_in(model)]
     for swap in found:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from foveate.attention import flex, native, reference, sdpa, tiles
 from foveate.attention.biases import BiasLike
 from foveate.attention.call import Call, prepare
+from foveate.attention.impl import flex, native, reference, sdpa, tiles
+from foveate.attention.impl.quick import attend_plain
 from foveate.attention.partial import Partial, with_sink
-from foveate.attention.quick import attend_plain
 from foveate.attention.weights import Weights
+from foveate.layouts.kinds import Layout
 from foveate.options import FORCED
 from foveate.patterns.algebra import Pattern
-from foveate.patterns.layouts import Layout
-from foveate.patterns.sequence import full
+from foveate.patterns.rules.sequence import full
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "native": native,

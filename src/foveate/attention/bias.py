@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from foveate.layouts.place import Place, Slots
 from foveate.patterns.algebra import Index
-from foveate.patterns.place import Place, Slots
 
 
 @dataclass(frozen=True, eq=False)

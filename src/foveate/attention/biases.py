@@ -12,9 +12,9 @@ from torch import Tensor
 from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, RelativeTable
 from foveate.attention.score import ScoreFunction
 from foveate.attention.weights import Weights
+from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
-from foveate.patterns.beside import Beside
-from foveate.patterns.layouts import Layout
+from foveate.patterns.rules.beside import Beside
 
 OneBias = Tensor | Bias | ScoreFunction
 BiasLike = OneBias | Sequence[OneBias] | None

@@ -15,8 +15,8 @@ from foveate.attention.gaps import place_biases
 from foveate.attention.normalise import Entmax, Normalise, Sinkhorn
 from foveate.attention.score import ScoreFunction
 from foveate.attention.weights import Kind, Weights, as_weights
+from foveate.layouts.kinds import Layout, Sequence
 from foveate.patterns.algebra import Pattern
-from foveate.patterns.layouts import Layout, Sequence
 from foveate.plain import traced
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

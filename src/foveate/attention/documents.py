@@ -16,16 +16,16 @@ from torch import Tensor
 from foveate.attention.bias import Bias
 from foveate.attention.dropout import Dropout
 from foveate.attention.partial import sums_dtype
+from foveate.layouts.kinds import Layout
+from foveate.layouts.place import Document, Place, Slots
 from foveate.patterns.algebra import LINE, Pattern, Scene
 from foveate.patterns.compound import All, leaves, reach_of
-from foveate.patterns.layouts import Layout
 from foveate.patterns.part import Part
-from foveate.patterns.place import Document, Place, Slots
 from foveate.patterns.placed import check_complete, moves, split
 
 if TYPE_CHECKING:
     from foveate.attention.call import Call
-    from foveate.attention.spec import Kernels, Seen, Spec
+    from foveate.attention.impl.spec import Kernels, Seen, Spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ def backward(
 
 def visible(seen: ByDocument, q: Tensor, k: Tensor) -> Tensor:
     """The dense mask (B, H, N, M) of what was selected."""
-    from foveate.attention import spec
+    from foveate.attention.impl import spec
 
     mask = torch.zeros((*q.shape[:3], k.shape[2]), dtype=torch.bool, device=q.device)
     for piece in seen.pieces:

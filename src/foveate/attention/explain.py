@@ -10,9 +10,9 @@ from foveate.attention.api import IMPLEMENTATIONS, choose
 from foveate.attention.biases import BiasLike
 from foveate.attention.call import prepare
 from foveate.attention.weights import Weights
+from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
-from foveate.patterns.layouts import Layout
-from foveate.patterns.sequence import full
+from foveate.patterns.rules.sequence import full
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from foveate.attention.bias import Alibi, Bias, LogDecay, RelativeTable
+from foveate.layouts.kinds import Layout
+from foveate.layouts.place import Place
 from foveate.patterns.algebra import Index, Pattern
-from foveate.patterns.layouts import Layout
-from foveate.patterns.listed import document_numbers
-from foveate.patterns.place import Place
 from foveate.patterns.placed import split
+from foveate.patterns.rules.listed import document_numbers
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from foveate.attention.call import Call, check_tensors, prepare
-from foveate.attention.reference import grouped, pattern_mask
+from foveate.attention.impl.reference import grouped, pattern_mask
+from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
-from foveate.patterns.layouts import Layout
-from foveate.patterns.sequence import full
+from foveate.patterns.rules.sequence import full
 
 
 def attend_talking(

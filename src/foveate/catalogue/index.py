@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from foveate.catalogue.papers import Paper, Reference, did_you_mean, papers
 
 if TYPE_CHECKING:
-    from foveate.mixers.registry import Row
+    from foveate.catalogue.registry import Row
 
 Use = Literal["causal-lm", "encoder", "image", "video", "points", "graph", "series"]
 USES: tuple[Use, ...] = get_args(Use)
@@ -65,7 +65,7 @@ class Entry:
     def load(self) -> Row:
         """Its row; imports the mechanism."""
         import_module(self.module)
-        from foveate.mixers import registry
+        from foveate.catalogue import registry
 
         rows = {row.name: row for row in registry.registered()}
         if self.name not in rows:
@@ -126,7 +126,8 @@ def entry(name: str) -> Entry:
 
 def modules() -> list[str]:
     """The modules in which mechanisms live, from the names of the files."""
-    return [f"{PACKAGE}.{path.stem}" for path in sorted(FOLDER.glob("*.py")) if path.stem != "__init__"]
+    found = (path.relative_to(FOLDER).with_suffix("").parts for path in sorted(FOLDER.rglob("*.py")))
+    return [".".join([PACKAGE, *parts]) for parts in found if parts[-1] != "__init__"]
 
 
 def is_current(module: str) -> bool:
@@ -170,14 +171,14 @@ def _stored() -> dict[str, Any]:
 
 
 def _registered() -> list[Entry]:
-    from foveate.mixers import registry
+    from foveate.catalogue import registry
 
     return [_of_row(row) for row in registry.registered()]
 
 
 def _forget(module: str) -> None:
     """Rows of a module that broke after it had registered them."""
-    from foveate.mixers import registry
+    from foveate.catalogue import registry
 
     for row in registry.registered():
         if getattr(row.mixer, "__module__", None) == module:
@@ -205,7 +206,7 @@ def _of_row(row: Row) -> Entry:
 
 def _uses(row: Row) -> tuple[str, ...]:
     """What a user may want it for: from what it supports, the layouts it lives on, and the papers' domains."""
-    from foveate.mixers.graph import Graph
+    from foveate.layouts.graph import Graph
     from foveate.patterns import Grid, Points
 
     layouts = getattr(row.mixer, "grids", ())
@@ -245,7 +246,8 @@ def _joined(lines: Iterable[str]) -> str:
 
 
 def _digest(module: str) -> int:
-    return zlib.crc32((FOLDER / f"{module.rpartition('.')[2]}.py").read_bytes())
+    inside = module.removeprefix(f"{PACKAGE}.").split(".")
+    return zlib.crc32(FOLDER.joinpath(*inside).with_suffix(".py").read_bytes())
 
 
 if __name__ == "__main__":

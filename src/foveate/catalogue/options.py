@@ -15,7 +15,7 @@ Made = TypeVar("Made")
 def made(name: str, make: Callable[..., Made], options: Mapping[str, Any], *given: Any) -> Made:
     """What ``make`` makes for the mechanism of this name; a ValueError for an option that it does not have.
 
-    >>> from foveate.mixers import registry
+    >>> from foveate.catalogue import registry
     >>> row = registry.row("streaming_llm")
     >>> made(row.name, row.core, {"window": 64}).pattern
     sinks(4) | window(63, 0)

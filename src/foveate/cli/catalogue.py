@@ -23,7 +23,7 @@ from foveate.cli.screen import complain, out, say
 if TYPE_CHECKING:
     from foveate.catalogue.index import Entry
     from foveate.catalogue.papers import Reference
-    from foveate.mixers.registry import Row
+    from foveate.catalogue.registry import Row
     from foveate.patterns import Layout, Pattern
 
 LIST_HELP = """List the mechanisms of the catalogue, by what they are for.
@@ -178,7 +178,7 @@ class Drawn(NamedTuple):
 
 def _check_drawing(picture: Path | None, length: int | None) -> None:
     from foveate.lab.folders import check_writable
-    from foveate.patterns.draw import LARGEST
+    from foveate.patterns.drawing.draw import LARGEST
 
     if length is not None and not 1 <= length <= LARGEST:
         raise ValueError(f"a drawing shows from 1 to {LARGEST:,} tokens; got --length {length}")
@@ -312,7 +312,7 @@ def _cited(source: Reference) -> str:
 
 def _use(row: Row) -> str:
     if row.core is None:
-        return f"has parameters of its own: build it with foveate.mixers.registry.mixer({row.name!r}, dim)"
+        return f"has parameters of its own: build it with foveate.catalogue.registry.mixer({row.name!r}, dim)"
     return f"needs no training: foveate.adapt.use(model, {row.name!r})"
 
 

@@ -140,8 +140,8 @@ def compare(
 
 
 def _compare_on_text(folder: Path, **options: Any) -> None:
-    from foveate.lab.compare import compare as measure
-    from foveate.lab.compare import table
+    from foveate.lab.compare.api import compare as measure
+    from foveate.lab.compare.api import table
 
     with keeping(f"{folder} holds what was there before."):
         results = measure(out=folder, **options)
@@ -156,7 +156,7 @@ def _compare_on_text(folder: Path, **options: Any) -> None:
 
 
 def _compare_on_task(options: dict[str, Any], folder: Path, *, resume: bool, force: bool) -> None:
-    from foveate.lab.tasks_compare import compare_task, table
+    from foveate.lab.tasks.compare import compare_task, table
 
     rates = rates_of(options["lr"])
     task, recipe = task_and_recipe(options | {"lr": rates[0]})

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from foveate.lab.tasks import Task
-    from foveate.lab.tasks_run import TaskRecipe
+    from foveate.lab.tasks.kinds import Task
+    from foveate.lab.tasks.run import TaskRecipe
 
 PANEL = "Synthetic tasks"
 TaskName = Annotated[
@@ -38,8 +38,8 @@ Seed = Annotated[int, typer.Option(help="Seed of weights and examples.", rich_he
 
 def task_and_recipe(options: dict[str, Any]) -> tuple[Task, TaskRecipe]:
     """A task and how to learn it, from a command's options by name."""
-    from foveate.lab.tasks import make_task
-    from foveate.lab.tasks_run import TaskRecipe
+    from foveate.lab.tasks.kinds import make_task
+    from foveate.lab.tasks.run import TaskRecipe
 
     task = make_task(options["task"], **{name: options[name] for name in ("length", "pairs", "vocab", "group")})
     shape = ("dim", "heads", "layers", "batch", "steps", "minutes", "lr", "seed")

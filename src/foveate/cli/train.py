@@ -87,8 +87,8 @@ def train(
 
 
 def _train_model(preset: str, folder: Path | None, minutes: float | None, resume: bool) -> None:
-    from foveate.lab.train import Recipe
-    from foveate.lab.train import train as run_training
+    from foveate.lab.train.loop import Recipe
+    from foveate.lab.train.loop import train as run_training
 
     recipe = {"builtin": Recipe.builtin, "tiny": Recipe.tiny}[preset]()
     run = run_training(recipe, folder or Path("runs") / preset, minutes=minutes, resume=resume)
@@ -99,8 +99,8 @@ def _train_model(preset: str, folder: Path | None, minutes: float | None, resume
 
 
 def _train_task(options: dict[str, Any], folder: Path, resume: bool) -> None:
-    from foveate.lab.results_words import percent, seconds, size
-    from foveate.lab.tasks_train import CURVE, RESULT, train_task
+    from foveate.lab.compare.words import percent, seconds, size
+    from foveate.lab.tasks.teach import CURVE, RESULT, train_task
 
     task, recipe = task_and_recipe(options)
     result = train_task(task, options["mixer"], folder, recipe, resume=resume)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from foveate import __version__
-from foveate.lab import machine
-from foveate.native import loader
-from foveate.native.loader import Status
-from foveate.native.variants import BY_NAME
+from foveate.kernels.cpu import loader
+from foveate.kernels.cpu.loader import Status
+from foveate.kernels.cpu.variants import BY_NAME
+from foveate.lab.measure import machine
 
 EXTRAS = {
     "hf": ("transformers", "tokenizers", "safetensors"),

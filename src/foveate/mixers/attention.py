@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from foveate.attention import Bias, Weights, attend
 from foveate.attention.bias import Dense
+from foveate.layers.rotary import rotate
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
 from foveate.mixers.core import Core, PatternCore, joined
-from foveate.mixers.rotary import rotate
-from foveate.patterns import Layout, Pattern, causal, full, key_padding
+from foveate.patterns import Layout, Pattern, causal, full, key_padding, window
 from foveate.patterns.algebra import Boxes, Interval
 
-NEVER = 2**40  # a position beyond any sequence
+FARTHEST = 2**40  # a position beyond any sequence
+
+JUMPS = {"differences": "outputs jump where a small move changes which keys are chosen"}
 
 
 class KeyValues(NamedTuple):
@@ -150,7 +152,7 @@ class AttentionMixer(Mixer):
 def seen_later(pattern: Pattern, positions: Tensor, now: int) -> Tensor:
     """Which keys some query at position ``now`` or later may see (by any head): what a decoder must keep."""
     keep = torch.zeros_like(positions, dtype=torch.bool)
-    first, last = torch.full_like(positions, now), torch.full_like(positions, NEVER)
+    first, last = torch.full_like(positions, now), torch.full_like(positions, FARTHEST)
     for head in range(pattern.heads):
         boxes = Boxes(
             torch.zeros_like(positions),
@@ -167,3 +169,26 @@ def visible_pairs(pattern: Pattern, n: int, heads: int) -> int:
         raise NotImplementedError(f"how many pairs {pattern} shows depends on the input")
     token = torch.empty(1).expand(1, 1, n, 1)
     return pattern.select(token, token).pairs * heads // pattern.heads
+
+
+def recent(size: int) -> Pattern:
+    """The last ``size`` keys up to the query, itself included.
+
+    >>> recent(2).mask(3)[0, 0].int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 1, 1]], dtype=torch.int32)
+    """
+    if size < 1:
+        raise ValueError(f"a window holds at least the query's own key; got {size}")
+    return window(size - 1, 0)
+
+
+def pairs_of_width(width: int, n: int, *, causal: bool = True) -> int:
+    """Pairs where each of n queries sees ``width`` keys, or as many as there are.
+
+    >>> pairs_of_width(2, 4)
+    7
+    """
+    width = min(width, n)
+    return n * width - (width * (width - 1) // 2 if causal else 0)

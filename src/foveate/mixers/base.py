@@ -7,11 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foveate.mixers.registry import Row
+from foveate.catalogue.registry import Row
+from foveate.layouts.place import NOWHERE, Place
 from foveate.patterns import Grid, Layout, Packed, Pattern, causal, full, key_padding
-from foveate.patterns.listed import place_of_lengths
-from foveate.patterns.place import NOWHERE, Place
 from foveate.patterns.placed import merged
+from foveate.patterns.rules.listed import place_of_lengths
 
 
 class Stepped(NamedTuple):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
-from foveate.mixers.short_conv import ShortConv
 from foveate.patterns import Layout, Packed
 from foveate.recurrence import Recurrent, recur, step
 

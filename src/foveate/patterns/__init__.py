@@ -1,33 +1,23 @@
 """Patterns: which pairs a query may see, and the selections that kernels run."""
 
+from foveate.layouts.kinds import Grid, Layout, Packed, Points, Sequence
 from foveate.patterns.algebra import Pattern, Scene, resolve
-from foveate.patterns.beside import Beside
-from foveate.patterns.buckets import same_bucket
 from foveate.patterns.compound import per_head
-from foveate.patterns.derived import document_prefix, shared_prefix, spans
-from foveate.patterns.diffusion import block_diffusion
-from foveate.patterns.dynamic import mass_blocks, topk_blocks, topk_keys, vertical_slash
-from foveate.patterns.flex import to_block_mask
-from foveate.patterns.functions import mask_mod
-from foveate.patterns.grid import neighborhood, sta, strips, window_partition
-from foveate.patterns.layouts import Grid, Layout, Packed, Points, Sequence
-from foveate.patterns.listed import document_numbers, documents, global_tokens, key_padding, random_blocks
-from foveate.patterns.lsh import lsh
-from foveate.patterns.masks import block_mask, boolean_mask, listed_blocks
 from foveate.patterns.parse import parse
-from foveate.patterns.points import within
-from foveate.patterns.selection import Selection
-from foveate.patterns.sequence import (
-    blocks,
-    causal,
-    dilated,
-    full,
-    power_of_two,
-    prefix,
-    sinks,
-    strided,
-    window,
-)
+from foveate.patterns.rules.beside import Beside
+from foveate.patterns.rules.buckets import same_bucket
+from foveate.patterns.rules.derived import document_prefix, shared_prefix, spans
+from foveate.patterns.rules.diffusion import block_diffusion
+from foveate.patterns.rules.dynamic import mass_blocks, topk_blocks, topk_keys, vertical_slash
+from foveate.patterns.rules.functions import mask_mod
+from foveate.patterns.rules.grid import neighborhood, sta, strips, window_partition
+from foveate.patterns.rules.listed import document_numbers, documents, global_tokens, key_padding, random_blocks
+from foveate.patterns.rules.lsh import lsh
+from foveate.patterns.rules.masks import block_mask, boolean_mask, listed_blocks
+from foveate.patterns.rules.points import within
+from foveate.patterns.rules.sequence import blocks, causal, dilated, full, power_of_two, prefix, sinks, strided, window
+from foveate.patterns.select.flex import to_block_mask
+from foveate.patterns.select.selection import Selection
 
 __all__ = [
     "Beside",

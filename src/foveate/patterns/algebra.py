@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.layouts.kinds import Layout, Sequence
 from foveate.patterns.identity import fields_of, same
-from foveate.patterns.layouts import Layout, Sequence
 
 if TYPE_CHECKING:
-    from foveate.patterns.draw import Drawing
-    from foveate.patterns.place import Place
-    from foveate.patterns.selection import Selection
+    from foveate.layouts.place import Place
+    from foveate.patterns.drawing.draw import Drawing
+    from foveate.patterns.select.selection import Selection
 
 Index = Tensor | int
 LINE = Sequence()
@@ -164,7 +164,7 @@ class Pattern:
         >>> (window(32) & causal).select(q, k).num_tiles
         7
         """
-        from foveate.patterns.build import select
+        from foveate.patterns.select.build import select
 
         return select(self, q, k, layout, tile=tile, scale=scale)
 
@@ -177,7 +177,7 @@ class Pattern:
                 [1, 1, 0],
                 [1, 1, 1]], dtype=torch.int32)
         """
-        from foveate.patterns.dense import dense_mask
+        from foveate.patterns.select.dense import dense_mask
 
         scene = Scene(num_queries, num_queries if num_keys is None else num_keys, layout or LINE)
         return dense_mask(resolve(self, scene), scene)
@@ -203,7 +203,7 @@ class Pattern:
 
         Sizes default to those of the layout, or to 64; on a grid it also shows what the middle query sees.
         """
-        from foveate.patterns.draw import draw
+        from foveate.patterns.drawing.draw import draw
 
         drawing = draw(self, num_queries, num_keys, layout=layout, head=head)
         if path is not None:
@@ -259,8 +259,8 @@ class Pattern:
 
 def resolve(pattern: Pattern, scene: Scene) -> Pattern:
     """Resolve a pattern on a scene; a packed layout keeps its documents apart by itself."""
-    from foveate.patterns.layouts import Packed
-    from foveate.patterns.listed import documents
+    from foveate.layouts.kinds import Packed
+    from foveate.patterns.rules.listed import documents
 
     scene.layout.check(scene.num_keys)
     if isinstance(scene.layout, Packed):

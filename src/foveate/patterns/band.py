@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from foveate.layouts.kinds import Layout, Sequence
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.compound import All
-from foveate.patterns.layouts import Layout, Sequence
-from foveate.patterns.sequence import Causal, Full, Window
+from foveate.patterns.rules.sequence import Causal, Full, Window
 
 UNBOUNDED = 2**40  # a distance beyond every length
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from foveate.layouts.place import Place
 from foveate.patterns.algebra import Bounds, Boxes, Index, Pattern, Scene, mix_hash
-from foveate.patterns.place import Place
 from foveate.patterns.placed import Placed, in_documents, merged, moves
-from foveate.patterns.sequence import Window, full
+from foveate.patterns.rules.sequence import Window, full
 
 EMPTY, FILLED = -1, -2  # signatures of settled boxes
 

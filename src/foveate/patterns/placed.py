@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from foveate.layouts.kinds import Layout, Packed
+from foveate.layouts.place import NOWHERE, Document, Place, Slots
 from foveate.patterns.algebra import Bounds, Boxes, Index, Interval, Pattern, Scene, mix_hash
-from foveate.patterns.layouts import Layout, Packed
-from foveate.patterns.place import NOWHERE, Document, Place, Slots
 
 
 def in_documents(leaf: Pattern, place: Place, scene: Scene) -> Pattern:
@@ -215,8 +215,8 @@ def _first(slots: Slots) -> int:
 def split(pattern: Pattern, layout: Layout, num_keys: int) -> tuple[Pattern, Place | None]:
     """What is asked inside documents, and where these lie; no place where neither pattern nor layout says so."""
     from foveate.patterns.compound import All, joined
-    from foveate.patterns.listed import place_of_lengths
-    from foveate.patterns.sequence import full
+    from foveate.patterns.rules.listed import place_of_lengths
+    from foveate.patterns.rules.sequence import full
 
     places = [place_of_lengths(layout.lengths, num_keys)] if isinstance(layout, Packed) else []
     rest: list[Pattern] = []

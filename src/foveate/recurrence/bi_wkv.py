@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from foveate.options import FORCED
-from foveate.recurrence.scan import linear_scan
-from foveate.recurrence.stabilise import stabilise
+from foveate.recurrence.linear.stabilise import stabilise
+from foveate.recurrence.selective.api import linear_scan
 
 
 class Side(NamedTuple):

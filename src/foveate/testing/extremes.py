@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from foveate.testing.subject import Subject
+from foveate.testing.case import Subject
 
 
 def empty_batch(subject: Subject) -> None:

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from foveate.catalogue.registry import Feature, Row, row
 from foveate.mixers.base import Mixer
-from foveate.mixers.registry import Feature, Row, row
-from foveate.testing import company, extremes, kinship, manners, numbers, order
+from foveate.testing import batching as company
+from foveate.testing import contract as manners
+from foveate.testing import equivalence as kinship
+from foveate.testing import extremes
+from foveate.testing import precision as numbers
+from foveate.testing import time as order
+from foveate.testing.case import Subject
 from foveate.testing.report import Check, Report, fresh_seed, verdict
-from foveate.testing.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,6 @@ def as_row(mixer: type[Mixer] | Row | str) -> Row:
     if isinstance(mixer, type) and issubclass(mixer, Mixer) and "row" in vars(mixer):
         return mixer.row
     raise TypeError(
-        "check_mixer takes a mixer class registered by @foveate.mixers.registry.register(...), its row or its "
+        "check_mixer takes a mixer class registered by @foveate.catalogue.registry.register(...), its row or its "
         f"name; got {mixer!r}"
     )

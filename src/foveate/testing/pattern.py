@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from foveate.patterns import Layout, Pattern
-from foveate.testing import looking, seeing
+from foveate.testing import pattern_answers as looking
+from foveate.testing import pattern_attention as seeing
+from foveate.testing.pattern_case import Sight
 from foveate.testing.report import Report, fresh_seed, verdict
-from foveate.testing.sight import Sight
 
 LENGTHS = (1, 37, 65, 130)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate.compat.fla.layout import LAYOUT, Decay, Result, Sequences, refuse, run, v_first
-from foveate.recurrence.layout import state_dtype
+from foveate.recurrence.linear.inputs import state_dtype
 
 
 def chunk_retention(

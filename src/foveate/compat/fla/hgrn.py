@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from foveate.compat.fla.layout import Result, Sequences
-from foveate.recurrence.layout import state_dtype
-from foveate.recurrence.scan import linear_scan
+from foveate.recurrence.linear.inputs import state_dtype
+from foveate.recurrence.selective.api import linear_scan
 
 
 def fused_recurrent_hgrn(

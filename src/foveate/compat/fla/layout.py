@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.counts import whole_numbers
 from foveate.recurrence import recur
-from foveate.recurrence.layout import state_dtype
+from foveate.recurrence.linear.inputs import state_dtype
 
 LAYOUT = "tensors are [B, T, H, D]: batch, tokens, heads, dim"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.compat.fla.layout import Sequences, refuse, run
-from foveate.recurrence.layout import state_dtype
+from foveate.recurrence.linear.inputs import state_dtype
 
 States = Tensor | tuple[Tensor | None, Tensor | None]
 

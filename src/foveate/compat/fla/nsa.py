@@ -12,9 +12,9 @@ from foveate.attention import attend
 from foveate.compat.fla.forgetting import check_heads
 from foveate.compat.fla.layout import Sequences
 from foveate.compat.widen import wide
-from foveate.mixers.nsa_branches import Finished
+from foveate.mixers.dynamic_sparse.nsa_branches import Finished
 from foveate.patterns import Pattern, causal, window
-from foveate.patterns.decided import block_table, pack_rows
+from foveate.patterns.rules.decided import block_table, pack_rows
 
 Offsets = Tensor | tuple[Tensor, Tensor]
 ROWS = 1024  # queries scored at once

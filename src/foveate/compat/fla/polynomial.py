@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from foveate.compat.fla.layout import Sequences, check_layout, run, shared
 from foveate.compat.widen import wide
-from foveate.recurrence.polynomial import polynomial_features
+from foveate.recurrence.linear.polynomial import polynomial_features
 
 Coefficients = tuple[float, float, float]  # of 1, s and s^2
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from foveate.compat.widen import wide
-from foveate.mixers.rwkv4 import Averages, weighed_average
-from foveate.recurrence.layout import state_dtype
-from foveate.recurrence.stabilise import NOTHING
+from foveate.mixers.recurrent_ssm.rwkv4 import Averages, weighed_average
+from foveate.recurrence.linear.inputs import state_dtype
+from foveate.recurrence.linear.stabilise import NOTHING
 
 
 def fused_recurrent_rwkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.compat.mamba.packing import check, refuse, run_lengths
-from foveate.recurrence.scan import causal_conv
+from foveate.recurrence.selective.api import causal_conv
 
 ACTIVATIONS: dict[str | None, Literal["silu"] | None] = {None: None, "silu": "silu", "swish": "silu"}
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from foveate.compat.mamba.packing import check
-from foveate.recurrence.layout import state_dtype
-from foveate.recurrence.scan import scan, scan_step
+from foveate.recurrence.linear.inputs import state_dtype
+from foveate.recurrence.selective.api import scan, scan_step
 
 
 def selective_scan_fn(

@@ -12,7 +12,7 @@ from foveate.compat.fla.layout import shared
 from foveate.compat.mamba.packing import check, refuse, run_lengths
 from foveate.compat.widen import wide
 from foveate.recurrence import recur
-from foveate.recurrence.layout import state_dtype
+from foveate.recurrence.linear.inputs import state_dtype
 
 
 def mamba_chunk_scan_combined(

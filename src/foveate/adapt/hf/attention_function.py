@@ -1,0 +1,152 @@
+"""What transformers calls in the place of a model's attention: the layer's swaps, over what its model lets it see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapt.hf.own_function import unknown_options
+from foveate.adapt.hf.pattern_mask import PatternMask
+from foveate.adapt.hf.placed import Token, at_work, record_of
+from foveate.adapt.hf.stacked import attend_stacked
+from foveate.attention import softmax
+from foveate.patterns import Packed, Pattern, causal, full, window
+
+try:  # by which transformers 5 hands out weights
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:
+    _active_collector = None  # type: ignore[assignment]
+
+_WEIGHTS_UP_TO = 2048  # keys: more weights than these pairs of a head are not handed out
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Query (B, H, N, D), key and value (B, G, M, D) in; (B, N, H, Dv) out, and the weights if they are asked for."""
+    _refuse(module, kwargs)
+    if attention_mask is None:
+        causal_here = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        within, bias = _own_limits(bool(causal_here), sliding_window), position_bias
+    elif isinstance(attention_mask, PatternMask):
+        within, num_keys = _carried(attention_mask, key.shape[2])
+        key, value = key[:, :, :num_keys], value[:, :, :num_keys]
+        bias = None if position_bias is None else position_bias[..., :num_keys]
+    else:
+        within, bias = full, _as_bias(module, attention_mask, key.shape[2], position_bias, query.dtype)
+    options: dict[str, Any] = {
+        "within": within,
+        "bias": bias,
+        "weights": "softmax" if s_aux is None else softmax(sink=s_aux),
+        "scale": scaling,
+        "softcap": softcap,
+    }
+    if dropout and module.training:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu")  # one for the result and for its weights
+        options |= {"dropout": dropout, "seed": seed}
+    lengths = _packed_lengths(kwargs, query.shape[0], key.shape[2])
+    if lengths is not None:
+        options["layout"] = Packed(lengths)
+    remembered = attention_mask.remembered if isinstance(attention_mask, PatternMask) else None
+    tokens = at_work(module, remembered)
+    out = attend_stacked(tokens, query, key, value, options)
+    weights = None
+    if _weights_asked(module, kwargs):
+        weights = _weights(tokens, query, key, options)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _weights_asked(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether anybody waits for weights. Some layers keep the question to themselves: GPT-2's, OPT's, StableLM's."""
+    config = getattr(module, "config", None)
+    collected = None
+    if _active_collector is not None:
+        collected = _active_collector.global_var if torch.compiler.is_compiling() else _active_collector.get()
+    told = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    return bool(told) or any(key.endswith("attentions") for key in collected or ())
+
+
+def _refuse(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse, in words, what changes the result and is not supported."""
+    unknown = [name for name in unknown_options(module) if kwargs.get(name) is not None]
+    if kwargs.get("cache") is not None:
+        unknown.append("cache (continuous batching)")
+    if kwargs.get("seq_idx") is not None and kwargs.get("cu_seq_lens_q") is None:
+        unknown.append("seq_idx without cu_seq_lens_q")
+    if unknown:
+        raise ValueError(f"attention of this model depends on {', '.join(unknown)}, which Foveate does not know")
+
+
+def _own_limits(is_causal: bool, sliding_window: int | None) -> Pattern:
+    """What a layer may see where its model builds no mask."""
+    if not sliding_window or sliding_window < 2:
+        return causal if is_causal else full
+    return window(sliding_window - 1) & causal if is_causal else window(sliding_window - 1)
+
+
+def _carried(mask: PatternMask, num_slots: int) -> tuple[Pattern, int]:
+    if mask.shape[3] != num_slots:
+        raise ValueError(f"the model made a mask for {mask.shape[3]} keys, but its attention has {num_slots}")
+    return mask.pattern, mask.num_keys
+
+
+def _as_bias(module: nn.Module, mask: Tensor, num_keys: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A ready-made mask (B, 1 or H, N, M), of booleans or of numbers to add, as what is added to the logits."""
+    if mask.dim() != 4 or mask.shape[3] < num_keys:
+        raise ValueError(f"a ready-made mask is (batch, 1 or heads, queries, {num_keys}); got {tuple(mask.shape)}")
+    mask, lowest = mask[..., :num_keys], torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
+    record = record_of(module)
+    looks = [] if record is None else [token.core.pattern for token in record.tokens if token.core.pattern != full]
+    if looks and getattr(module, "is_causal", True) and bool((mask <= lowest / 2).all(2).any()):
+        raise ValueError(
+            f"attention was given a ready-made mask that hides some keys from all queries, so that nothing says which "
+            f"positions {looks[-1]} counts from: pass the 2-D mask to the model instead"
+        )
+    return mask if bias is None else mask + bias[..., :num_keys]
+
+
+def _packed_lengths(kwargs: Mapping[str, Any], batch: int, num_keys: int) -> tuple[int, ...] | None:
+    """Lengths of documents that lie in one row, told by where each begins and the last ends."""
+    starts, of_keys = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if starts is None:
+        return None
+    if starts.dtype == torch.uint8:  # whose differences wrap
+        starts = starts.long()
+    if of_keys is not None and not torch.equal(starts, of_keys):
+        raise ValueError("packed documents have as many keys as queries; got cu_seq_lens_q unlike cu_seq_lens_k")
+    lengths = tuple(starts.diff().tolist())
+    if batch != 1 or int(starts[0]) != 0 or sum(lengths) != num_keys or min(lengths, default=-1) < 0:
+        raise ValueError(
+            f"cu_seq_lens_q counts from 0 to the {num_keys} tokens of one row, without a cache; got {starts.tolist()} "
+            f"for a batch of {batch}"
+        )
+    return lengths
+
+
+def _weights(tokens: Sequence[Token], query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
+    """Weights (B, H, N, M), as what attention makes of the values 1, one for each key."""
+    num_keys = key.shape[2]
+    if num_keys > _WEIGHTS_UP_TO:
+        raise ValueError(
+            f"output_attentions=True forms all weights, which Foveate does for up to {_WEIGHTS_UP_TO} keys; here are "
+            f"{num_keys}"
+        )
+    one_each = torch.eye(num_keys, dtype=query.dtype, device=query.device).expand(query.shape[0], 1, -1, -1)
+    return attend_stacked(tokens, query, key, one_each, options, count=False)

@@ -1,0 +1,1 @@
+"""The main job: mechanisms side by side on one's own model."""

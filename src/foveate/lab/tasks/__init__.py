@@ -1,0 +1,1 @@
+"""Synthetic tasks that tell token mixers apart."""

@@ -1,0 +1,1 @@
+"""Sparse attention chosen by looking at queries and keys."""

@@ -1,0 +1,172 @@
+"""Native Sparse Attention: three views of the past, mixed by gates."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foveate.attention import attend
+from foveate.attention.partial import sum_of
+from foveate.catalogue.registry import register
+from foveate.mixers.attention import JUMPS, pairs_of_width, recent
+from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
+from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Compressor, Finished, num_blocks
+from foveate.patterns import Layout, boolean_mask
+from foveate.plain import traced
+
+
+class KV(NamedTuple):
+    """Keys and values (B, G, M, D)."""
+
+    k: Tensor
+    v: Tensor
+
+    def then(self, more: KV) -> KV:
+        return KV(torch.cat([self.k, more.k], 2), torch.cat([self.v, more.v], 2))
+
+    def last(self, count: int) -> KV:
+        first = max(self.k.shape[2] - count, 0)
+        return KV(self.k[:, :, first:], self.v[:, :, first:])
+
+
+class NSAState(NamedTuple):
+    """What a decoder keeps: compressed blocks, tokens of unfinished ones, every token, recent tokens."""
+
+    compressed: KV
+    unfinished: KV
+    everything: KV
+    recent: KV
+    seen: int
+
+
+@register(
+    "nsa",
+    papers=("NSA",),
+    formula="o_i = Σ_c σ(W_c x_i) attend(q_i, K^c, V^c), c ∈ {compressed blocks, selected blocks, window}",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
+)
+class NSA(Mixer):
+    """Gated sum of attention to compressed blocks, to the blocks these find important, and to a window.
+
+    Blocks of ``block`` tokens, one every ``stride``, are compressed by an MLP; their softmax weights choose
+    ``select`` of the blocks of ``select_block`` tokens; ``window`` recent tokens are seen besides. Each of
+    the three has keys and values of its own.
+    """
+
+    one_by_one: ClassVar[bool] = True
+    tiny: ClassVar[dict[str, Any]] = {
+        "block": 4,
+        "stride": 2,
+        "select_block": 6,
+        "select": 4,
+        "window": 5,
+        "hidden": 8,
+    }
+    exempt: ClassVar[dict[str, str]] = {
+        "shared keys": "the heads of a group choose their blocks together",
+        **JUMPS,
+    }
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        block: int = 32,
+        stride: int = 16,
+        select_block: int = 64,
+        select: int = 16,
+        initial: int = 1,
+        local: int = 2,
+        window: int = 512,
+        hidden: int | None = None,
+        causal: bool = True,
+    ) -> None:
+        super().__init__(dim, causal=causal)
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        if heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
+        self.head_dim = head_dim or divided(dim, heads)
+        self.selector = BlockSelector(block, stride, select_block, select, initial, local)
+        self.near = recent(window)
+        self.window = window
+        self.to_q = nn.Linear(dim, heads * self.head_dim, bias=False)
+        width = self.kv_heads * self.head_dim
+        self.to_k = nn.ModuleList(nn.Linear(dim, width, bias=False) for _ in range(3))
+        self.to_v = nn.ModuleList(nn.Linear(dim, width, bias=False) for _ in range(3))
+        self.to_gates = nn.Linear(dim, 3 * heads)
+        self.compress_k = Compressor(block, stride, self.head_dim, hidden or 2 * self.head_dim)
+        self.compress_v = Compressor(block, stride, self.head_dim, hidden or 2 * self.head_dim)
+        self.to_out = nn.Linear(heads * self.head_dim, dim, bias=False)
+
+    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        to_compress, to_select, to_window = self.keys_values(x)
+        return self.attend(x, self.compress(to_compress), to_select, to_window)
+
+    def keys_values(self, x: Tensor) -> list[KV]:
+        """Keys and values of the three branches."""
+        branches = zip(self.to_k, self.to_v, strict=True)
+        return [KV(split_heads(to_k(x), self.kv_heads), split_heads(to_v(x), self.kv_heads)) for to_k, to_v in branches]
+
+    def compress(self, tokens: KV) -> KV:
+        return KV(self.compress_k(tokens.k), self.compress_v(tokens.v))
+
+    def attend(self, x: Tensor, compressed: KV, everything: KV, near: KV) -> Tensor:
+        """Mix the last tokens x (B, N, C) of as many as ``everything`` holds."""
+        q = split_heads(self.to_q(x), self.heads)
+        gates = split_heads(torch.sigmoid(self.to_gates(x)), self.heads).unsqueeze(-1)  # (B, H, N, 3, 1)
+        num_keys = everything.k.shape[2]
+        chosen = self.selector.choose(q, compressed.k, num_keys)
+        branches = (
+            self.attend_compressed(q, compressed, num_keys),
+            attend(q, *everything, chosen),
+            attend(q, *near, self.near),
+        )
+        mixed = sum_of([gate * branch for gate, branch in zip(gates.unbind(3), branches, strict=True)])
+        return self.to_out(join_heads(mixed))
+
+    def attend_compressed(self, q: Tensor, compressed: KV, num_keys: int) -> Tensor:
+        count = compressed.k.shape[2]
+        if count == 0:
+            return torch.zeros_like(q)
+        finished = Finished(self.selector.block, self.selector.stride, lead=num_keys - count)
+        if traced(q):  # a pattern that travels, into what torch records
+            place = torch.arange(count - q.shape[2], count, device=q.device)
+            seen = finished.visible(0, 0, place.unsqueeze(1), torch.arange(count, device=q.device))
+            return attend(q, *compressed, boolean_mask(seen))
+        return attend(q, *compressed, finished)
+
+    def start(self, batch: int) -> NSAState:
+        empty = self.weight.new_empty(batch, self.kv_heads, 0, self.head_dim)
+        none = KV(empty, empty)
+        return NSAState(none, none, none, none, 0)
+
+    def step(self, x: Tensor, state: NSAState) -> Stepped:
+        to_compress, to_select, to_window = self.keys_values(x)
+        compressed, unfinished = state.compressed, state.unfinished.then(to_compress)
+        if unfinished.k.shape[2] == self.selector.block:
+            compressed = compressed.then(self.compress(unfinished))
+            unfinished = unfinished.last(self.selector.block - self.selector.stride)
+        everything = state.everything.then(to_select)
+        near = state.recent.then(to_window).last(self.window)
+        out = self.attend(x, compressed, everything, near)
+        return Stepped(out, NSAState(compressed, unfinished, everything, near, state.seen + 1))
+
+    def flops(self, n: int) -> int:
+        chosen = self.selector
+        count = num_blocks(n, chosen.block, chosen.stride)
+        dense = sum(layer.weight.numel() for layer in (self.to_q, *self.to_k, *self.to_v, self.to_gates, self.to_out))
+        compressing = sum(part.weight.numel() for part in (self.compress_k.up, self.compress_k.down))
+        near = pairs_of_width(chosen.size * chosen.count, n) + pairs_of_width(self.window, n)
+        pairs = self.heads * (near + 3 * n * count // 4)  # compressed blocks: half seen, and scored once more
+        return 2 * n * dense + 4 * count * self.kv_heads * compressing + 4 * pairs * self.head_dim
+
+    def state_bytes(self, n: int) -> int:
+        chosen = self.selector
+        count = num_blocks(n, chosen.block, chosen.stride)
+        kept = count + (n - count * chosen.stride) + n + min(n, self.window)
+        return 2 * kept * self.kv_heads * self.head_dim * self.weight.element_size()

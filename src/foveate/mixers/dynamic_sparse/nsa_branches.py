@@ -1,0 +1,149 @@
+"""Parts of Native Sparse Attention: blocks compressed to single keys, and blocks chosen by their weights."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from foveate import autodiff
+from foveate.patterns import Pattern, block_mask, causal
+from foveate.patterns.algebra import Bounds, Boxes, Index
+from foveate.patterns.rules.choose import NEVER, Sought, choose_rows, score, shares, slices, widen
+from foveate.patterns.rules.decided import block_table, no_rows, rows_per_word, words_of
+from foveate.plain import traced
+
+
+class Compressor(nn.Module):
+    """A learned map from overlapping blocks of tokens (B, G, M, D) to one token each (B, G, C, D).
+
+    Every token of a block first gets the embedding of its place inside the block.
+    """
+
+    def __init__(self, block: int, stride: int, head_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.block, self.stride = block, stride
+        self.place = nn.Parameter(torch.randn(block, head_dim) * 0.02)
+        self.up = nn.Linear(block * head_dim, hidden)
+        self.down = nn.Linear(hidden, head_dim, bias=False)  # one on keys would shift all logits alike
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] < self.block:
+            return x[:, :, :0]
+        blocks = x.unfold(2, self.block, self.stride).transpose(3, 4) + self.place  # (B, G, C, block, D)
+        return self.down(gelu(self.up(blocks.flatten(3))))
+
+
+def num_blocks(num_tokens: int, block: int, stride: int) -> int:
+    """Whole blocks of ``block`` tokens, a new one every ``stride``."""
+    return max((num_tokens - block) // stride + 1, 0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Finished(Pattern):
+    """Compressed blocks that end at or before the query, whose token sits ``lead`` beyond its position."""
+
+    block: int
+    stride: int
+    lead: int
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return f"finished({self.block}, {self.stride}, lead={self.lead})"
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        return k * self.stride + self.block <= q + self.lead + 1
+
+    def bounds(self, boxes: Boxes) -> Bounds:
+        at = boxes.position
+        some = at.k_lo * self.stride + self.block <= at.q_hi + self.lead + 1
+        return Bounds(some, every=at.k_hi * self.stride + self.block <= at.q_lo + self.lead + 1)
+
+
+@dataclass(frozen=True)
+class BlockSelector:
+    """Chooses blocks of ``size`` tokens by the softmax weights of the compressed blocks that overlap them.
+
+    Weights are summed over the query heads of a group, so that the group reads the same blocks. The first
+    ``initial`` blocks and the last ``local`` ones, the query's own included, are always among the ``count``.
+    """
+
+    block: int
+    stride: int
+    size: int
+    count: int
+    initial: int
+    local: int
+
+    def __post_init__(self) -> None:
+        if min(self.block, self.stride, self.size, self.local) < 1 or self.initial < 0:
+            raise ValueError(f"block, stride, select_block and local are at least 1, initial 0; got {self}")
+        if self.block % self.stride or self.size % self.stride or self.block > self.size:
+            raise ValueError(
+                f"stride must divide block and select_block, and block be at most select_block;"
+                f" got {self.stride}, {self.block} and {self.size}"
+            )
+        if self.count < self.initial + self.local:
+            raise ValueError(
+                f"select must leave room for the {self.initial} initial and {self.local} local blocks; got {self.count}"
+            )
+
+    @torch.no_grad()
+    def choose(self, q: Tensor, compressed: Tensor, num_keys: int) -> Pattern:
+        """The chosen blocks, up to the query, for the last queries (B, H, N, D) of ``num_keys`` tokens."""
+        if traced(q, compressed):
+            table = _chosen_blocks(q, compressed, num_keys, list(astuple(self)))
+            return block_mask(table, self.size, q_block=1) & causal
+        words, offset = self.words(q, compressed, num_keys), num_keys - q.shape[2]
+        return block_table(words, q.shape[2], q_block=1, k_block=self.size, q_start=offset) & causal
+
+    def words(self, q: Tensor, compressed: Tensor, num_keys: int) -> Tensor:
+        """The choices of all queries, packed."""
+        offset, (batch, heads, num_queries, dim) = num_keys - q.shape[2], q.shape
+        keys = widen(compressed) * dim**-0.5
+        overlap = self.overlap(keys.shape[2], -(-num_keys // self.size)).to(keys)
+        shape = (batch, keys.shape[1], num_queries, -(-num_keys // self.size))
+        words = no_rows(*shape, q_block=1, device=q.device)
+        for part in slices(num_queries, batch * heads * keys.shape[2]):
+            place = torch.arange(offset + part.start, offset + part.stop, device=q.device).unsqueeze(1)
+            weights = self.weights(score(q[:, :, part], keys), place)
+            importance = weights.unflatten(1, (keys.shape[1], -1)).sum(2) @ overlap
+            choose_rows(self.ranked(importance, place), Sought(self.count), words_of(words, part, 1), 1)
+        return words
+
+    def weights(self, scores: Tensor, place: Tensor) -> Tensor:
+        """Softmax over the compressed blocks (last dim) that end at or before each query's place (n, 1)."""
+        end = torch.arange(scores.shape[-1], device=scores.device) * self.stride + self.block
+        return shares(scores.masked_fill(end > place + 1, NEVER)).clamp_min(0)
+
+    def ranked(self, importance: Tensor, place: Tensor) -> Tensor:
+        """The importance of the blocks (last dim), endless where each query surely reads them."""
+        own, block = place // self.size, torch.arange(importance.shape[-1], device=place.device)
+        kept = (block < self.initial) | (block > own - self.local)
+        return importance.masked_fill(kept, float("inf")).masked_fill(block > own, NEVER)
+
+    def overlap(self, num_compressed: int, num_selected: int) -> Tensor:
+        """Strides that compressed block c shares with block s, (C, S): how often its weight counts for s."""
+        first = torch.arange(num_compressed, device="cpu").unsqueeze(1) * self.stride
+        start = torch.arange(num_selected, device="cpu") * self.size
+        shared = torch.minimum(first + self.block, start + self.size) - torch.maximum(first, start)
+        return shared.clamp_min(0) // self.stride
+
+
+def _table(q: Tensor, compressed: Tensor, num_keys: int, settings: list[int]) -> Tensor:
+    """What a selector of these settings chooses, a boolean a block, (B, G, N, K)."""
+    words = BlockSelector(*settings).words(q.detach(), compressed.detach(), num_keys)
+    rows = torch.arange(rows_per_word(1), device=words.device).view(-1, 1)
+    return (words.unsqueeze(3) >> rows & 1).bool().flatten(2, 3)[:, :, : q.shape[2]].contiguous()
+
+
+def _fake_table(q: Tensor, compressed: Tensor, num_keys: int, settings: list[int]) -> Tensor:
+    num_blocks = -(-num_keys // settings[2])
+    return q.new_empty(q.shape[0], compressed.shape[1], q.shape[2], num_blocks, dtype=torch.bool)
+
+
+_chosen_blocks = autodiff.choice(
+    "nsa_blocks(Tensor q, Tensor compressed, SymInt num_keys, int[] settings) -> Tensor", _table, _fake_table
+)

@@ -1,0 +1,1 @@
+"""Exact attention, computed with less memory traffic."""

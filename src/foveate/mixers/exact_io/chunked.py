@@ -1,0 +1,93 @@
+"""Exact attention in chunks: the core of attention without quadratic memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from foveate.attention import Weights, attend_partial, merge
+from foveate.attention.bias_part import part_of_bias
+from foveate.attention.biases import BiasLike, placed, split_bias
+from foveate.attention.partial import with_sink
+from foveate.attention.weights import as_weights
+from foveate.patterns import Layout, Pattern, Scene, Sequence, full
+from foveate.patterns.part import Parts
+
+
+@dataclass(frozen=True)
+class ChunkedCore:
+    """Attention over all keys, a chunk of queries and a chunk of keys at a time, recomputed in backward.
+
+    Memory beyond the inputs grows with ``query_chunk * key_chunk``; a key chunk of None is the square root of
+    the number of keys.
+
+    >>> q = k = v = torch.randn(1, 2, 9, 4)
+    >>> ChunkedCore(query_chunk=4, key_chunk=2)(q, k, v).shape
+    torch.Size([1, 2, 9, 4])
+    """
+
+    query_chunk: int = 1024
+    key_chunk: int | None = None
+    pattern: Pattern = full
+
+    def __post_init__(self) -> None:
+        if self.query_chunk < 1 or (self.key_chunk is not None and self.key_chunk < 1):
+            raise ValueError(f"chunks hold at least 1 token; got {self.query_chunk} and {self.key_chunk}")
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        within: Pattern = full,
+        bias: BiasLike = None,
+        weights: Weights | str = "softmax",
+        scale: float | None = None,
+        softcap: float | None = None,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        weights = as_weights(weights)
+        scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
+        parts = Parts.of(within, scene)
+        added, functions = split_bias(bias)
+        biases = tuple(placed(one, scene.offset) for one in added)
+        key_chunk = self.key_chunk or math.isqrt(k.shape[2])
+
+        def rows_of(q: Tensor, k: Tensor, v: Tensor, at: slice) -> Tensor:
+            chunks = [
+                attend_partial(
+                    q[:, :, at],
+                    k[:, :, keys],
+                    v[:, :, keys],
+                    parts.part(at, keys),
+                    bias=part_of_bias(biases, functions, at.start, first_key=keys.start),
+                    weights=replace(weights, sink=None),
+                    scale=scale,
+                    softcap=softcap,
+                )
+                for keys in parts.worth(at, cuts(k.shape[2], key_chunk))
+            ]
+            whole = merge(chunks)
+            return (whole if weights.sink is None else with_sink(whole, weights.sink)).out
+
+        rows = [recomputed(rows_of, q, k, v, at) for at in cuts(q.shape[2], self.query_chunk)]
+        return torch.cat(rows, dim=2)
+
+
+def cuts(length: int, chunk: int) -> Iterator[slice]:
+    """Slices of at most ``chunk`` that cover ``length``; one empty slice where it is 0."""
+    for start in range(0, max(length, 1), max(chunk, 1)):
+        yield slice(start, min(start + max(chunk, 1), length))
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """Call a function; what backward needs of its insides is computed again there."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False)

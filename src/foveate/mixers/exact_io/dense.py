@@ -1,0 +1,129 @@
+"""Attention that looks everywhere: exact algorithms, and sigmoid weights."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from foveate.attention import Bias, alibi, alibi_slopes, attend
+from foveate.catalogue.registry import Feature, register
+from foveate.mixers.attention import AttentionMixer, KeyValues
+from foveate.mixers.base import join_heads
+from foveate.mixers.core import PatternCore
+from foveate.mixers.exact_io.chunked import ChunkedCore
+from foveate.mixers.recurrent import wide
+from foveate.patterns import Layout, Packed, Pattern, causal, full
+
+EVERYTHING: set[Feature] = {"causal", "noncausal", "cross", "padding", "packed", "grid", "decode", "gqa"}
+
+
+@register(
+    "flash_attention",
+    papers=("FlashAttention",),
+    formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j, over tiles of keys with a running maximum and sum",
+    supports=EVERYTHING,
+    core=PatternCore,
+)
+class FlashAttention(AttentionMixer):
+    """Softmax attention over every key, computed tile by tile so that the table of weights is never stored.
+
+    ``pattern`` is the paper's block-sparse extension: tiles in which it shows nothing are skipped.
+    """
+
+    full_budget: ClassVar[dict[str, Any] | None] = {}
+
+    def __init__(self, dim: int, heads: int = 8, *, pattern: Pattern = full, **options: Any) -> None:
+        super().__init__(dim, heads, core=PatternCore(pattern), **options)
+
+
+@register(
+    "memory_efficient_attention",
+    papers=("Memory-efficient attention (Rabe-Staats)",),
+    formula="o_i = Σ_c e^{m_c - m} n_c / Σ_c e^{m_c - m} s_c, over chunks c of √n keys",
+    supports=EVERYTHING,
+    core=ChunkedCore,
+)
+class MemoryEfficientAttention(AttentionMixer):
+    """Softmax attention over chunks of about √n keys, merged exactly and recomputed in the backward pass."""
+
+    tiny: ClassVar[dict[str, Any]] = {"query_chunk": 16, "key_chunk": 13}
+    full_budget: ClassVar[dict[str, Any] | None] = {}
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        query_chunk: int = 1024,
+        key_chunk: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, heads, core=ChunkedCore(query_chunk, key_chunk), **options)
+
+
+@register(
+    "sigmoid_attention",
+    papers=("Sigmoid-Attention",),
+    formula="o_i = Σ_j σ(q_i·k_j / √d - log n) v_j",
+    supports={"causal", "noncausal", "padding", "packed", "decode", "gqa"},
+)
+class SigmoidAttention(AttentionMixer):
+    """Attention whose weights are sigmoids of the logits, each on its own: rows are not normalised.
+
+    ``length`` is the n of the bias -log n; None counts the keys that each query may see, so that decoding and
+    training agree at every length. ``qk_norm`` normalises each head's queries and keys, which the paper
+    recommends for stable training; ``alibi`` adds ALiBi's slopes times the distance, as in its language models.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        length: int | None = None,
+        qk_norm: bool = False,
+        alibi: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, heads, **options)
+        if length is not None and length < 1:
+            raise ValueError(f"length is the n of the bias -log n, at least 1; got {length}")
+        self.length, self.alibi = length, alibi
+        self.norm_q = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.norm_k = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+
+    def heads_of(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads_of(x, context)
+        return self.norm_q(q), self.norm_k(k), v
+
+    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        q, k, v = self.project(x, x)
+        bias = self.biases(self.count_keys(x, layout, padding), q)
+        out = attend(q, k, v, self.within(padding), bias=bias, weights="sigmoid", layout=layout)
+        return self.to_out(join_heads(out))
+
+    def attend_one(self, q: Tensor, state: KeyValues) -> Tensor:
+        bias = self.biases(torch.tensor([[state.seen]], device=q.device), q)
+        return attend(q, state.k, state.v, causal, bias=bias, weights="sigmoid")
+
+    def biases(self, counts: Tensor, q: Tensor) -> list[Tensor | Bias]:
+        log_bias = self.log_bias(counts).to(q.dtype)
+        if not self.alibi:
+            return [log_bias]
+        return [log_bias, alibi(alibi_slopes(self.heads, dtype=wide(q.dtype), device=q.device))]
+
+    def log_bias(self, counts: Tensor) -> Tensor:
+        """-log n for each query, (B or 1, 1, N, 1)."""
+        counts = counts if self.length is None else torch.full_like(counts, self.length)
+        return -counts.clamp_min(1).double().log()[:, None, :, None]
+
+    def count_keys(self, x: Tensor, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        """How many keys each query may see, (B or 1, N)."""
+        real = x.new_ones(1, x.shape[1], dtype=torch.long) if padding is None else padding.long()
+        lengths = layout.lengths if isinstance(layout, Packed) else (x.shape[1],)
+        parts = real.split(list(lengths), dim=1)
+        if self.causal:
+            return torch.cat([part.cumsum(1) for part in parts], dim=1)
+        return torch.cat([part.sum(1, keepdim=True).expand_as(part) for part in parts], dim=1)

@@ -1,0 +1,132 @@
+"""Linear attention by the Taylor series of softmax's exponential: Based, and JRT-RNN, which reads its prefix whole."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from foveate.catalogue.registry import register
+from foveate.mixers.base import Stepped, divided, split_heads
+from foveate.mixers.linear.linear import LinearTransformer
+from foveate.mixers.recurrent import Lengths, Memory, widened
+from foveate.recurrence import recur
+from foveate.recurrence.linear.polynomial import polynomial_features
+
+
+def taylor(x: Tensor) -> Tensor:
+    """Features (..., 1 + D + D (D + 1) / 2) of x (..., D) whose products are 1 + s + s^2 / 2, s = x^T y / sqrt(D).
+
+    That is exp(s) to second order, never below 1/2. Products x_i x_j and x_j x_i are one feature.
+
+    >>> x, y = torch.randn(2, 5, 8, dtype=torch.float64).unbind(0)
+    >>> s = (x * y).sum(-1) / 8**0.5
+    >>> torch.allclose((taylor(x) * taylor(y)).sum(-1), 1 + s + s**2 / 2)
+    True
+    """
+    return polynomial_features(x * x.shape[-1] ** -0.25, 1, 1, 0.5)
+
+
+@register(
+    "based_linear",
+    papers=("BASED",),
+    formula="o_i = sum_j (1 + s_ij + s_ij^2 / 2) v_j / sum_j (1 + s_ij + s_ij^2 / 2), s_ij = q_i^T k_j / sqrt(D)",
+    supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
+    notes="The linear half of BASED, whose models interleave it with softmax attention in small windows.",
+)
+class BasedLinear(LinearTransformer):
+    """Linear attention with the second-order Taylor series of softmax's exponential.
+
+    ``head_dim`` is small, 16 in the paper, because there are about head_dim^2 / 2 features; ``value_dim`` is
+    dim / heads.
+
+    >>> mixer = BasedLinear(64, heads=4)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 8, *, head_dim: int = 16, value_dim: int | None = None, **options: Any
+    ) -> None:
+        value_dim = value_dim or divided(dim, heads)
+        super().__init__(dim, heads, head_dim=head_dim, value_dim=value_dim, feature_map=taylor, **options)
+
+
+@register(
+    "jrt_rnn",
+    papers=("JRT-RNN",),
+    formula="o_i = φ(q_i)^T (S_i + P) / φ(q_i)^T (z_i + p), P = sum_{j<=M} φ(k'_j) v'_j^T, p = sum_{j<=M} φ(k'_j)",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
+    notes="S_i and z_i are Based's causal sums. The paper also repeats the context in the prompt: that needs no mixer.",
+)
+class JRT(BasedLinear):
+    """Linear attention that knows its prefix as a whole, by a second set of keys and values, and the rest causally.
+
+    The first ``prefix`` real tokens of a sequence are known to all its queries. To decode, hand the prompt to
+    ``prefill``, then go on with ``step``:
+
+    >>> mixer = JRT(64, heads=4, prefix=30)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    >>> out, state = mixer.prefill(torch.randn(2, 12, 64))
+    >>> out, state = mixer.step(torch.randn(2, 1, 64), state)
+    """
+
+    tiny: ClassVar[dict[str, Any]] = {"prefix": 9}
+    exempt: ClassVar[dict[str, str]] = {
+        "causality": "queries inside the prefix see all of it",
+        "causal gradients": "queries inside the prefix see all of it",
+        "step": "the prefix is read at once, by prefill",
+        "chunks": "the prefix is read at once, by prefill",
+    }
+
+    def __init__(self, dim: int, heads: int = 8, *, prefix: int = 1024, **options: Any) -> None:
+        super().__init__(dim, heads, **options)
+        if prefix < 0:
+            raise ValueError(f"prefix is a number of tokens, 0 or more; got {prefix}")
+        self.prefix = prefix
+        self.to_prefix_k = nn.Linear(dim, self.to_k.out_features, bias=False)
+        self.to_prefix_v = nn.Linear(dim, self.to_v.out_features, bias=False)
+
+    def prefill(self, x: Tensor, prefix: int | Tensor | None = None, padding: Tensor | None = None) -> Stepped:
+        """Mix sequences x (B, N, C) of which the first ``prefix`` real tokens are known at once, with the memory after.
+
+        ``prefix`` is a number, or one for each sequence (B,); None is all tokens. ``padding`` (B, N) is True at real
+        tokens.
+        """
+        self.check(x, None, None, padding)
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if padding is None else padding
+        x = x.masked_fill(~real.unsqueeze(-1), 0)
+        if prefix is None:
+            known = real
+        else:
+            reach = prefix.unsqueeze(-1) if isinstance(prefix, Tensor) else prefix
+            known = real & (real.cumsum(1) <= reach)
+        memory = Memory(self.prefix_state(x, known), self.start(x.shape[0]).tails)
+        out, memory = super().flow(x, x, memory, None, padding)
+        return Stepped(out * real.unsqueeze(-1), memory)
+
+    def prefix_state(self, x: Tensor, known: Tensor) -> Tensor:
+        """The sums P and p over the tokens ``known`` (B, N), (B, G, F, Dv + 1)."""
+        k, v = (split_heads(layer(x), self.kv_heads) for layer in (self.to_prefix_k, self.to_prefix_v))
+        k = self.feature_map(k).masked_fill(~known[:, None, :, None], 0)
+        return recur(k[:, :, :0], k, pad(widened(v), (0, 1), value=1.0), causal=False).state
+
+    def flow(
+        self,
+        x: Tensor,
+        context: Tensor,
+        memory: Memory | None = None,
+        lengths: Lengths = None,
+        padding: Tensor | None = None,
+    ) -> Stepped:
+        if memory is not None:
+            return super().flow(x, context, memory, lengths, padding)
+        if lengths is None:
+            return self.prefill(x, self.prefix, padding)
+        pieces = x.split(list(lengths), dim=1)
+        real = [None] * len(pieces) if padding is None else padding.split(list(lengths), dim=1)
+        documents = [self.prefill(piece, self.prefix, each) for piece, each in zip(pieces, real, strict=True)]
+        return Stepped(torch.cat([out for out, _ in documents], dim=1), documents[-1].state)

@@ -1,0 +1,204 @@
+"""Linear attention over whole images, with rotary positions, a local convolution of the values and a gate."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foveate.catalogue.registry import register
+from foveate.layers.grid_rotary import rotate_on
+from foveate.layers.local_conv import LocalConv
+from foveate.layers.masked_ops import TINY, count, hide, softmax_over_tokens
+from foveate.layers.short_conv import ShortConv
+from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
+from foveate.mixers.linear.linear import elu_plus_one
+from foveate.mixers.recurrent import wide, widened
+from foveate.patterns import Grid, Layout
+from foveate.recurrence import recur
+
+
+class GatedGridMixer(Mixer):
+    """out = W (attention(q, k, v) + convolution(v)) * gate(x), on images and on sequences.
+
+    ``rotary`` is the base of rotary positions, None for none; ``local`` the width of the convolution ("LePE") and
+    ``axes`` the number of axes it spans. A sequence is an image of one row.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        rotary: float | None = 10_000.0,
+        local: int = 5,
+        axes: int = 2,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(dim, causal=causal)
+        self.heads, self.head_dim, self.rotary = heads, divided(dim, heads), rotary
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_gate = nn.Linear(dim, dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.local: nn.Module = ShortConv(dim, local) if causal else LocalConv(dim, local, axes=axes)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None) -> Tensor:
+        """Heads out (B, H, N, D) of positive features q and k, in float32 at least, and values v."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        q, k, v = self.features(x)
+        k, v = hide(k, padding), hide(v, padding)
+        out = self.attention(q, k, v, layout, padding)
+        return self.read_out(x, out, self.local(join_heads(v), layout))
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, 1)
+        return elu_plus_one(widened(q)), elu_plus_one(widened(k)), v
+
+    def read_out(self, x: Tensor, heads: Tensor, detail: Tensor) -> Tensor:
+        return self.to_out((join_heads(heads).to(x.dtype) + detail) * self.to_gate(x))
+
+    def turn(self, x: Tensor, layout: Layout | None, first: int = 0) -> Tensor:
+        return x if self.rotary is None else rotate_on(x, layout, self.rotary, first=first)
+
+    def flops(self, n: int) -> int:
+        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
+        return 2 * n * (weights + 2 * self.dim * self.head_dim)
+
+
+class Sums(NamedTuple):
+    """Decoding state of MALA: sums of k v^T, k and (v, 1), the number of tokens seen, the convolution's tail."""
+
+    products: Tensor  # (B, H, D, D)
+    keys: Tensor  # (B, H, D, 1)
+    values: Tensor  # (B, H, 1, D + 1)
+    seen: int
+    tail: Tensor
+
+
+@register(
+    "mala",
+    papers=("MALA",),
+    formula="o_i = Σ_j (β_i s_ij - γ_i) v_j, s_ij = φ(q_i)·φ(k_j) / N√d, S_i = Σ_j s_ij, β_i = 1 + 1/S_i, γ_i = S_i/N",
+    supports={"causal", "noncausal", "padding", "grid", "decode"},
+    notes=(
+        "The 1/N√d inside s, the gate and the 5 x 5 convolution of the values are those of the authors' code. There "
+        "queries and keys turn with their positions in s_ij but not in S_i, so that S stays positive; the weights "
+        "sum to 1 exactly with rotary=None. Causal: sums, N included, run over the tokens so far."
+    ),
+)
+class MagnitudeAwareLinearAttention(GatedGridMixer):
+    """Linear attention whose weights grow sharper with the magnitude of the query, as softmax's do.
+
+    Divided by their sum, linear weights forget how long the query is. Scaled and shifted instead, they still sum to
+    1, and their spread grows with it; they may be negative.
+
+    >>> mixer = MagnitudeAwareLinearAttention(64, heads=4)
+    >>> mixer(torch.randn(2, 35, 64), layout=Grid(5, 7)).shape
+    torch.Size([2, 35, 64])
+
+    On sequences it may be causal, and decodes with a state of fixed size. A grid has no causal form.
+    """
+
+    def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
+        super().check(x, context, layout, padding)
+        if self.causal and isinstance(layout, Grid):
+            raise ValueError(f"mala is causal on sequences only; got {layout}: build it with causal=False")
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None) -> Tensor:
+        out, *_ = self.sums(q, k, v, layout, real)
+        return out
+
+    def sums(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None, state: Sums | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Heads out, and the sums over the keys so far."""
+        first, past = (0, (None, None, None)) if state is None else (state.seen, state[:3])
+        one = torch.ones_like(v[..., :1], dtype=k.dtype)
+        values = torch.cat([widened(v), hide(one, real)], dim=-1)
+        turned = (self.turn(q, layout, first), self.turn(k, layout, first))
+        runs = ((*turned, widened(v)), (q, k, one), (one, one, values))
+        scales = (self.head_dim**-0.5, self.head_dim**-0.5, 1.0)
+        products, keys, total = (
+            recur(*run, scale=scale, state=before, causal=self.causal)
+            for run, scale, before in zip(runs, scales, past, strict=True)
+        )
+        number = total.out[..., -1:].clamp_min(1)
+        size = keys.out / number
+        out = products.out / number * (1 + 1 / size.clamp_min(TINY)) - size * total.out[..., :-1] / number
+        return out, products.state, keys.state, total.state
+
+    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        if not self.causal:
+            return super().mix(x, context, layout, padding)
+        return self.run(x, None, padding).out
+
+    def start(self, batch: int) -> Sums:
+        if not self.causal:
+            raise NotImplementedError("mala does not decode token by token unless causal")
+        assert isinstance(self.local, ShortConv)
+        weight, heads, width = self.weight, self.heads, self.head_dim
+        shapes = ((width, width), (width, 1), (1, width + 1))
+        products, keys, values = (weight.new_zeros(batch, heads, *each, dtype=wide(weight.dtype)) for each in shapes)
+        return Sums(products, keys, values, 0, weight.new_zeros(batch, *self.local.tail_shape))
+
+    def step(self, x: Tensor, state: Sums) -> Stepped:
+        return self.advance(x, state)
+
+    def advance(self, x: Tensor, state: Sums) -> Stepped:
+        """Mix the next tokens x (B, N, C): ``step`` for several tokens at once, as for a prompt."""
+        return self.run(x, state, None)
+
+    def run(self, x: Tensor, state: Sums | None, padding: Tensor | None) -> Stepped:
+        q, k, v = self.features(x)
+        k, v = hide(k, padding), hide(v, padding)
+        detail, tail = self.local(join_heads(v), None if state is None else state.tail)
+        out, products, keys, values = self.sums(q, k, v, None, padding, state)
+        seen = x.shape[1] + (0 if state is None else state.seen)
+        return Stepped(self.read_out(x, out, detail), Sums(products, keys, values, seen, tail))
+
+    def state_bytes(self, n: int) -> int:
+        state = self.start(1)
+        return sum(part.numel() * part.element_size() for part in (*state[:3], state.tail))
+
+
+@register(
+    "rala",
+    papers=("RALA / RAVLT",),
+    formula="o_i = g(x_i) * φ(q_i)ᵀ Σ_j α_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j α_j φ(k_j), α = N softmax_j(φ̄(q)·φ(k_j) / √d)",
+    supports={"noncausal", "padding", "grid"},
+    notes=(
+        "As in the authors' code a 5 x 5 convolution of the values is added before the gate g, and rotary positions "
+        "turn queries and keys in the products with v, not in the divisor."
+    ),
+)
+class RankAugmentedLinearAttention(GatedGridMixer):
+    """Linear attention whose sum over keys weighs each token by its bearing on the whole, and whose outputs are gated.
+
+    Both raise ranks that plain linear attention keeps low: of the sum of k v^T, where many tokens are alike, and of
+    the outputs, which a gate of the tokens themselves multiplies.
+
+    >>> mixer = RankAugmentedLinearAttention(64, heads=4)
+    >>> mixer(torch.randn(2, 35, 64), layout=Grid(5, 7)).shape
+    torch.Size([2, 35, 64])
+    """
+
+    def __init__(self, dim: int, heads: int = 8, *, causal: bool = False, **options: Any) -> None:
+        super().__init__(dim, heads, causal=causal, **options)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None) -> Tensor:
+        number = count(real, k.shape[2])
+        k = k * self.bearing(q, k, real)
+        size = q @ k.sum(2, keepdim=True).transpose(2, 3) / number
+        turned = (self.turn(q, layout), self.turn(k, layout))
+        return recur(*turned, widened(v) / number, scale=1.0, causal=False).out / size.clamp_min(TINY)
+
+    def bearing(self, q: Tensor, k: Tensor, real: Tensor | None) -> Tensor:
+        """α (B, H, N, 1): how much each key has to do with the mean query, 1 on average."""
+        number = count(real, k.shape[2])
+        mean = hide(q, real).sum(2, keepdim=True) / number
+        scores = k @ mean.transpose(2, 3) * self.head_dim**-0.5
+        shown = None if real is None else real[:, None, :, None]
+        return number * softmax_over_tokens(scores, shown, dim=2)

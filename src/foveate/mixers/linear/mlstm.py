@@ -1,0 +1,97 @@
+"""The matrix LSTM: linear attention with exponential input gates, and a state that they cannot overflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, logsigmoid, pad
+
+from foveate.catalogue.registry import Reference, register
+from foveate.mixers.base import Stepped, join_heads
+from foveate.mixers.recurrent import Inputs, Lengths, Memory, RecurrentMixer, wide, widened
+from foveate.recurrence.linear.stabilise import NOTHING, Stabilised, stabilise
+
+LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gradient
+
+
+@register(
+    "mlstm",
+    papers=None,
+    reference=Reference(
+        "Beck, Pöppel, Spanring, Auer, Prudnikova, Kopp, Klambauer, Brandstetter, Hochreiter",
+        "xLSTM: Extended Long Short-Term Memory",
+        "2405.04517",
+    ),
+    family="linear",
+    formula="C_t = f_t C_{t-1} + e^i_t k_t v_t^T, n_t = f_t n_{t-1} + e^i_t k_t, h_t = q_t^T C_t / max(|q_t^T n_t|, 1)",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
+    notes=(
+        "The layer of the xLSTM paper without the block around it: sigmoid forget gates, a layer norm of each head, a "
+        "sigmoid output gate. conv puts short convolutions before queries, keys and values."
+    ),
+)
+class MLSTM(RecurrentMixer):
+    """A matrix memory with a forget gate and an exponential input gate per head, read out relative to its normaliser.
+
+    Inputs and state are held in units of exp(m_t), m_t = max(log f_t + m_{t-1}, i_t), the paper's stabiliser.
+
+    >>> mixer = MLSTM(64, heads=4)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    def __init__(self, dim: int, heads: int = 8, **options: Any) -> None:
+        super().__init__(dim, heads, **options)
+        self.to_input, self.to_forget = nn.Linear(dim, self.kv_heads), nn.Linear(dim, self.kv_heads)
+        self.to_gate = nn.Linear(dim, heads * self.value_dim)
+        self.gain = nn.Parameter(torch.ones(heads * self.value_dim))
+        with torch.no_grad():  # remember much and write little at first, as the authors' code does
+            self.to_input.bias.fill_(-10.0)
+            self.to_forget.bias.copy_(torch.linspace(3, 6, self.kv_heads))
+
+    def flow(
+        self,
+        x: Tensor,
+        context: Tensor,
+        memory: Memory | None = None,
+        lengths: Lengths = None,
+        padding: Tensor | None = None,
+    ) -> Stepped:
+        state, (*tails, unit) = (None, (None,)) if memory is None else memory
+        q, k, v, after = self.project(x, context, tuple(tails), lengths)
+        gates = self.gates(x, padding, unit, lengths)
+        k, v = widened(k) * gates.weight.unsqueeze(-1), pad(widened(v), (0, 1), value=1.0)
+        heads, state = self.run(Inputs(q, k, v, decay=gates.decay), lengths=lengths, state=state)
+        return Stepped(self.read_out(x, normalised(heads, gates.after)), Memory(state, (*after, gates.last)))
+
+    def gates(self, x: Tensor, padding: Tensor | None, unit: Tensor | None, lengths: Lengths) -> Stabilised:
+        """Decays and input weights, (B, G, N); padding neither fades the state nor writes to it."""
+        decay, gate = logsigmoid(widened(self.to_forget(x))), widened(self.to_input(x))
+        if padding is not None:
+            hidden = ~padding.unsqueeze(-1)
+            decay, gate = decay.masked_fill(hidden, 0), gate.masked_fill(hidden, -torch.inf)
+        return stabilise(decay.transpose(1, 2), gate.transpose(1, 2), unit=unit, lengths=lengths)
+
+    def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
+        normed = join_heads(layer_norm(heads, heads.shape[-1:])) * self.gain
+        return self.to_out(normed.to(x.dtype) * torch.sigmoid(self.to_gate(x)))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.kv_heads, self.head_dim, self.value_dim + 1
+
+    def start(self, batch: int) -> Memory:
+        state, tails = super().start(batch)
+        return Memory(state, (*tails, state.new_full((batch, self.kv_heads), NOTHING)))
+
+    def state_bytes(self, n: int) -> int:
+        return super().state_bytes(n) + self.kv_heads * wide(self.weight.dtype).itemsize
+
+
+def normalised(heads: Tensor, unit: Tensor) -> Tensor:
+    """What a state in units of exp(unit) (B, G, N) says, (B, H, N, Dv), from heads with q^T n as their last channel."""
+    total, weight = heads[..., :-1], heads[..., -1:]
+    unit = unit.repeat_interleave(heads.shape[1] // unit.shape[1], dim=1).unsqueeze(-1)
+    return total / torch.maximum(weight.abs(), (-unit).exp()).clamp(min=LEAST)

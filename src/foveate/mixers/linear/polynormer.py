@@ -1,0 +1,155 @@
+"""Polynormer: attention on a graph's edges, then on all nodes, each multiplied into the nodes themselves."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, leaky_relu, pad
+
+from foveate.catalogue.registry import register
+from foveate.layers.masked_ops import TINY
+from foveate.layouts.graph import Graph, edge_attention, edges_of
+from foveate.mixers.base import Mixer, divided, join_heads, split_heads
+from foveate.mixers.recurrent import widened
+from foveate.patterns import Grid, Layout
+from foveate.recurrence import recur
+
+
+class EdgeAttention(nn.Module):
+    """Attention along edges as in GAT: the score of an edge is leaky_relu(a·W x_source + b·W x_target).
+
+    >>> EdgeAttention(8, heads=2)(torch.randn(1, 3, 8), torch.tensor([[0, 1], [2, 2]])).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.as_source = nn.Parameter(torch.randn(heads, 1, dim // heads) * (heads / dim) ** 0.5)
+        self.as_target = nn.Parameter(torch.randn(heads, 1, dim // heads) * (heads / dim) ** 0.5)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        v = split_heads(self.to_v(x), self.heads)
+        source, target = (
+            (widened(v) * widened(part)).sum(-1) for part in (self.as_source, self.as_target)
+        )  # (B, H, N)
+        scores = leaky_relu(source.index_select(2, edges[0]) + target.index_select(2, edges[1]), 0.2)
+        return join_heads(edge_attention(scores, v, edges))
+
+
+class LocalLayer(nn.Module):
+    """x ← (1 - β) norm(relu(U x) * a) + β a, a = relu(edge attention(x) + V x)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.attention = EdgeAttention(dim, heads)
+        self.to_factor, self.to_self = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        mixed = (self.attention(x, edges) + self.to_self(x)).relu()
+        beta = self.beta.sigmoid()
+        return (1 - beta) * self.norm(self.to_factor(x).relu() * mixed) + beta * mixed
+
+
+class GlobalLayer(nn.Module):
+    """x ← relu(W (norm(a) * (U x + β))), a_i = σ(q_i)ᵀ Σ_j σ(k_j) v_jᵀ / σ(q_i)ᵀ Σ_j σ(k_j)."""
+
+    def __init__(self, dim: int, heads: int, *, shared: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = None if shared else nn.Linear(dim, dim)
+        self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.to_factor, self.to_out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.beta = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.to_factor(x) + self.beta.sigmoid()
+        return self.to_out(self.norm(join_heads(self.attention(x))) * factor).relu()
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Heads out (B, H, N, D)."""
+        k = split_heads(widened(self.to_k(x)), self.heads).sigmoid()
+        q = k if self.to_q is None else split_heads(widened(self.to_q(x)), self.heads).sigmoid()
+        v = pad(widened(split_heads(self.to_v(x), self.heads)), (0, 1), value=1.0)
+        out = recur(q, k, v, scale=1.0, causal=False).out
+        return (out[..., :-1] / out[..., -1:].clamp_min(TINY)).to(x.dtype)
+
+
+@register(
+    "polynormer",
+    papers=("Polynormer",),
+    formula="x ← A(x) * (U x + β), A: attention on edges in the first layers, kernel attention on all nodes in others",
+    supports={"noncausal", "grid"},
+    notes=(
+        "Its layout is a foveate.layouts.graph.Graph; a grid is the graph of its neighbours. Layers are those of the "
+        "authors' code, without its dropout and the layers around them."
+    ),
+)
+class Polynormer(Mixer):
+    """Nodes multiplied by what attention says of them, along edges and then over the whole graph: a polynomial.
+
+    ``shared`` lets the global layers' queries be their keys, as the authors' code does. Cost is linear in nodes and
+    edges, and the order of the nodes does not matter.
+
+    >>> graph = Graph(torch.randint(50, (2, 200)), 50)
+    >>> Polynormer(64, heads=4)(torch.randn(1, 50, 64), layout=graph).shape
+    torch.Size([1, 50, 64])
+    """
+
+    exempt: ClassVar[dict[str, str]] = {
+        "differences": "a small move takes some of thousands of ReLUs across their kink"
+    }
+    grids: ClassVar[tuple[Layout, ...]] = (
+        Graph(torch.tensor([[0, 1, 2, 3, 4, 4, 5, 30, 7], [1, 2, 2, 4, 3, 0, 36, 7, 7]]), 37),
+        Grid(5, 7),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        local_layers: int = 1,
+        global_layers: int = 1,
+        shared: bool = True,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(dim, causal=causal)
+        divided(dim, heads)
+        if local_layers < 1 or global_layers < 0:
+            raise ValueError(
+                f"polynormer takes 1 or more local and 0 or more global layers; got {local_layers}, {global_layers}"
+            )
+        self.local_layers = nn.ModuleList(LocalLayer(dim, heads) for _ in range(local_layers))
+        self.global_layers = nn.ModuleList(GlobalLayer(dim, heads, shared=shared) for _ in range(global_layers))
+        self.heads = heads
+
+    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        edges = edges_of(layout, x.device)
+        total = torch.zeros_like(x)
+        for layer in self.local_layers:
+            x = layer(x, edges)
+            total = total + x
+        if not self.global_layers:
+            return total
+        x = layer_norm(total, (self.dim,))
+        for layer in self.global_layers:
+            x = layer(x)
+        return x
+
+    def flops(self, n: int) -> int:
+        """Of a grid of n tokens, in which each has four neighbours."""
+        return self.flops_on(n, 4 * n)
+
+    def flops_on(self, nodes: int, edges: int) -> int:
+        """Of a graph."""
+        layers = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+        width = self.dim // self.heads
+        sums = 2 * self.dim * (width + 1) * len(self.global_layers) + 2 * self.dim * len(self.local_layers)
+        return 2 * nodes * (layers + sums) + edges * len(self.local_layers) * (2 * self.dim + 6 * self.heads)

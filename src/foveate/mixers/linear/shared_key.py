@@ -1,0 +1,121 @@
+"""Sliding windows whose heads share one key, and Rodimus+, which puts them behind its recurrence."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from foveate.catalogue.registry import register
+from foveate.mixers.attention import AttentionMixer, KeyValues, recent
+from foveate.mixers.base import Mixer, Stepped, split_heads
+from foveate.mixers.core import PatternCore
+from foveate.mixers.linear.tied import Rodimus
+from foveate.mixers.recurrent import Memory
+from foveate.patterns import Layout
+
+
+@register(
+    "shared_key_window",
+    papers=("Rodimus / Rodimus+",),
+    formula="o_i^h = sum_{i-w<j<=i} softmax_j(q_i^h k_j / sqrt(d)) v_j^h: keys without a head, values with one",
+    supports={"causal", "padding", "packed", "decode"},
+    notes="SW-SKA, the attention of Rodimus+. Unlike multi-query attention it keeps a value for each head.",
+)
+class SharedKeyWindow(AttentionMixer):
+    """Sliding-window attention in which all heads share one key and each has its own value.
+
+    >>> import torch
+    >>> mixer = SharedKeyWindow(64, heads=4, window=16)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    tiny: ClassVar[dict[str, Any]] = {"window": 6}
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        window: int = 1024,
+        head_dim: int | None = None,
+        rotary: float | None = 10_000.0,
+        causal: bool = True,
+    ) -> None:
+        core = PatternCore(recent(window))
+        super().__init__(dim, heads, core=core, head_dim=head_dim, rotary=rotary, causal=causal)
+        self.to_k = nn.Linear(dim, self.head_dim, bias=False)
+
+    def heads_of(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, v = split_heads(self.to_q(x), self.heads), split_heads(self.to_v(context), self.heads)
+        return q, self.to_k(context).unsqueeze(1), v
+
+    def start(self, batch: int) -> KeyValues:
+        nothing = super().start(batch)
+        return nothing._replace(k=nothing.k[:, :1])
+
+    def state_bytes(self, n: int) -> int:
+        return super().state_bytes(n) * (1 + self.heads) // (2 * self.heads)
+
+
+class PlusState(NamedTuple):
+    """The recurrence's memory and the window's keys and values."""
+
+    memory: Memory
+    cache: KeyValues
+
+
+@register(
+    "rodimus_plus",
+    papers=("Rodimus / Rodimus+",),
+    formula="o = r + SW-SKA(norm(x + r)), r = Rodimus(x)",
+    supports={"causal", "padding", "packed", "decode"},
+    notes=(
+        "Both token mixers of a Rodimus+ layer, without the feed-forward layer behind them. Padding lies at the ends "
+        "of a sequence: inside it, the short convolution would read it as zeros."
+    ),
+)
+class RodimusPlus(Mixer):
+    """Rodimus for all of the past, then shared-key attention to the last ``window`` tokens, at constant memory.
+
+    >>> import torch
+    >>> mixer = RodimusPlus(64, heads=4, window=16)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    tiny: ClassVar[dict[str, Any]] = {"window": 6, "memory": 8}
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        window: int = 1024,
+        rotary: float | None = 10_000.0,
+        causal: bool = True,
+        **rodimus: Any,
+    ) -> None:
+        super().__init__(dim, causal=causal)
+        self.recurrent = Rodimus(dim, **rodimus)
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.window = SharedKeyWindow(dim, heads, window=window, rotary=rotary)
+
+    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        said = self.recurrent(x, layout=layout, padding=padding)
+        return said + self.window(self.norm(x + said), layout=layout, padding=padding)
+
+    def start(self, batch: int) -> PlusState:
+        return PlusState(self.recurrent.start(batch), self.window.start(batch))
+
+    def step(self, x: Tensor, state: PlusState) -> Stepped:
+        said, memory = self.recurrent.step(x, state.memory)
+        near, cache = self.window.step(self.norm(x + said), state.cache)
+        return Stepped(said + near, PlusState(memory, cache))
+
+    def flops(self, n: int) -> int:
+        return self.recurrent.flops(n) + self.window.flops(n)
+
+    def state_bytes(self, n: int) -> int:
+        return self.recurrent.state_bytes(n) + self.window.state_bytes(n)

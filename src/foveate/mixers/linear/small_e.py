@@ -1,0 +1,154 @@
+"""A speech decoder that reads a text: gated linear attention, and cross-attention that knows how far it has read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foveate.attention import attend
+from foveate.catalogue.registry import register
+from foveate.mixers.base import Mixer, Stepped
+from foveate.mixers.linear.gated import GLA
+from foveate.mixers.recurrent import Memory
+from foveate.patterns import Layout, key_padding
+
+
+class Text(NamedTuple):
+    """What a decoder keeps of a text: keys and values (B, M, A), and which of its M tokens are real (B, M)."""
+
+    k: Tensor
+    v: Tensor
+    real: Tensor
+
+
+class Reading(NamedTuple):
+    """The decoder's memory, that of the tracker of positions, and the text."""
+
+    decoder: Memory
+    tracker: Memory
+    text: Text
+
+
+@register(
+    "small_e",
+    papers=("Small-E",),
+    formula="y = GLA(x), p = attend(W_q (x + y), W_k t, e), o = y + W attend(p + GLA(p), e, W_v t), e: positions",
+    supports={"causal", "padding", "decode"},
+    notes=(
+        "The text t is passed as text=; without one a learned stand-in of four tokens is read. One head looks at the "
+        "text, as in the authors' code. The cross-attention is aware of positions, not forced to move forward."
+    ),
+)
+class SmallE(Mixer):
+    """Gated linear attention over speech, and cross-attention to a text by way of positions in the text.
+
+    A first look, by content, gathers the positions of the text tokens that fit; a recurrence over these positions
+    tracks the reading; a second look, by position alone, fetches what stands there.
+
+    >>> mixer = SmallE(64, heads=4)
+    >>> text = torch.randn(2, 9, 64)
+    >>> mixer(torch.randn(2, 50, 64), text=text).shape
+    torch.Size([2, 50, 64])
+    >>> out, state = mixer.step(torch.randn(2, 1, 64), mixer.start(2, text=text))
+    """
+
+    def __init__(self, dim: int, heads: int = 8, *, positions: int = 64, causal: bool = True, **gla: Any) -> None:
+        super().__init__(dim, causal=causal)
+        if positions < 2 or positions % 2:
+            raise ValueError(f"positions is the even width of position features; got {positions}")
+        self.positions = positions
+        self.decoder = GLA(dim, heads, **gla)
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.to_q, self.to_k, self.to_v = (nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim)) for _ in range(3))
+        self.tracker = GLA(positions, 1)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+        self.stand_in = nn.Parameter(torch.randn(1, 4, dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        text: Tensor | None = None,
+        text_padding: Tensor | None = None,
+        context: Tensor | None = None,
+        layout: Layout | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Mix speech x (B, N, C) under a ``text`` (B, M, C); ``text_padding`` (B, M) is True at real tokens."""
+        self.check(x, context, layout, padding)
+        hidden = None if padding is None else ~padding.unsqueeze(-1)
+        x = x if hidden is None else x.masked_fill(hidden, 0)
+        said = self.decoder(x, padding=padding)
+        text_read = self.prepared(text, text_padding, x.shape[0])
+        seen = self.look(x + said, text_read)
+        out = said + self.fetch(seen + self.tracker(seen, padding=padding), text_read)
+        return out if hidden is None else out.masked_fill(hidden, 0)
+
+    def look(self, x: Tensor, text: Text) -> Tensor:
+        """Positions of the text tokens that fit x (B, N, C) by content, as features (B, N, P)."""
+        places = self.places(text).expand(x.shape[0], -1, -1)
+        return one_head(self.to_q(self.norm(x)), text.k, places, text.real)
+
+    def fetch(self, seen: Tensor, text: Text) -> Tensor:
+        """What stands at the positions that ``seen`` (B, N, P) points to, (B, N, C)."""
+        places = self.places(text).expand(seen.shape[0], -1, -1)
+        return self.to_out(one_head(seen, places, text.v, text.real))
+
+    def places(self, text: Text) -> Tensor:
+        return sinusoids(text.k.shape[1], self.positions).to(text.k).unsqueeze(0)
+
+    def prepared(self, text: Tensor | None, real: Tensor | None, batch: int) -> Text:
+        """Keys and values of a text, or of the stand-in for one."""
+        if text is None:
+            text, real = self.stand_in.expand(batch, -1, -1), None
+        if text.dim() != 3 or text.shape[0] != batch or text.shape[2] != self.dim:
+            raise ValueError(f"text is (batch, length, dim) = ({batch}, M, {self.dim}); got {tuple(text.shape)}")
+        if real is None:
+            real = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        if real.dtype != torch.bool or real.shape != text.shape[:2]:
+            raise ValueError(f"text_padding is boolean {tuple(text.shape[:2])}; got {real.dtype} {tuple(real.shape)}")
+        text = text.masked_fill(~real.unsqueeze(-1), 0)
+        return Text(self.to_k(text), self.to_v(text), real)
+
+    def start(self, batch: int, text: Tensor | None = None, text_padding: Tensor | None = None) -> Reading:
+        """The decoding state before the first token, for ``text`` (B, M, C)."""
+        text_read = self.prepared(text, text_padding, batch)
+        return Reading(self.decoder.start(batch), self.tracker.start(batch), text_read)
+
+    def step(self, x: Tensor, state: Reading) -> Stepped:
+        said, decoder = self.decoder.step(x, state.decoder)
+        seen = self.look(x + said, state.text)
+        tracked, tracker = self.tracker.step(seen, state.tracker)
+        return Stepped(said + self.fetch(seen + tracked, state.text), Reading(decoder, tracker, state.text))
+
+    def flops(self, n: int, text_length: int = 4) -> int:
+        """Operations of forward on n tokens under a text of ``text_length`` tokens (the stand-in has 4)."""
+        attended = 4 * n * text_length * (self.dim + self.positions)
+        projected = 2 * self.dim**2 * (2 * n + 2 * text_length)
+        return self.decoder.flops(n) + self.tracker.flops(n) + attended + projected
+
+    def state_bytes(self, n: int, text_length: int = 4) -> int:
+        """Bytes kept after n tokens: two states of fixed size, and the text's keys and values."""
+        text = 2 * text_length * self.dim * self.weight.element_size()
+        return self.decoder.state_bytes(n) + self.tracker.state_bytes(n) + text
+
+
+def one_head(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    """Softmax attention of q (B, N, D) to the ``real`` (B, M) ones among k (B, M, D) and v (B, M, Dv)."""
+    return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), key_padding(real)).squeeze(1)
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Position features (length, width) in float64: sines and cosines at wavelengths from 2 pi to 20000 pi.
+
+    Vaswani et al., Attention Is All You Need, arXiv 1706.03762.
+
+    >>> sinusoids(2, 4).float()
+    tensor([[0.0000, 0.0000, 1.0000, 1.0000],
+            [0.8415, 0.0100, 0.5403, 0.9999]])
+    """
+    places, channels = (torch.arange(*span, dtype=torch.float64, device="cpu") for span in ((length,), (0, width, 2)))
+    angles = places[:, None] * 10_000.0 ** (-channels / width)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

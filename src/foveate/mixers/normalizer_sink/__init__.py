@@ -1,0 +1,1 @@
+"""Attention with sinks or with other normalisers."""

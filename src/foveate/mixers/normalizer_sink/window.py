@@ -1,0 +1,158 @@
+"""Attention to the recent past: sliding windows, one for all heads or one for each."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.attention import Bias, Weights, alibi, alibi_slopes, attend, attend_partial, merge
+from foveate.catalogue.registry import register
+from foveate.layers.rotary import rotate
+from foveate.mixers.attention import AttentionMixer, KeyValues, recent
+from foveate.mixers.core import PatternCore, joined
+from foveate.mixers.recurrent import wide
+from foveate.patterns import Layout, Pattern, per_head
+from foveate.patterns import sinks as earliest
+
+
+def streaming_core(*, sinks: int = 4, window: int = 1024) -> PatternCore:
+    """The first ``sinks`` keys and the last ``window``.
+
+    >>> streaming_core(sinks=4, window=256).pattern
+    sinks(4) | window(255, 0)
+    """
+    return PatternCore(earliest(sinks) | recent(window) if sinks else recent(window))
+
+
+@register(
+    "streaming_llm",
+    papers=("StreamingLLM",),
+    formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j < s or i - w < j ≤ i",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
+    core=streaming_core,
+)
+class StreamingLLM(AttentionMixer):
+    """Attention to the first few tokens and a window of recent ones, decoding at constant memory.
+
+    ``rotary`` positions count inside the cache, as the paper has it: once tokens have been dropped, a sink
+    stays as near to the query as the cache is long. Keys are therefore kept as they are and turned when read.
+    """
+
+    tiny: ClassVar[dict[str, Any]] = {"sinks": 2, "window": 6}
+    one_by_one: ClassVar[bool] = True
+    full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        sinks: int = 4,
+        window: int = 1024,
+        rotary: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, heads, core=streaming_core(sinks=sinks, window=window), **options)
+        self.sinks, self.window, self.in_cache = sinks, window, rotary
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, within: Pattern, layout: Layout | None) -> Tensor:
+        if self.in_cache is None:
+            return super().attend(q, k, v, within, layout)
+        at = torch.arange(k.shape[2], device=k.device)
+        k = rotate(k, at, self.in_cache)
+        near = recent(self.window)
+        parts = [attend_partial(rotate(q, at, self.in_cache), k, v, joined(near, within))]
+        if self.sinks:
+            q = rotate(q, at.clamp(max=self.sinks + self.window - 1), self.in_cache)
+            parts.append(attend_partial(q, k, v, joined(earliest(self.sinks) & ~near, within)))
+        return merge(parts).out
+
+    def attend_one(self, q: Tensor, state: KeyValues) -> Tensor:
+        if self.in_cache is None:
+            return super().attend_one(q, state)
+        at = torch.arange(state.k.shape[2], device=q.device)
+        return attend(rotate(q, at[-1:], self.in_cache), rotate(state.k, at, self.in_cache), state.v)
+
+
+@register(
+    "swat",
+    papers=("SWAT (LLM)",),
+    formula="o_i = Σ_{i-w<j≤i} σ(q_i·k_j / √d - s_h (i - j)) v_j",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
+)
+class SWAT(AttentionMixer):
+    """Sliding-window attention with sigmoid weights, half of the heads favouring old keys.
+
+    The balanced ALiBi slopes s_h of the two halves are opposite; queries and keys carry rotary positions.
+    """
+
+    tiny: ClassVar[dict[str, Any]] = {"window": 6}
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        window: int = 1024,
+        rotary: float | None = 10_000.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(dim, heads, core=PatternCore(recent(window)), rotary=rotary, **options)
+
+    def weights(self, num_keys: int) -> Weights | str:
+        return "sigmoid"
+
+    def bias(self) -> Bias | None:
+        return alibi(balanced_slopes(self.heads, wide(self.weight.dtype), self.weight.device))
+
+
+def balanced_slopes(heads: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    """ALiBi slopes, positive for the first half of the heads and their opposites for the rest.
+
+    >>> balanced_slopes(4)
+    tensor([ 0.0625,  0.0039, -0.0625, -0.0039])
+    """
+    slopes = alibi_slopes(-(-heads // 2), dtype=dtype, device=device)
+    return torch.cat([slopes, -slopes])[:heads]
+
+
+RATIOS = (0.25, 0.5, 1.0, 2.0)
+
+
+def layer_windows(window: int, layers: int) -> list[int]:
+    """The base window of each layer of a model, a quarter of ``window`` in the first to twice it in the last.
+
+    >>> layer_windows(512, 8)
+    [128, 128, 256, 256, 512, 512, 1024, 1024]
+    """
+    return [max(1, int(window * RATIOS[4 * layer // layers])) for layer in range(layers)]
+
+
+def mswa_core(*, window: int = 1024, heads: int = 4) -> PatternCore:
+    """Windows of a quarter, half, once and twice ``window`` in four groups of heads.
+
+    >>> mswa_core(window=64).pattern
+    per_head([window(15, 0), window(31, 0), window(63, 0), window(127, 0)])
+    """
+    return PatternCore(per_head([recent(size) for size in layer_windows(window, heads)]))
+
+
+@register(
+    "mswa",
+    papers=("MSWA",),
+    formula="o_i^h = Σ_{i-w_h<j≤i} softmax_j(q_i·k_j / √d) v_j, w_h ∈ {w/4, w/2, w, 2w}",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
+    core=mswa_core,
+    notes="layer_windows gives each layer's base window; a decoder keeps what its longest window sees.",
+)
+class MSWA(AttentionMixer):
+    """Sliding-window attention whose heads have windows of a quarter, half, once and twice a base size."""
+
+    tiny: ClassVar[dict[str, Any]] = {"window": 8}
+    full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
+
+    def __init__(self, dim: int, heads: int = 8, *, window: int = 1024, **options: Any) -> None:
+        groups = 4 if heads % 4 == 0 else heads
+        super().__init__(dim, heads, core=mswa_core(window=window, heads=groups), **options)

@@ -1,0 +1,224 @@
+"""Mamba: the selective scan, and the block around it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from foveate.catalogue.registry import Reference, register
+from foveate.layers.short_conv import ShortConv
+from foveate.mixers.base import Stepped
+from foveate.mixers.recurrent import wide, widened
+from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
+from foveate.recurrence.selective.api import Scanned, scan
+
+NO_STEP = -1e4  # a logit of step sizes at which softplus is exactly 0: such a token neither writes nor fades
+
+
+class Chosen(NamedTuple):
+    """What tokens choose of the scan: step sizes before softplus, writing and reading vectors."""
+
+    step: Tensor  # (B, N, C), without its bias
+    B: Tensor  # (B, N, S)
+    C: Tensor  # (B, N, S)
+
+
+class SelectiveScan(nn.Module):
+    """S6: a state of ``state`` numbers for each channel, whose step size, input and output each token chooses.
+
+    >>> SelectiveScan(6, state=4)(torch.randn(2, 9, 6)).out.shape
+    torch.Size([2, 9, 6])
+    """
+
+    def __init__(self, channels: int, state: int = 16, rank: int | None = None) -> None:
+        super().__init__()
+        if state < 1:
+            raise ValueError(f"each channel has a state of at least one number; got state={state}")
+        self.rank = rank or -(-channels // 32)
+        self.to_choices = nn.Linear(channels, self.rank + 2 * state, bias=False)
+        self.to_step = nn.Linear(self.rank, channels, bias=False)
+        nn.init.uniform_(self.to_step.weight, -(self.rank**-0.5), self.rank**-0.5)
+        self.step_bias = step_bias(channels)
+        self.log_rate = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(channels, 1))
+        self.skip = nn.Parameter(torch.ones(channels))
+
+    def chosen(self, u: Tensor, real: Tensor | None = None) -> Chosen:
+        """What the tokens u (B, N, C) choose; those that are not ``real`` (B, N) take steps of size 0."""
+        states = self.log_rate.shape[1]
+        low, b, c = self.to_choices(u).split([self.rank, states, states], dim=-1)
+        step = self.to_step(low)
+        return Chosen(step if real is None else step.masked_fill(~real.unsqueeze(-1), NO_STEP), b, c)
+
+    def forward(
+        self,
+        u: Tensor,
+        *,
+        gate: Tensor | None = None,
+        state: Tensor | None = None,
+        lengths: Lengths = None,
+        real: Tensor | None = None,
+    ) -> Scanned:
+        """Scan u (B, N, C) after ``state`` (B, C, S), or each of its documents, and gate it by silu(``gate``)."""
+        return self.scan(u, self.chosen(u, real), gate=gate, state=state, lengths=lengths)
+
+    def scan(
+        self,
+        u: Tensor,
+        chosen: Chosen,
+        *,
+        gate: Tensor | None = None,
+        state: Tensor | None = None,
+        lengths: Lengths = None,
+    ) -> Scanned:
+        return scan(
+            u,
+            chosen.step,
+            -widened(self.log_rate).exp(),
+            chosen.B,
+            chosen.C,
+            D=self.skip,
+            z=gate,
+            dt_bias=self.step_bias,
+            softplus=True,
+            state=state,
+            lengths=lengths,
+        )
+
+    def steps(self, u: Tensor) -> Tensor:
+        """The step sizes (B, N, C), positive."""
+        return self.sizes(self.chosen(u))
+
+    def sizes(self, chosen: Chosen) -> Tensor:
+        return softplus(widened(chosen.step) + widened(self.step_bias))
+
+    def matrix(self, u: Tensor) -> Tensor:
+        """The masked attention (B, C, N, N) that the scan amounts to: out of a channel is it times u of the channel.
+
+        Entry i, j is C_i^T exp(A (Δ_{j+1} + ... + Δ_i)) B_j Δ_j for j <= i, and D more where i = j (Ali et al.,
+        The Hidden Attention of Mamba Models, arXiv 2403.01590).
+        """
+        chosen = self.chosen(u)
+        size = self.sizes(chosen).mT  # (B, C, N)
+        passed = size.cumsum(-1)
+        since = (passed.unsqueeze(-1) - passed.unsqueeze(-2)).tril()  # (B, C, N, N)
+        rates = widened(self.log_rate).exp()
+        out = torch.zeros_like(since)
+        for state, rate in enumerate(rates.unbind(1)):
+            pairs = widened(chosen.C[..., state])[:, :, None] * widened(chosen.B[..., state])[:, None, :]
+            out = out + pairs.unsqueeze(1) * (-rate[:, None, None] * since).exp()
+        skip = widened(self.skip)[None, :, None].expand(1, -1, u.shape[1])
+        return (out * size.unsqueeze(-2)).tril() + torch.diag_embed(skip)
+
+    def empty(self, batch: int) -> Tensor:
+        """The state before the first token."""
+        return self.log_rate.new_zeros(batch, *self.log_rate.shape, dtype=wide(self.log_rate.dtype))
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds a token: projections, and for each number of the state fading, writing and reading."""
+        return self.to_choices.weight.numel() + self.to_step.weight.numel() + 3 * self.log_rate.numel()
+
+
+class Memory(NamedTuple):
+    """State (B, C, S) of the scan, and the tail (B, C, width - 1) of the convolution."""
+
+    state: Tensor
+    tail: Tensor
+
+
+class Branch(nn.Module):
+    """A causal convolution and a selective scan: one pass over the tokens in one direction.
+
+    >>> Branch(6, state=4)(torch.randn(2, 9, 6)).out.shape
+    torch.Size([2, 9, 6])
+    """
+
+    def __init__(self, channels: int, *, state: int = 16, conv: int = 4, rank: int | None = None) -> None:
+        super().__init__()
+        self.conv = ShortConv(channels, conv, bias=True, activation="silu")
+        self.ssm = SelectiveScan(channels, state, rank)
+
+    def forward(
+        self,
+        u: Tensor,
+        *,
+        gate: Tensor | None = None,
+        memory: Memory | None = None,
+        lengths: Lengths = None,
+        real: Tensor | None = None,
+    ) -> Stepped:
+        """Pass over u (B, N, C), whose tokens that are not ``real`` are zeros."""
+        state, tail = (None, None) if memory is None else memory
+        convolved, tail = self.conv(u, tail, lengths)
+        out, state = self.ssm(convolved, gate=gate, state=state, lengths=lengths, real=real)
+        return Stepped(out, Memory(state, tail))
+
+    def empty(self, batch: int) -> Memory:
+        return Memory(self.ssm.empty(batch), self.conv.empty(batch))
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds a token."""
+        return self.conv.weight.numel() + self.ssm.work
+
+
+@register(
+    "mamba",
+    papers=None,
+    reference=Reference("Gu, Dao", "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752"),
+    family="recurrent-ssm",
+    formula="h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t^T h_t + D u_t, out = W (y * silu(z))",
+    supports={"causal", "padding", "packed", "decode"},
+    notes="Padding lies at the ends of a sequence: inside it, the short convolution would read it as zeros.",
+)
+class Mamba(StatefulMixer):
+    """A gated block around a scan whose step size, input and output each token chooses.
+
+    ``expand`` times the width is scanned with ``state`` numbers a channel, after a convolution over ``conv``
+    tokens; ``rank`` is that of the step sizes (1/16 of the width by default).
+
+    >>> mixer = Mamba(64)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expand: int = 2,
+        state: int = 16,
+        conv: int = 4,
+        rank: int | None = None,
+        causal: bool = True,
+    ) -> None:
+        super().__init__(dim, causal=causal)
+        if expand < 1:
+            raise ValueError(f"expand is how many times the width is scanned, at least once; got {expand}")
+        inner = expand * dim
+        self.to_in = nn.Linear(dim, 2 * inner, bias=False)
+        self.branch = Branch(inner, state=state, conv=conv, rank=rank or -(-dim // 16))
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+        u, gate = self.to_in(x).chunk(2, dim=-1)
+        out, memory = self.branch(u, gate=gate, memory=memory, lengths=lengths, real=real)
+        return Stepped(self.to_out(out), memory)
+
+    def attention_matrix(self, x: Tensor) -> Tensor:
+        """The masked attention (B, channels, N, N) that takes the convolved channels to those that are gated.
+
+        >>> Mamba(8).attention_matrix(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 16, 5, 5])
+        """
+        u, _ = self.to_in(x).chunk(2, dim=-1)
+        return self.branch.ssm.matrix(self.branch.conv(u).out)
+
+    def empty(self, batch: int) -> Memory:
+        return self.branch.empty(batch)
+
+    def flops(self, n: int) -> int:
+        return 2 * n * (self.to_in.weight.numel() + self.branch.work + self.to_out.weight.numel())

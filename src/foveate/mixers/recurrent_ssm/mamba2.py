@@ -1,0 +1,138 @@
+"""Mamba-2: a selective state space with one decay a head, which makes it linear attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu, softplus
+
+from foveate.catalogue.registry import Reference, register
+from foveate.layers.short_conv import ShortConv
+from foveate.mixers.base import Stepped, divided, join_heads, split_heads
+from foveate.mixers.recurrent import wide, widened
+from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
+from foveate.recurrence import recur
+
+
+class Memory(NamedTuple):
+    """State (B, H, S, D) and the tail (B, channels, width - 1) of the convolution."""
+
+    state: Tensor
+    tail: Tensor
+
+
+class Duals(NamedTuple):
+    """A state space as linear attention: heads of queries C, keys B, values x, and logarithmic decays."""
+
+    q: Tensor  # (B, H, N, S)
+    k: Tensor  # (B, groups, N, S)
+    v: Tensor  # (B, H, N, D)
+    pace: Tensor  # step sizes (B, H, N)
+    decay: Tensor  # (B, H, N)
+
+
+@register(
+    "mamba2",
+    papers=None,
+    reference=Reference(
+        "Dao, Gu",
+        "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
+        "2405.21060",
+    ),
+    family="recurrent-ssm",
+    formula="h_t = exp(-a Δ_t) h_{t-1} + B_t (Δ_t x_t)^T, y_t = h_t^T C_t + D x_t, out = W rms(y * silu(z))",
+    supports={"causal", "padding", "packed", "decode"},
+    notes="Padding lies at the ends of a sequence: inside it, the short convolution would read it as zeros.",
+)
+class Mamba2(StatefulMixer):
+    """A gated block around linear attention whose heads fade by step sizes made of the token.
+
+    ``expand`` times the width is split into ``heads`` of values; ``groups`` of keys and queries with ``state``
+    channels are shared among them, and the norm takes each group on its own. ``conv`` is the width of the causal
+    convolution before.
+
+    >>> mixer = Mamba2(64, heads=4, state=16)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        expand: int = 2,
+        groups: int = 1,
+        state: int = 64,
+        conv: int = 4,
+        causal: bool = True,
+    ) -> None:
+        super().__init__(dim, causal=causal)
+        if groups < 1 or heads % groups:
+            raise ValueError(f"groups of keys are shared by whole numbers of heads; got {groups} for {heads} heads")
+        self.heads, self.groups, self.states = heads, groups, state
+        inner = expand * dim
+        self.head_dim = divided(inner, heads)
+        self.widths = (inner, groups * state, groups * state)  # x, B, C
+        self.to_in = nn.Linear(dim, inner + sum(self.widths) + heads, bias=False)  # z, x, B, C, Δ
+        self.conv = ShortConv(sum(self.widths), conv, bias=True, activation="silu")
+        self.step_bias = step_bias(heads)
+        self.log_rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.skip = nn.Parameter(torch.ones(heads))
+        self.scale = nn.Parameter(torch.ones(inner))  # of the norm
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+        state, tail = (None, None) if memory is None else memory
+        gate, mixed, steps = self.projected(x)
+        mixed, tail = self.conv(mixed, tail, lengths)
+        duals = self.duals(mixed, steps, real)
+        written = duals.v * duals.pace.unsqueeze(-1)
+        out, state = recur(duals.q, duals.k, written, decay=duals.decay, scale=1.0, state=state, lengths=lengths)
+        y = join_heads(out + widened(self.skip).view(-1, 1, 1) * duals.v).to(x.dtype)
+        return Stepped(self.to_out(self.normed(y * silu(gate))), Memory(state, tail))
+
+    def normed(self, y: Tensor) -> Tensor:
+        """RMS norm of the channels of each group."""
+        by_group = y.unflatten(-1, (self.groups, -1))
+        return rms_norm(by_group, by_group.shape[-1:], eps=1e-5).flatten(-2) * self.scale
+
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gate z, what is convolved (x, B and C), and the logits of step sizes."""
+        return self.to_in(x).split([self.widths[0], sum(self.widths), self.heads], dim=-1)
+
+    def duals(self, mixed: Tensor, steps: Tensor, real: Tensor | None) -> Duals:
+        values, keys, queries = mixed.split(self.widths, dim=-1)
+        pace = softplus(widened(steps) + widened(self.step_bias))
+        if real is not None:
+            pace = pace.masked_fill(~real.unsqueeze(-1), 0)
+        pace = pace.transpose(1, 2)
+        q = split_heads(queries, self.groups).unsqueeze(2).expand(-1, -1, self.heads // self.groups, -1, -1)
+        decay = -pace * widened(self.log_rate).exp().view(-1, 1)
+        return Duals(q.flatten(1, 2), split_heads(keys, self.groups), split_heads(values, self.heads), pace, decay)
+
+    def attention_matrix(self, x: Tensor) -> Tensor:
+        """The masked attention (B, H, N, N) that the state space amounts to: it takes heads of x to those of y.
+
+        >>> mixer = Mamba2(8, heads=2, state=4)
+        >>> mixer.attention_matrix(torch.randn(1, 5, 8)).shape
+        torch.Size([1, 2, 5, 5])
+        """
+        _, mixed, steps = self.projected(x)
+        duals = self.duals(self.conv(mixed).out, steps, None)
+        age = duals.decay.cumsum(-1)
+        fading = (age.unsqueeze(-1) - age.unsqueeze(-2)).tril().exp()
+        keys = duals.k.repeat_interleave(self.heads // self.groups, dim=1)
+        scores = widened(duals.q) @ widened(keys).mT * fading * duals.pace.unsqueeze(-2)
+        return scores.tril() + torch.diag_embed(widened(self.skip).view(1, -1, 1).expand(1, -1, x.shape[1]))
+
+    def empty(self, batch: int) -> Memory:
+        shape = (batch, self.heads, self.states, self.head_dim)
+        return Memory(self.weight.new_zeros(shape, dtype=wide(self.weight.dtype)), self.conv.empty(batch))
+
+    def flops(self, n: int) -> int:
+        """Matrix products: projections, the convolution, writes to each state and reads from it."""
+        weights = self.to_in.weight.numel() + self.to_out.weight.numel() + self.conv.weight.numel()
+        return 2 * n * (weights + 2 * self.heads * self.states * self.head_dim)

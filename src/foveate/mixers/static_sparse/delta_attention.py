@@ -1,0 +1,154 @@
+"""Delta correction: sparse attention, set right by full attention on a few queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.attention import Weights, attend
+from foveate.attention.bias_part import part_of_bias
+from foveate.attention.biases import BiasLike, placed, split_bias
+from foveate.catalogue.registry import register
+from foveate.mixers.attention import AttentionMixer, KeyValues, visible_pairs
+from foveate.mixers.base import Stepped, join_heads
+from foveate.mixers.core import Core, PatternCore, joined, one_by_one
+from foveate.mixers.normalizer_sink.window import streaming_core
+from foveate.patterns import Layout, Pattern, Scene, Sequence, causal, full
+from foveate.patterns.part import Parts
+
+
+@dataclass(frozen=True)
+class DeltaCore:
+    """A sparse core whose outputs are moved by the error it makes at every ``stride``-th query.
+
+    >>> q = k = v = torch.randn(1, 2, 9, 4)
+    >>> DeltaCore(stride=4)(q, k, v, within=causal).shape
+    torch.Size([1, 2, 9, 4])
+    """
+
+    base: Core = field(default_factory=streaming_core)
+    stride: int = 64
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ValueError(f"stride is the distance of fully attended queries, at least 1; got {self.stride}")
+
+    @property
+    def pattern(self) -> Pattern:
+        return full
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        within: Pattern = full,
+        bias: BiasLike = None,
+        weights: Weights | str = "softmax",
+        scale: float | None = None,
+        softcap: float | None = None,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        how = {"weights": weights, "scale": scale, "softcap": softcap}
+        apart = one_by_one(self, q, k, v, within=within, bias=bias, layout=layout, **how)  # type: ignore[arg-type]
+        if apart is not None:
+            return apart
+        sparse = self.base(
+            q, k, v, within=within, bias=bias, weights=weights, scale=scale, softcap=softcap, layout=layout
+        )
+        scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
+        some = slice(0, None, self.stride)
+        added, functions = split_bias(bias)
+        biases = tuple(placed(one, scene.offset) for one in added)
+        exact = attend(
+            q[:, :, some],
+            k,
+            v,
+            Parts.of(within, scene).part(some, slice(None)),
+            bias=part_of_bias(biases, functions, 0, step=self.stride),
+            weights=weights,
+            scale=scale,
+            softcap=softcap,
+        )
+        delta = exact - sparse[:, :, some]
+        return sparse + delta.repeat_interleave(self.stride, dim=2)[:, :, : q.shape[2]]
+
+
+def delta_core(*, sinks: int = 4, window: int = 1024, stride: int = 64) -> DeltaCore:
+    """Delta correction of a sink-and-window core.
+
+    >>> delta_core(window=256, stride=32).base.pattern
+    sinks(4) | window(255, 0)
+    """
+    return DeltaCore(streaming_core(sinks=sinks, window=window), stride)
+
+
+class DeltaState(NamedTuple):
+    """Keys and values, and the error (B, H, 1, D) at the last fully attended query."""
+
+    cache: KeyValues
+    delta: Tensor
+
+
+@register(
+    "delta_attention",
+    papers=("Delta Attention",),
+    formula="o_i = sparse_i + (full_j - sparse_j), j = γ ⌊i / γ⌋",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
+    core=delta_core,
+)
+class DeltaAttention(AttentionMixer):
+    """Sparse attention plus the error it makes at every γ-th query, which full attention measures there.
+
+    ``base`` is the sparse core to correct; None is ``sinks`` and a ``window``.
+    """
+
+    one_by_one: ClassVar[bool] = True
+    tiny: ClassVar[dict[str, Any]] = {"sinks": 1, "window": 4, "stride": 5}
+    full_budget: ClassVar[dict[str, Any] | None] = {"stride": 1}
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        stride: int = 64,
+        sinks: int = 4,
+        window: int = 1024,
+        base: Core | None = None,
+        **options: Any,
+    ) -> None:
+        base = base or streaming_core(sinks=sinks, window=window)
+        super().__init__(dim, heads, core=DeltaCore(base, stride), **options)
+        self.base, self.stride = base, stride
+
+    def start(self, batch: int) -> DeltaState:  # type: ignore[override]
+        return DeltaState(super().start(batch), self.weight.new_zeros(batch, self.heads, 1, self.head_dim))
+
+    def step(self, x: Tensor, state: DeltaState) -> Stepped:  # type: ignore[override]
+        q, k, v = self.project(x, x, state.cache.seen)
+        cache = appended(state.cache, k, v)
+        out = self.base(q, cache.k, cache.v, within=causal)
+        delta = state.delta
+        if state.cache.seen % self.stride == 0:
+            delta = attend(q, cache.k, cache.v) - out
+        return Stepped(self.to_out(join_heads(out + delta)), DeltaState(cache, delta))
+
+    def pairs(self, n: int) -> int:
+        exact = sum(range(1, n + 1, self.stride))
+        if not isinstance(self.base, PatternCore):
+            raise NotImplementedError("how many pairs the base core attends to is not known")
+        return self.heads * exact + visible_pairs(joined(self.base.pattern, causal), n, self.heads)
+
+    def state_bytes(self, n: int) -> int:
+        return super().state_bytes(n) + self.heads * self.head_dim * self.weight.element_size()
+
+
+def appended(state: KeyValues, k: Tensor, v: Tensor) -> KeyValues:
+    """The keys and values kept, and one more of each."""
+    positions = torch.cat([state.positions, torch.tensor([state.seen], device=k.device)])
+    return KeyValues(torch.cat([state.k, k], 2), torch.cat([state.v, v], 2), positions, state.seen + 1)

@@ -1,0 +1,145 @@
+"""Vision backbones of the catalogue: RAVLT, SwiftFormer, L2ViT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from foveate.attention import attend
+from foveate.layers.local_conv import LocalConv
+from foveate.mixers.base import split_heads
+from foveate.mixers.exact_io.grid_windows import FlashWindowAttention
+from foveate.mixers.linear.additive import EfficientAdditiveAttention
+from foveate.mixers.linear.grid_linear import RankAugmentedLinearAttention
+from foveate.mixers.linear.relu_linear import L2ViTAttention, LocalConcentration
+from foveate.models.vision.pyramid import (
+    Block,
+    ConvEncoder,
+    ConvMlp,
+    Pyramid,
+    Residual,
+    TokenBatchNorm,
+    half,
+    plain_stem,
+)
+from foveate.patterns import Layout
+
+
+class GatedSoftmaxAttention(RankAugmentedLinearAttention):
+    """RAVLT's attention where grids are small: softmax between the same projections, convolution and gate.
+
+    >>> import torch
+    >>> GatedSoftmaxAttention(64, heads=4)(torch.randn(2, 35, 64)).shape
+    torch.Size([2, 35, 64])
+    """
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, 1)
+        return q, k, v
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None) -> Tensor:
+        return attend(self.turn(q, layout), self.turn(k, layout), v, self.within(real))
+
+
+def ravlt(
+    classes: int = 1000,
+    *,
+    dims: Sequence[int] = (64, 128, 320, 512),
+    depths: Sequence[int] = (3, 5, 9, 3),
+    heads: Sequence[int] = (1, 2, 5, 8),
+    linear_stages: int = 2,
+    channels: int = 3,
+) -> Pyramid:
+    """RAVLT: rank-augmented linear attention in the first stages, softmax in the others. The sizes are RAVLT-S's.
+
+    Fan, Huang, He, Breaking the Low-Rank Dilemma of Linear Attention, arXiv 2411.07635.
+
+    >>> import torch
+    >>> ravlt(10, dims=(16, 32), depths=(1, 1), heads=(1, 2))(torch.randn(1, 3, 32, 48)).shape
+    torch.Size([1, 10])
+    """
+
+    def block(stage: int, index: int) -> Block:
+        dim = dims[stage]
+        kind = RankAugmentedLinearAttention if stage < linear_stages else GatedSoftmaxAttention
+        return [
+            Residual(dim, LocalConv(dim)),
+            Residual(dim, kind(dim, heads[stage]), norm=nn.LayerNorm(dim), scale=1.0),
+            Residual(dim, ConvMlp(dim, int(3.5 * dim), kernel=3), norm=nn.LayerNorm(dim), scale=1.0),
+        ]
+
+    stem = deep_stem(channels, dims[0])
+    return Pyramid(block, dims=dims, depths=depths, classes=classes, stem=stem, neck=1024)
+
+
+def deep_stem(channels: int, dim: int) -> nn.Module:
+    """Four convolutions that quarter height and width."""
+    sides = [half(channels, dim // 2), *(nn.Conv2d(dim // 2, dim // 2, 3, padding=1) for _ in range(2))]
+    layers = [part for side in sides for part in (side, nn.BatchNorm2d(dim // 2), nn.GELU())]
+    return nn.Sequential(*layers, half(dim // 2, dim), nn.BatchNorm2d(dim))
+
+
+def swiftformer(
+    classes: int = 1000,
+    *,
+    dims: Sequence[int] = (48, 56, 112, 220),
+    depths: Sequence[int] = (3, 3, 6, 4),
+    channels: int = 3,
+) -> Pyramid:
+    """SwiftFormer: convolutions, and efficient additive attention in the last block of each stage. The sizes are XS's.
+
+    Shaker et al., SwiftFormer, arXiv 2303.15446.
+
+    >>> import torch
+    >>> swiftformer(10, dims=(16, 32), depths=(1, 2))(torch.randn(2, 3, 32, 48)).shape
+    torch.Size([2, 10])
+    """
+
+    def block(stage: int, index: int) -> Block:
+        dim = dims[stage]
+        if index < depths[stage] - 1:
+            return [Residual(dim, ConvEncoder(dim, 4 * dim), scale=1.0)]
+        return [
+            Residual(dim, ConvEncoder(dim, dim), scale=1.0),
+            Residual(dim, EfficientAdditiveAttention(dim), scale=1e-5),
+            Residual(dim, ConvMlp(dim, 4 * dim), norm=TokenBatchNorm(dim), scale=1e-5),
+        ]
+
+    return Pyramid(block, dims=dims, depths=depths, classes=classes, stem=plain_stem(channels, dims[0]))
+
+
+def l2vit(
+    classes: int = 1000,
+    *,
+    dims: Sequence[int] = (96, 192, 384, 768),
+    depths: Sequence[int] = (2, 2, 6, 2),
+    heads: Sequence[int] = (3, 6, 12, 24),
+    window: int = 7,
+    channels: int = 3,
+) -> Pyramid:
+    """L2ViT: exact attention in windows and enhanced linear attention by turns. The sizes are L2ViT-Tiny's.
+
+    Grids are halved by 3 x 3 convolutions, where the author's code takes 2 x 2.
+
+    Zheng, The Linear Attention Resurrection in Vision Transformer, arXiv 2501.16182.
+
+    >>> import torch
+    >>> l2vit(10, dims=(16, 32), depths=(2, 2), heads=(1, 2))(torch.randn(1, 3, 32, 48)).shape
+    torch.Size([1, 10])
+    """
+
+    def block(stage: int, index: int) -> Block:
+        dim = dims[stage]
+
+        def branch(inner: nn.Module) -> Residual:
+            return Residual(dim, inner, norm=nn.LayerNorm(dim))
+
+        mlp = branch(ConvMlp(dim, 4 * dim))
+        if index % 2 == 0:
+            local = FlashWindowAttention(dim, heads[stage], window=window, relative_bias=False)
+            return [Residual(dim, LocalConv(dim)), branch(local), Residual(dim, LocalConv(dim)), mlp]
+        whole = L2ViTAttention(dim, heads[stage], concentrate=False)
+        return [Residual(dim, LocalConv(dim)), branch(whole), branch(LocalConcentration(dim)), mlp]
+
+    return Pyramid(block, dims=dims, depths=depths, classes=classes, stem=plain_stem(channels, dims[0]))

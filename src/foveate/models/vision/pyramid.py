@@ -1,0 +1,148 @@
+"""A vision backbone around any mixer: stages of blocks on ever smaller grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from foveate.layers.local_conv import LocalConv
+from foveate.patterns import Grid, Layout
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm of each channel of tokens (B, N, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+class ConvMlp(nn.Module):
+    """Two linear layers with GELU between them; ``kernel`` adds a depthwise convolution to what lies between.
+
+    >>> ConvMlp(8, 24, kernel=3)(torch.randn(2, 35, 8), layout=Grid(5, 7)).shape
+    torch.Size([2, 35, 8])
+    """
+
+    def __init__(self, dim: int, hidden: int, *, kernel: int = 0) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.local = LocalConv(hidden, kernel) if kernel else None
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        hidden = gelu(self.first(x))
+        return self.second(hidden if self.local is None else hidden + self.local(hidden, layout))
+
+
+class ConvEncoder(nn.Module):
+    """A depthwise convolution, a batch norm and two linear layers.
+
+    >>> ConvEncoder(8, 24)(torch.randn(2, 35, 8), layout=Grid(5, 7)).shape
+    torch.Size([2, 35, 8])
+    """
+
+    def __init__(self, dim: int, hidden: int, *, kernel: int = 3) -> None:
+        super().__init__()
+        self.local, self.norm = LocalConv(dim, kernel), TokenBatchNorm(dim)
+        self.mlp = ConvMlp(dim, hidden)
+
+    def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
+        return self.mlp(self.norm(self.local(x, layout)))
+
+
+class Residual(nn.Module):
+    """x + scale * inner(norm(x)): a branch of a block; ``scale`` is where the learned factor starts, None for none."""
+
+    def __init__(
+        self, dim: int, inner: nn.Module, *, norm: nn.Module | None = None, scale: float | None = None
+    ) -> None:
+        super().__init__()
+        self.inner, self.norm = inner, nn.Identity() if norm is None else norm
+        self.scale = None if scale is None else nn.Parameter(torch.full((dim,), scale))
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        branch = self.inner(self.norm(x), layout=layout)
+        return x + (branch if self.scale is None else self.scale * branch)
+
+
+Block = Sequence[Residual]
+
+
+class Pyramid(nn.Module):
+    """Images (B, channels, height, width) to classes: a stem, stages of blocks, half the grid after each, and a head.
+
+    ``block(stage, index)`` gives the residual branches of each block; inside, a mixer is called with its tokens and
+    ``layout=Grid(height, width)``. Any size of image runs.
+
+    >>> from foveate.catalogue.registry import mixer
+    >>> def block(stage, index):
+    ...     dim = (16, 32)[stage]
+    ...     return [Residual(dim, mixer("rala", dim, heads=2), norm=nn.LayerNorm(dim)), Residual(dim, ConvMlp(dim, 32))]
+    >>> Pyramid(block, dims=(16, 32), depths=(1, 2), classes=10)(torch.randn(2, 3, 41, 30)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        block: Callable[[int, int], Block],
+        *,
+        dims: Sequence[int],
+        depths: Sequence[int],
+        classes: int,
+        channels: int = 3,
+        stem: nn.Module | None = None,
+        neck: int = 0,
+    ) -> None:
+        super().__init__()
+        if len(dims) != len(depths):
+            raise ValueError(f"each stage has a width and a depth; got dims={dims} and depths={depths}")
+        first = plain_stem(channels, dims[0]) if stem is None else stem
+        halved = (nn.Sequential(half(small, large), nn.BatchNorm2d(large)) for small, large in pairwise(dims))
+        self.shrinks = nn.ModuleList([first, *halved])
+        self.stages = nn.ModuleList(
+            nn.ModuleList(nn.ModuleList(block(stage, index)) for index in range(depth))
+            for stage, depth in enumerate(depths)
+        )
+        self.neck = (
+            nn.Sequential(nn.Linear(dims[-1], neck), TokenBatchNorm(neck), nn.SiLU())
+            if neck
+            else TokenBatchNorm(dims[-1])
+        )
+        self.head = nn.Linear(neck or dims[-1], classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.neck(self.features(images)[-1].flatten(2).transpose(1, 2)).mean(1))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What each stage makes of the images: (B, C, height, width), as detectors and segmenters read it."""
+        maps = []
+        for shrink, stage in zip(self.shrinks, self.stages, strict=True):
+            images = shrink(images)
+            layout = Grid(*images.shape[2:])
+            tokens = images.flatten(2).transpose(1, 2)
+            for block in stage:  # type: ignore[attr-defined]
+                for branch in block:
+                    tokens = branch(tokens, layout)
+            images = tokens.transpose(1, 2).unflatten(2, layout.dims)
+            maps.append(images)
+        return maps
+
+
+def half(small: int, large: int) -> nn.Module:
+    """A convolution that halves height and width, rounded up."""
+    return nn.Conv2d(small, large, 3, stride=2, padding=1)
+
+
+def plain_stem(channels: int, dim: int) -> nn.Module:
+    """Two convolutions that quarter height and width."""
+    return nn.Sequential(
+        half(channels, dim // 2),
+        nn.BatchNorm2d(dim // 2),
+        nn.ReLU(),
+        half(dim // 2, dim),
+        nn.BatchNorm2d(dim),
+        nn.ReLU(),
+    )

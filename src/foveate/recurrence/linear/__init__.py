@@ -1,0 +1,1 @@
+"""Linear recurrences with matrix states: recur."""

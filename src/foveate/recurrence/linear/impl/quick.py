@@ -1,0 +1,118 @@
+"""The short way for plain calls: no gradient, nothing packed, straight to a native kernel.
+
+A decoding step computes for a few microseconds; checking and describing a general call takes seventy. Whatever is not
+plain, or not right, gets None and goes the long way, which says what is wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from foveate.kernels.cpu.call import DTYPES
+from foveate.kernels.cpu.loader import library, num_threads
+from foveate.options import FORCED
+from foveate.plain import is_plain
+from foveate.recurrence.linear.impl.abi import RecurArgument
+from foveate.recurrence.linear.impl.native import WIDEST
+
+TENSORS = "q" * 7 * 8  # q, k, v, out, decay, beta, a, b: address, dtype, heads, strides
+HEAD = struct.Struct(f"{TENSORS}q{'q' * 8}d{'q' * 3}")
+TAIL = bytes(ctypes.sizeof(RecurArgument) - HEAD.size)  # no gradients
+GATES = ("decay", "beta", "a", "b")
+ABSENT = (0,) * 7
+
+Kernel = Callable[[bytes], int]
+
+
+def recur_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    scale: float | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Out and the last state of a plain call; None if it is none."""
+    kernel, gates = _kernel(), (decay, beta, *(low_rank or (None, None)))
+    if len(gates) != len(GATES) or kernel is None or FORCED.get() or not _is_served(q, k, v, *gates, state):
+        return None
+    batch, heads, length, dim = q.shape
+    k_batch, k_heads, k_length, k_dim = k.shape
+    v_batch, v_heads, v_length, value_dim = v.shape
+    fits = batch == k_batch == v_batch and length == k_length == v_length and dim == k_dim and 0 < dim <= WIDEST
+    if not (fits and heads and length and value_dim and k_heads and v_heads):
+        return None
+    described = [_gate(gate, name, batch, length, dim) for name, gate in zip(GATES, gates, strict=True)]
+    fitting = [gate for gate in described if gate is not None]
+    if len(fitting) < len(GATES) or (beta is not None and low_rank is not None):
+        return None
+    shared = [k_heads, v_heads, *(gate[2] for gate in fitting if gate is not ABSENT)]
+    states = math.lcm(*shared)
+    if 0 in shared or heads % states or (state is not None and state.shape != (batch, states, dim, value_dim)):
+        return None
+    channels = dim if decay is not None and decay.dim() == 4 else 1
+    out = torch.empty((batch, heads, length, value_dim), dtype=v.dtype, device="cpu")
+    final = torch.empty((batch, states, dim, value_dim), dtype=torch.float32, device="cpu")
+    head = HEAD.pack(
+        q.data_ptr(), DTYPES[q.dtype], heads, *q.stride(),
+        k.data_ptr(), DTYPES[k.dtype], k_heads, *k.stride(),
+        v.data_ptr(), DTYPES[v.dtype], v_heads, *v.stride(),
+        out.data_ptr(), DTYPES[v.dtype], heads, *out.stride(),
+        *fitting[0], *fitting[1], *fitting[2], *fitting[3],
+        0, batch, states, length, dim, value_dim, channels, 0, num_threads(),
+        dim**-0.5 if scale is None else scale,
+        0 if state is None else state.data_ptr(), final.data_ptr(), 0,
+    )  # fmt: skip
+    return (out, final) if kernel(head + TAIL) == 0 else None
+
+
+def _is_served(*tensors: Tensor | None) -> bool:
+    """Whether all are plain tensors of dtypes that kernels read, and none wants a gradient; the state comes last."""
+    if not is_plain(*tensors):
+        return False
+    wants = torch.is_grad_enabled()
+    for x in tensors:
+        if x is None:
+            continue
+        if x.dtype not in DTYPES or (wants and x.requires_grad):
+            return False
+        address = x.data_ptr()
+        if not address or address % x.element_size():
+            return False
+    state = tensors[-1]
+    if state is not None and not (state.dtype is torch.float32 and state.is_contiguous()):
+        return False
+    return all(x is not None and x.dim() == 4 for x in tensors[:3])
+
+
+def _gate(x: Tensor | None, name: str, batch: int, length: int, dim: int) -> tuple[int, ...] | None:
+    """How a gate is described to the kernel: address, dtype, heads, strides; None if it does not fit."""
+    if x is None:
+        return ABSENT
+    shape, stride = x.shape, x.stride()
+    if name == "decay" and len(shape) == 1:
+        return (x.data_ptr(), DTYPES[x.dtype], shape[0], 0, stride[0], 0, 0)
+    if len(shape) < 3 or shape[0] != batch or shape[2] != length:
+        return None
+    if name in ("decay", "beta") and len(shape) == 3:
+        return (x.data_ptr(), DTYPES[x.dtype], shape[1], *stride, 0)
+    if name == "beta" or len(shape) != 4 or shape[3] != dim:
+        return None
+    return (x.data_ptr(), DTYPES[x.dtype], shape[1], *stride)
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Kernel | None:
+    found = library()
+    if found is None:
+        return None
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(("foveate_recur_forward", found))

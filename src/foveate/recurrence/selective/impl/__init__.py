@@ -1,0 +1,1 @@
+"""The implementations of the scans and of the short convolution."""

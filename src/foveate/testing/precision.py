@@ -1,0 +1,129 @@
+"""Properties of numbers: the default implementation against the definition, in each precision."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from foveate.mixers.base import Mixer
+from foveate.testing.case import Place, Subject, lowered
+from foveate.testing.closeness import assert_same, assert_twice, reference_only
+
+SINGLE_ROUNDINGS = 8.0  # sums in another order: at float32 both errors are a few roundings
+MOVE = 1e-6  # of central differences
+INPUTS = 3  # in low precision most of them must pass: on one the definition may by chance hit the exact numbers
+
+
+def definition(subject: Subject) -> None:
+    """Forward equals the definition, in float64."""
+    for place in subject.places(37, 65):
+        _equals_definition(subject, place)
+
+
+def odd_lengths(subject: Subject) -> None:
+    """Any length runs and equals the definition; no tokens give no tokens."""
+    for place in subject.places(1, 2, 130):
+        _equals_definition(subject, place)
+    if not subject.on_grids:
+        empty = subject.tokens(0)
+        assert_same("no tokens", subject.mixer()(empty), empty)
+
+
+def _equals_definition(subject: Subject, place: Place) -> None:
+    mixer, x = subject.mixer(), subject.tokens(place.length)
+    with reference_only():
+        expected = mixer(x, layout=place.layout)
+    assert expected.shape == x.shape, f"{place.length} tokens: shape {tuple(expected.shape)}"
+    assert_same(f"{place.length} tokens", mixer(x, layout=place.layout), expected)
+
+
+def gradients(subject: Subject) -> None:
+    """Gradients reach the input and every parameter, and are those of the definition, in float64."""
+    place = subject.places(37)[0]
+    mixer, x = subject.mixer(), subject.tokens(place.length)
+    towards = torch.randn_like(x)
+    mine = differentiated(mixer, x, place, towards)
+    plain = differentiated(mixer, x, place, towards, reference=True)
+    for name, gradient in mine.items():
+        assert gradient is not None, f"{name} receives no gradient"
+        assert gradient.isfinite().all(), f"the gradient of {name} is not finite"
+        expected = plain[name]
+        assert expected is not None, f"{name} receives no gradient from the definition"
+        assert_same(f"gradient of {name}", gradient, expected, 1e-8)
+
+
+def differences(subject: Subject) -> None:
+    """Gradients are those of the outputs: they foretell what a small move of everything does."""
+    place = subject.places(37)[0]
+    mixer, x = subject.mixer(), subject.tokens(place.length)
+    towards = torch.randn_like(x)
+    foretold = differentiated(mixer, x, place, towards)
+    moved = {"x": x} | dict(mixer.named_parameters())
+    directions = {name: torch.randn_like(moved[name]) for name, found in foretold.items() if found is not None}
+    parts = [(gradient * directions[name]) for name, gradient in foretold.items() if gradient is not None]
+    expected, scale = sum(float(part.sum()) for part in parts), sum(float(part.norm()) for part in parts)
+    values = []
+    with torch.no_grad():
+        for move in (MOVE, -2 * MOVE):
+            for name, way in directions.items():
+                moved[name] += move * way
+            values.append(float((mixer(x, layout=place.layout) * towards).sum()))
+    seen = (values[0] - values[1]) / (2 * MOVE)
+    told = f"a move changes the outputs by {seen:.6g}, the gradients say {expected:.6g}"
+    assert abs(seen - expected) <= 1e-5 * max(1.0, scale), told
+
+
+def differentiated(
+    mixer: Mixer, x: Tensor, place: Place, towards: Tensor, *, reference: bool = False
+) -> dict[str, Tensor | None]:
+    """Gradients of ``(mixer(x) * towards).sum()`` by name, that of the input as "x"."""
+    named = {"x": x.detach().clone().requires_grad_()}
+    named |= {name: p for name, p in mixer.named_parameters() if p.requires_grad}
+    with reference_only() if reference else nullcontext():
+        value = (mixer(named["x"], layout=place.layout) * towards).sum()
+        found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+    return dict(zip(named, found, strict=True))
+
+
+def single_precision(subject: Subject) -> None:
+    """In float32, at most twice the definition's error: outputs, and the gradients of input and parameters."""
+    _on_most_inputs(subject, torch.float32, SINGLE_ROUNDINGS)
+
+
+def half_precision(subject: Subject) -> None:
+    """In bfloat16, at most twice the definition's error plus one rounding: outputs and the input's gradient."""
+    _on_most_inputs(subject, torch.bfloat16, 1.0)
+
+
+def _on_most_inputs(subject: Subject, dtype: torch.dtype, roundings: float) -> None:
+    passed = failed = 0
+    while passed <= INPUTS // 2:
+        try:
+            _low_precision(subject, dtype, roundings)
+            passed += 1
+        except AssertionError:
+            failed += 1
+            if failed > INPUTS // 2:
+                raise
+
+
+def _low_precision(subject: Subject, dtype: torch.dtype, roundings: float) -> None:
+    place = subject.places(65)[0]
+    low = lowered(subject.mixer(), dtype)
+    exact = lowered(low, torch.float64)
+    x = subject.tokens(place.length).to(dtype)
+    towards = torch.randn_like(x)
+    with reference_only():
+        plain, true = low(x, layout=place.layout), exact(x.double(), layout=place.layout)
+    assert_twice("outputs", low(x, layout=place.layout), plain, true, roundings=roundings)
+    plains = differentiated(low, x, place, towards, reference=True)
+    trues = differentiated(exact, x.double(), place, towards.double(), reference=True)
+    greatest = max(float(true.norm()) for true in trues.values() if true is not None)  # some cancel to 0
+    for name, mine in differentiated(low, x, place, towards).items():
+        plain_one, true_one = plains[name], trues[name]
+        wanted = name == "x" or dtype == torch.float32
+        if wanted and mine is not None and plain_one is not None and true_one is not None:
+            size = float(true_one.norm()) if name == "x" else greatest
+            assert_twice(f"gradient of {name}", mine, plain_one, true_one, roundings=roundings, size=size)

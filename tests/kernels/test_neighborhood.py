@@ -1,0 +1,201 @@
+"""The native kernels for windows on grids against the definition in float64: values, log row sums and gradients."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.support.native_checks import (
+    DTYPES,
+    LAYOUTS,
+    assert_native_agrees,
+    cast,
+    every_dtype,
+    needs_native,
+    one_thread,
+    outcome,
+)
+from torch import Tensor
+
+from foveate import Grid, attend, neighborhood, strips, window
+from foveate.attention.impl import native
+from foveate.attention.impl.neighborhood import Windows, backward, forward, pays, windows_of
+from foveate.layouts.kinds import Sequence
+from foveate.patterns.algebra import Pattern
+from foveate.patterns.select.selection import Selection
+
+Relaid = Callable[[Tensor], Tensor]
+pytestmark = [needs_native, pytest.mark.usefixtures(one_thread.__name__)]
+
+HEADS = ((2, 2, 2), (4, 2, 2), (4, 1, 4), (6, 2, 3), (1, 1, 1))  # of queries, keys and values
+CASES = [  # grids that no vector divides, windows of even and odd sizes up to the whole grid
+    (neighborhood(5), Grid(5)),
+    (neighborhood(6), Grid(77)),
+    (neighborhood(17, causal=True), Grid(90)),
+    (neighborhood(4, dilation=5), Grid(123)),
+    (neighborhood(3), Grid(9, 21)),
+    (neighborhood((7, 7)), Grid(14, 33)),
+    (neighborhood((2, 5)), Grid(7, 5)),
+    (neighborhood((11, 13)), Grid(11, 40)),
+    (neighborhood((3, 4), dilation=(2, 3)), Grid(13, 31)),
+    (neighborhood((5, 3), causal=(True, False)), Grid(12, 19)),
+    (neighborhood((3, 9), causal=(False, True)), Grid(8, 35)),
+    (neighborhood((4, 3), dilation=(3, 2), causal=True), Grid(16, 37)),
+    (neighborhood((3, 2, 5)), Grid(4, 5, 20)),
+    (neighborhood((2, 5, 3), causal=(True, False, False)), Grid(6, 7, 9)),
+    (neighborhood((3, 2, 3), dilation=(1, 2, 2), causal=(False, False, True)), Grid(3, 6, 18)),
+    (neighborhood((7, 7)), Grid(56, 17)),  # several boxes on two threads
+]
+
+
+@pytest.fixture(autouse=True)
+def _whether_or_not_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.attention.impl.native.pays", lambda *_: True)
+
+
+def inputs(
+    layout: Grid, heads: tuple[int, int, int] | None = None, dim: int = 0, value_dim: int = 0, batch: int = 2
+) -> dict[str, Any]:
+    """Queries, keys and values of any heads and widths, and a scale."""
+    chosen = heads or random.choice(HEADS)
+    dim, value_dim = dim or random.choice([1, 7, 16, 32, 40]), value_dim or random.choice([3, 16, 32, 33])
+    widths = zip("qkv", chosen, (dim, dim, value_dim), strict=True)
+    tensors = {name: torch.randn(batch, h, layout.length, d, dtype=torch.float64) for name, h, d in widths}
+    return tensors | {"scale": random.choice([0.3, 1.0, -0.5])}
+
+
+def assert_agrees(
+    pattern: Pattern, layout: Grid, call: dict[str, Any], dtype: torch.dtype, relaid: Relaid | None = None
+) -> None:
+    assert_native_agrees(call | {"pattern": pattern, "layout": layout}, dtype, relaid)
+
+
+def windows(pattern: Pattern, layout: Grid) -> Windows:
+    found = windows_of(pattern, layout, layout.length)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("pattern, layout", CASES, ids=str)
+@every_dtype
+def test_agrees_with_the_definition(pattern: Pattern, layout: Grid, dtype: torch.dtype) -> None:
+    assert_agrees(pattern, layout, inputs(layout), dtype)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 15, 17, 31, 48, 63, 64, 65, 100, 128, 200, 256])
+def test_heads_of_any_width(dim: int) -> None:
+    layout = Grid(6, 19)
+    tensors = inputs(layout, dim=dim, value_dim=random.choice([1, 5, 32, 64, 80, 256]), batch=1)
+    assert_agrees(neighborhood((3, 5)), layout, tensors, random.choice(DTYPES))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_key_and_value_heads_that_queries_share(heads: tuple[int, int, int]) -> None:
+    assert_agrees(neighborhood(3), Grid(5, 9), inputs(Grid(5, 9), heads), random.choice(DTYPES))
+
+
+@pytest.mark.parametrize("relaid", LAYOUTS)
+@pytest.mark.parametrize("dims", [(7, 9), (32, 16)], ids=str)
+@every_dtype
+def test_tensors_of_any_strides(relaid: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    layout = Grid(6, 20)
+    tensors = inputs(layout, (4, 2, 4), *dims)
+    assert_agrees(neighborhood((3, 5), dilation=random.choice([1, 2])), layout, tensors, dtype, LAYOUTS[relaid])
+
+
+@pytest.mark.parametrize(
+    "pattern, layout", [CASES[-1], (neighborhood(9), Grid(700)), (neighborhood(3), Grid(16, 5, 20))]
+)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [(1, 1, 1), (4, 1, 2)], ids=str)
+def test_threads_share_the_boxes_of_a_grid_and_agree(
+    pattern: Pattern, layout: Grid, threads: int, heads: tuple[int, int, int]
+) -> None:
+    torch.set_num_threads(threads)
+    assert_agrees(pattern, layout, inputs(layout, heads, batch=1), torch.float32)
+
+
+@every_dtype
+def test_the_same_bits_however_threads_are_scheduled(dtype: torch.dtype) -> None:
+    torch.set_num_threads(2)
+    layout = Grid(40, 30)
+    call = cast(inputs(layout, (2, 1, 1), batch=1), dtype) | {"pattern": neighborhood((5, 7)), "layout": layout}
+    call |= {"bias": None, "weights": "softmax"}
+    seeds = torch.randn(1, 2, layout.length, call["v"].shape[3]), torch.randn(1, 2, layout.length)
+    first, *others = (outcome(call, seeds, "native") for _ in range(8))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_tokens_outside_a_window_do_not_reach_its_query() -> None:
+    """Not even as NaN times zero: neither values, nor what borders and padding make up for."""
+    layout = Grid(9, 20)
+    q, k, v = (torch.randn(1, 1, 180, dim) for dim in (8, 8, 5))
+    out = [attend(q, k, v, neighborhood((3, 3)), layout=layout, impl="native").view(9, 20, 5)]
+    for x in (k, v):
+        x.view(9, 20, -1)[4, 10] = torch.nan
+    out.append(attend(q, k, v, neighborhood((3, 3)), layout=layout, impl="native").view(9, 20, 5))
+    sees = torch.zeros(9, 20, dtype=torch.bool)
+    sees[3:6, 9:12] = True
+    assert out[1][sees].isnan().all()
+    assert torch.equal(out[1][~sees], out[0][~sees])
+
+
+@pytest.mark.parametrize("size", [1e-4, 3e3])
+def test_logits_all_but_equal_and_far_apart(size: float) -> None:
+    layout = Grid(7, 18)
+    tensors = inputs(layout, dim=8)
+    tensors["q"] *= size
+    assert_agrees(neighborhood((3, 5)), layout, tensors, torch.float32)
+
+
+def test_the_gradient_of_log_row_sums_may_be_absent() -> None:
+    seen = windows(neighborhood(3), Grid(6, 7))
+    q, k, v = (torch.randn(2, 2, 42, 16) for _ in range(3))
+    out, lse = forward(seen, q, k, v, 0.3)
+    grad_out = torch.randn_like(out)
+    without, zero = (
+        backward(seen, q, k, v, out, lse, grad_out, grad_lse, 0.3) for grad_lse in (None, torch.zeros_like(lse))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(without, zero, strict=True))
+
+
+def test_no_queries_no_work() -> None:
+    q = torch.randn(0, 2, 25, 8, requires_grad=True)
+    out = attend(q, q, q, neighborhood(3), layout=Grid(5, 5), impl="native")
+    assert out.shape == (0, 2, 25, 8)
+    assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+def test_windows_are_told_from_other_patterns() -> None:
+    grid = Grid(8, 10)
+    seen = windows(neighborhood((3, 5), dilation=2, causal=(True, False)), grid)
+    assert seen == Windows((8, 10), (3, 5), (2, 2), (True, False))
+    others: list[Pattern] = [
+        strips(2),
+        window(4),
+        neighborhood(3, stride=2),
+        neighborhood(3) & window(9),
+        ~neighborhood(3),
+    ]
+    assert all(windows_of(pattern, grid, 80) is None for pattern in others)
+    assert windows_of(neighborhood(3), grid, 70) is None
+    assert windows_of(neighborhood(3), Sequence(80), 80) is None
+
+
+def test_attend_takes_windows() -> None:
+    layout = Grid(14, 15)
+    q = torch.randn(1, 2, layout.length, 16)
+    assert isinstance(native.sees(q, q, neighborhood(3), layout, 1.0, plain=True), Windows)
+    assert isinstance(native.sees(q, q, neighborhood(3), layout, 1.0, plain=False), Selection)
+
+
+def test_windows_pay_where_tiles_would_form_many_more_pairs() -> None:
+    narrow, whole = (windows(neighborhood(size), Grid(14, 15)) for size in (3, (14, 15)))
+    for dtype in DTYPES:
+        assert pays(narrow, dtype, 32)
+        assert not pays(whole, dtype, 32)
+    assert pays(windows(neighborhood(21), Grid(64, 64)), torch.float32, 32)

@@ -1,0 +1,399 @@
+"""Attention mechanisms on sequences, against plain definitions of their own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from tests.support.counted_work import Made, largest
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from foveate import Packed, alibi, attend, causal, key_padding, relative_table, sigmoid, softmax, window
+from foveate.catalogue.registry import mixer
+from foveate.layers.rotary import rotate
+from foveate.mixers.attention import pairs_of_width
+from foveate.mixers.base import split_heads
+from foveate.mixers.dynamic_sparse.minference import PATTERNS, minference_core
+from foveate.mixers.dynamic_sparse.minference_search import patterns_under, search_heads
+from foveate.mixers.dynamic_sparse.moba import moba_core
+from foveate.mixers.exact_io.chunked import ChunkedCore
+from foveate.mixers.normalizer_sink.window import layer_windows, mswa_core, streaming_core
+from foveate.mixers.static_sparse.delta_attention import DeltaCore
+from foveate.mixers.static_sparse.power_attention import power_core
+from foveate.patterns import Pattern, Scene, Sequence, documents, full, sinks
+from foveate.patterns.part import Parts
+from foveate.patterns.rules.dynamic import topk_blocks
+
+
+def heads(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def qkv(n: int, m: int | None = None, dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Two sequences, four query heads, two key and value heads."""
+    m = n if m is None else m
+    return heads(2, 4, n, dim), heads(2, 2, m, dim), heads(2, 2, m, dim)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Softmax attention over the pairs in ``seen``; nothing where a row sees no key."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    logits = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~seen, -1e300)
+    return torch.softmax(logits, -1) * seen @ v
+
+
+def agree(got: Tensor, expected: Tensor, *inputs: Tensor) -> None:
+    """Equal values and equal gradients."""
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    upstream = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(x, inputs, upstream, allow_unused=True) for x in (got, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)
+
+
+def turned(x: Tensor, places: Tensor, base: float) -> Tensor:
+    """Rotary positions: channels c and c + D / 2 are a complex number, turned by the place."""
+    half = x.shape[-1] // 2
+    angles = places.double().unsqueeze(-1) * base ** (-torch.arange(half, dtype=torch.float64) / half)
+    number = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([number.real, number.imag], -1)
+
+
+def stepped(model: torch.nn.Module, x: Tensor) -> Tensor:
+    state, outs = model.start(x.shape[0]), []
+    for token in x.split(1, dim=1):
+        out, state = model.step(token, state)
+        outs.append(out)
+    return torch.cat(outs, dim=1)
+
+
+# ---- parts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [causal, window(4, 1) | sinks(2), documents([10, 3, 24]), topk_blocks(4, 2)])
+def test_a_part_of_a_pattern_is_that_part_of_its_mask(pattern: Pattern) -> None:
+    q, k, _ = qkv(29, 37)
+    scene = Scene(29, 37, Sequence(), q.detach(), k.detach())
+    parts = Parts.of(pattern, scene)
+    whole = parts.part(slice(0, 29), slice(0, 37)).mask(29, 37)
+    for step, (first, last), (left, right) in itertools.product((1, 3), ((0, 29), (5, 21)), ((0, 37), (7, 30))):
+        part = parts.part(slice(first, last, step), slice(left, right))
+        expected = whole[:, :, first:last:step, left:right]
+        count = expected.shape[2]
+        assert torch.equal(part.mask(count, right - left), expected)
+        cut = part.select(q[:, :, :count], k[:, :, left:right], tile=8).to_dense()
+        assert torch.equal(cut.expand_as(expected), expected)
+
+
+def test_chunks_that_no_query_sees_are_left_out() -> None:
+    parts = Parts.of(window(4, 0), Scene(40, 40))
+    chunks = [slice(start, start + 10) for start in range(0, 40, 10)]
+    assert parts.worth(slice(22, 30), chunks) == chunks[1:3]
+    nothing = Parts.of(key_padding(torch.zeros(2, 40, dtype=torch.bool)), Scene(40, 40))
+    assert nothing.worth(slice(0, 40), chunks) == chunks[:1]
+
+
+# ---- exact attention in chunks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("query_chunk", "key_chunk"), [(1, 1), (7, 5), (64, None), (20, 100)])
+@pytest.mark.parametrize("case", ["plain", "alibi", "dense", "table", "sink", "sigmoid", "softcap"])
+def test_chunked_attention_is_attention(query_chunk: int, key_chunk: int | None, case: str) -> None:
+    q, k, v = qkv(11, 17)
+    slopes, dense, table = heads(4), heads(4, 11, 1), heads(4, 9)
+    sink = heads(4)
+    options = {
+        "plain": {},
+        "alibi": {"bias": alibi(slopes)},
+        "dense": {"bias": dense},
+        "table": {"bias": relative_table(table)},
+        "sink": {"weights": softmax(sink=sink)},
+        "sigmoid": {"weights": "sigmoid"},
+        "softcap": {"softcap": 2.0, "scale": 0.7},
+    }[case]
+    got = ChunkedCore(query_chunk, key_chunk)(q, k, v, within=causal, **options)
+    agree(got, attend(q, k, v, causal, impl="reference", **options), q, k, v, slopes, dense, table, sink)
+
+
+def test_chunked_attention_survives_extreme_logits_and_keeps_to_padding_and_documents() -> None:
+    q, k, v = qkv(23)
+    real = torch.rand(2, 23) < 0.7
+    real[0] = False
+    big = (300 * q).detach().requires_grad_()
+    for within, layout in ((causal & key_padding(real), None), (full, Packed([9, 0, 14]))):
+        got = ChunkedCore(8, 5)(big, k, v, within=within, layout=layout)
+        agree(got, attend(big, k, v, within, layout=layout, impl="reference"), big, k, v)
+
+
+# ---- sigmoid ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.paper("Sigmoid-Attention", "definition")
+@pytest.mark.parametrize("length", [None, 100])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sigmoid_attention_is_its_formula(length: int | None, is_causal: bool) -> None:
+    model = mixer("sigmoid_attention", 32, heads=4, length=length, qk_norm=True, causal=is_causal).double()
+    x = heads(2, 21, 32)
+    real = torch.arange(21).expand(2, -1) < torch.tensor([[21], [13]])
+    q, k, v = (split_heads(layer(x), 4) for layer in (model.to_q, model.to_k, model.to_v))
+    q, k = model.norm_q(q), model.norm_k(k)
+    seen = real[:, None, None] & (torch.ones(21, 21).tril().bool() if is_causal else torch.ones(21, 21).bool())
+    count = seen.sum(-1, keepdim=True) if length is None else torch.tensor(length)
+    weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - count.double().log()) * seen
+    expected = model.to_out((weights @ v).transpose(1, 2).flatten(2)) * real.unsqueeze(-1)
+    agree(model(x, padding=real), expected, x, *model.parameters())
+
+
+@pytest.mark.paper("Sigmoid-Attention", "works_when")
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_tiled_sigmoid_attention_is_dense(is_causal: bool) -> None:
+    n, within = 300, causal if is_causal else full
+    q, k, v = qkv(n)
+    slopes, ages = torch.tensor([0.5, 0.25, 0.1, 0.01]).double(), torch.arange(n).unsqueeze(1) - torch.arange(n)
+    keys, values = (y.repeat_interleave(2, 1) for y in (k, v))
+    logits = q @ keys.mT / math.sqrt(8) - slopes.view(4, 1, 1) * ages.abs() - math.log(n)
+    weights = torch.sigmoid(logits)
+    expected = (weights.tril() if is_causal else weights) @ values
+    options = {"bias": alibi(slopes), "weights": sigmoid(bias=-math.log(n))}
+    agree(attend(q, k, v, within, **options), expected, q, k, v)
+    past, rest = sinks(130), ~sinks(130)  # of the keys, two parts that share none
+    parts = [attend(q, k, v, within & part, **options) for part in (past, rest)]
+    torch.testing.assert_close(parts[0] + parts[1], expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.paper("Sigmoid-Attention", "works_when")
+def test_sigmoid_attention_holds_no_matrix_of_all_pairs() -> None:
+    model, n = mixer("sigmoid_attention", 32, heads=2, length=100), 3000
+    x = torch.randn(1, n, 32, requires_grad=True)
+    assert largest(lambda: model(x)) < n**2 // 8
+
+
+# ---- windows ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.paper("SWAT (LLM)", "works_when")
+def test_rotary_mixers_decode_as_they_read() -> None:
+    x = torch.randn(2, 41, 32, dtype=torch.float64)
+    for name, options in (
+        ("flash_attention", {}),
+        ("swat", {"window": 7}),
+        ("streaming_llm", {"sinks": 3, "window": 5}),
+        ("streaming_llm", {"sinks": 0, "window": 5}),
+        ("sigmoid_attention", {"qk_norm": True, "length": 50}),
+        ("delta_attention", {"sinks": 1, "window": 4, "stride": 6}),
+        ("moba", {"block": 5, "k": 3}),
+    ):
+        model = mixer(name, 32, heads=4, kv_heads=2, rotary=50.0, **options).double()
+        plain_model = mixer(name, 32, heads=4, kv_heads=2, rotary=None, **options).double()
+        plain_model.load_state_dict(model.state_dict())
+        torch.testing.assert_close(stepped(model, x), model(x))
+        assert not torch.allclose(plain_model(x), model(x)), f"{name} does not turn"
+
+
+@pytest.mark.paper("StreamingLLM", "definition")
+def test_streaming_positions_count_inside_the_cache() -> None:
+    sinks, window, n = 2, 5, 19
+    model = mixer("streaming_llm", 32, heads=4, sinks=sinks, window=window, rotary=20.0).double()
+    x = heads(1, n, 32)
+    q, k, v = (split_heads(layer(x), 4) for layer in (model.to_q, model.to_k, model.to_v))
+    rows = []
+    for i in range(n):
+        kept = torch.tensor([j for j in range(i + 1) if j < sinks or j > i - window])
+        at = torch.arange(len(kept))
+        query, keys = turned(q[:, :, i : i + 1], at[-1:], 20.0), turned(k[:, :, kept], at, 20.0)
+        rows.append(plain(query, keys, v[:, :, kept], torch.ones(1, len(kept)).bool()))
+    expected = model.to_out(torch.cat(rows, 2).transpose(1, 2).flatten(2))
+    agree(model(x), expected, x)
+
+
+def test_streaming_decodes_at_constant_memory() -> None:
+    """What a step keeps, down to the storage its tensors are views of, and the largest tensor that it makes."""
+    model = mixer("streaming_llm", 32, heads=4, sinks=2, window=6)
+    state, kept, made = model.start(1), [], []
+    for _ in range(60):
+        with torch.no_grad(), Made() as counted:
+            state = model.step(torch.randn(1, 1, 32), state).state
+        leaves = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+        kept.append(
+            sum({leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in leaves}.values())
+        )
+        made.append(counted.largest)
+    assert max(kept[20:]) == max(kept[:20]) <= 4 * model.state_bytes(60)
+    assert max(made[20:]) == max(made[:20])
+    assert state.positions.tolist() == [0, 1, 55, 56, 57, 58, 59]
+
+
+@pytest.mark.paper("SWAT (LLM)", "definition")
+@pytest.mark.paper("SWAT (LLM)", "works_when")
+@pytest.mark.parametrize("half", [2, 3])
+@pytest.mark.parametrize("rotary", [None, 30.0])
+def test_swat_is_its_formula(half: int, rotary: float | None) -> None:
+    model = mixer("swat", 16 * half, heads=2 * half, window=6, rotary=rotary).double()
+    x, places = heads(2, 23, 16 * half), torch.arange(23)
+    q, k, v = (split_heads(layer(x), 2 * half) for layer in (model.to_q, model.to_k, model.to_v))
+    q, k = (q, k) if rotary is None else (turned(y, places, rotary) for y in (q, k))
+    distance = places.unsqueeze(1) - places
+    steep = [2.0 ** (-8 * number / half) for number in range(1, half + 1)]
+    slopes = torch.tensor([*steep, *(-slope for slope in steep)], dtype=torch.float64).view(-1, 1, 1)
+    weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - slopes * distance.abs())
+    out = (weights * ((distance >= 0) & (distance < 6))) @ v
+    agree(model(x), model.to_out(out.transpose(1, 2).flatten(2)), x, *model.parameters())
+
+
+@pytest.mark.paper("MSWA", "definition")
+@pytest.mark.parametrize("num_heads", [3, 4, 8])
+def test_mswa_gives_each_group_of_heads_its_window(num_heads: int) -> None:
+    q, k, v = heads(1, num_heads, 41, 8), heads(1, 1, 41, 8), heads(1, 1, 41, 8)
+    core = mswa_core(window=12, heads=num_heads)
+    distance = torch.arange(41).unsqueeze(1) - torch.arange(41)
+    sizes = torch.tensor([[3, 6, 12, 24][4 * head // num_heads] for head in range(num_heads)]).view(-1, 1, 1)
+    agree(core(q, k, v, within=causal), plain(q, k, v, (distance >= 0) & (distance < sizes)), q, k, v)
+
+
+def test_mswa_layers_cost_less_than_one_window_for_all() -> None:
+    windows = [size for base in layer_windows(64, 8) for size in layer_windows(base, 8)]
+    assert sum(windows) < 64 * len(windows) and max(windows) == 256 and min(windows) == 4
+
+
+# ---- static and chosen blocks -----------------------------------------------------------------------------
+
+
+@pytest.mark.paper("PowerAttention", "definition")
+@pytest.mark.paper("PowerAttention", "works_when")
+@pytest.mark.parametrize(("near", "block", "first"), [(3, 2, 1), (5, 4, 0), (4, 3, 5)])
+def test_power_attention_is_its_mask_whole_and_step_by_step(near: int, block: int, first: int) -> None:
+    q, k, v = qkv(41)
+    query, key = torch.arange(41).unsqueeze(1), torch.arange(41)
+    seen = (query - key < near) | (key < first)
+    for power in range(6):
+        seen |= query // block - key // block == 2**power
+    seen &= query >= key
+    agree(power_core(window=near, block=block, sinks=first)(q, k, v, within=causal), plain(q, k, v, seen), q, k, v)
+    model = mixer("power_attention", 32, heads=4, kv_heads=2, window=near, block=block, sinks=first).double()
+    x = heads(2, 41, 32)
+    q, k, v = (
+        split_heads(layer(x), number)
+        for layer, number in zip((model.to_q, model.to_k, model.to_v), (4, 2, 2), strict=True)
+    )
+    agree(model(x), model.to_out(plain(q, k, v, seen).transpose(1, 2).flatten(2)), x, *model.parameters())
+    torch.testing.assert_close(stepped(model, x), model(x))
+
+
+@pytest.mark.paper("PowerAttention", "works_when")
+def test_power_attention_reaches_the_last_two_to_the_d_blocks_in_d_layers() -> None:
+    """Token by token: each carries what it is through layers whose weights are nowhere 0 by chance."""
+    block, blocks = 3, 32
+    core, number = power_core(window=block, block=block, sinks=0), torch.arange(block * blocks)
+    carried = torch.eye(block * blocks, dtype=torch.float64).expand(1, 1, -1, -1)
+    apart = number.unsqueeze(1) // block - number // block
+    for depth in range(1, 6):
+        q, k = torch.randn(2, 1, 1, block * blocks, 4, dtype=torch.float64)
+        carried = core(q, k, carried, within=causal)
+        reached = carried[0, 0] > 0
+        promised = (number.unsqueeze(1) >= number) & (apart < 2**depth)
+        assert bool((reached | ~promised).all()), f"not all tokens of the last {2**depth} blocks reached"
+        assert not bool((reached & (number.unsqueeze(1) < number)).any())
+
+
+@pytest.mark.paper("MoBA", "definition")
+def test_moba_is_its_formula() -> None:
+    block, count, n = 5, 3, 33
+    q, k, v = qkv(n)
+    means = torch.stack([part.mean(2) for part in k.detach().split(block, 2)], 2).repeat_interleave(2, 1)
+    seen = torch.zeros(2, 4, n, n, dtype=torch.bool)
+    for b, h, i in itertools.product(range(2), range(4), range(n)):
+        own = i // block
+        scores = [(float(q[b, h, i].detach() @ means[b, h, c]), c) for c in range(own)]
+        for chosen in [own, *(c for _, c in sorted(scores, reverse=True)[: count - 1])]:
+            seen[b, h, i, chosen * block : min((chosen + 1) * block, i + 1)] = True
+    agree(moba_core(block=block, k=count)(q, k, v, within=causal), plain(q, k, v, seen), q, k, v)
+
+
+# ---- MInference -------------------------------------------------------------------------------------------
+
+
+def test_minference_gives_each_head_its_pattern() -> None:
+    q, k, v = heads(1, 4, 90, 8), heads(1, 2, 90, 8), heads(1, 2, 90, 8)
+    patterns = patterns_under(0.3, 90)
+    names = ["a_shape", "vertical_slash", "block_sparse", "a_shape"]
+    out = minference_core(assignment=names, patterns=patterns)(q, k, v, within=causal)
+    for head, name in enumerate(names):
+        alone = attend(q, k, v, patterns[name] & causal, impl="reference")[:, head]
+        torch.testing.assert_close(out[:, head], alone)
+    with pytest.raises(ValueError, match="a_shape"):
+        minference_core(assignment="b_shape")
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.4, 1.0])
+def test_patterns_under_a_budget_keep_to_it_and_a_full_one_is_attention(budget: float) -> None:
+    n = 150
+    q, k, v = heads(1, 2, n, 8), heads(1, 2, n, 8), heads(1, 2, n, 8)
+    patterns = patterns_under(budget, n)
+    assert patterns.keys() == PATTERNS.keys()
+    for pattern in patterns.values():
+        used = (pattern & causal).select(q, k, tile=8).pairs / 2
+        assert used <= budget * n * (n + 1) / 2 + n
+        if budget == 1:
+            torch.testing.assert_close(attend(q, k, v, pattern & causal), attend(q, k, v, causal))
+
+
+def test_the_search_finds_the_pattern_that_was_planted() -> None:
+    n, dim = 256, 32
+    near = rotate(torch.ones(1, 1, n, dim), torch.arange(n), 100.0)[0, 0]
+    q, k = torch.zeros(2, 1, 2, n, dim).unbind(0)
+    q[0, 0], k[0, 0] = 4 * near, near  # the first head looks at near keys
+    q[0, 1, :, 0], k[0, 1, :, 0] = 30.0, -1.0
+    k[0, 1, torch.tensor([0, *torch.randperm(n)[:7].tolist()]), 0] = 4.0  # the second at eight keys
+    found = search_heads(q, k, torch.randn(1, 2, n, dim), budget=0.15)
+    assert found.assignment == ("a_shape", "vertical_slash"), found.errors
+    assert found.errors.shape == (2, 3) and found.errors[1, 1] < 1e-3 < found.errors[1, 0]
+
+
+# ---- delta correction -------------------------------------------------------------------------------------
+
+
+@pytest.mark.paper("Delta Attention", "definition")
+@pytest.mark.parametrize("stride", [1, 4, 100])
+@pytest.mark.parametrize(("n", "m"), [(30, 30), (11, 30)])
+def test_delta_attention_is_its_formula(stride: int, n: int, m: int) -> None:
+    q, k, v = qkv(n, m)
+    slopes, dense = heads(4), heads(4, n, m)
+    base = streaming_core(sinks=1, window=4)
+    for bias in (alibi(slopes), dense):
+        got = DeltaCore(base, stride)(q, k, v, within=causal, bias=bias)
+        sparse = attend(q, k, v, base.pattern & causal, bias=bias, impl="reference")
+        exact = attend(q, k, v, causal, bias=bias, impl="reference")
+        nearest = torch.arange(n) // stride * stride
+        agree(got, sparse + (exact - sparse)[:, :, nearest], q, k, v, slopes, dense)
+        if stride == 1:
+            torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize(("alike", "least", "most"), [(8, 0.0, 0.7), (1, 1.1, 1.5)])
+def test_delta_correction_brings_sparse_attention_nearer_to_full_where_queries_are_alike(
+    alike: int, least: float, most: float
+) -> None:
+    """What one query misses says what the next ones do if these look for the same; else it is a second error."""
+    q = 2 * torch.randn(1, 4, 400 // alike, 16, dtype=torch.float64).repeat_interleave(alike, 2)
+    q, k, v = q + 0.1 * torch.randn_like(q), *torch.randn(2, 1, 4, 400, 16, dtype=torch.float64)
+    base = streaming_core(sinks=4, window=32)
+    exact, sparse = attend(q, k, v, causal), base(q, k, v, within=causal)
+    corrected = DeltaCore(base, 8)(q, k, v, within=causal)
+    assert least < (corrected - exact).norm() / (sparse - exact).norm() < most
+
+
+def test_delta_correction_keeps_packed_sequences_apart() -> None:
+    core, lengths = DeltaCore(stride=4), [9, 0, 14]
+    q, k, v = torch.randn(3, 1, 2, 23, 8, dtype=torch.float64)
+    parts = [core(*each, within=causal) for each in zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)]
+    torch.testing.assert_close(core(q, k, v, within=causal, layout=Packed(lengths)), torch.cat(parts, 2))
+
+
+def test_pairs_of_width_counts_a_window() -> None:
+    for n, width in itertools.product((1, 5, 12), (1, 3, 20)):
+        seen = [min(width, i + 1) for i in range(n)]
+        assert pairs_of_width(width, n) == sum(seen)
+        assert pairs_of_width(width, n, causal=False) == n * min(width, n)
