@@ -31,7 +31,7 @@ from foveate import (
     window,
 )
 from foveate.attention.impl import native
-from foveate.attention.impl.spec import Spec
+from foveate.attention.impl.plan import Plan
 from foveate.kernels.cpu.loader import status
 from foveate.lab.measure import machine
 from foveate.patterns.algebra import Scene, resolve
@@ -103,7 +103,7 @@ def measure(pattern: Pattern, options: argparse.Namespace) -> Share:
     scene = Scene(options.length, options.length, q=q, k=k)
     resolved = resolve(pattern, scene)
     selection = build(resolved, scene)
-    spec = Spec(selection, (), "softmax", options.dim**-0.5, None)
+    spec = Plan(selection, (), "softmax", options.dim**-0.5, None)
     runs: dict[str, Any] = {
         "choose": lambda: resolve(pattern, scene),
         "build": lambda: build(resolved, scene),

@@ -14,9 +14,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "foveate.attention": (
-        "Partial Weights alibi alibi_slopes attend attend_partial attend_talking entmax entmax15 explain log_decay"
+        "Partial Weights alibi alibi_slopes attend attend_partial attend_talking entmax entmax15 log_decay"
         " merge relative_table relu score_function sigmoid sinkhorn softmax sparsemax"
     ),
+    "foveate.dispatch": "Explanation Implementation Operator explain",
     "foveate.layouts": (
         "Grid Order Packed Points Sequence bidirectional column_major cross_scan raster reverse scan_orders"
         " spatio_temporal windows zigzag"

@@ -19,8 +19,8 @@ from foveate.options import FORCED
 if TYPE_CHECKING:
     from foveate.attention.biases import BiasLike
     from foveate.attention.weights import Weights
+    from foveate.layouts.kinds import Layout
     from foveate.patterns.algebra import Pattern
-    from foveate.patterns.layouts import Layout
 
 C = TypeVar("C")  # a call: the arguments of one operator, checked and completed
 P = TypeVar("P")  # a plan: a call with all decided that can be decided before computing

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from foveate import Packed, attend, attend_partial, causal, explain, full, log_decay, merge, sinks, softmax, window
 from foveate.attention.call import prepare
-from foveate.attention.impl.flex import attend_flex
+from foveate.attention.impl.flex import attend_flex, plan
 from foveate.kernels.cpu.loader import library
 
 IMPLS = [
@@ -93,7 +93,7 @@ def test_flex_attention_agrees() -> None:
     q, k, v, gates = inputs
     values = v.repeat_interleave(2, 1)
     call, _ = prepare(q, k, values, causal, log_decay(gates), "softmax", None, None, None, needs_lse=True)
-    out = attend_flex(call, flex_attention).out
+    out = attend_flex(plan(call), flex_attention).out
     torch.testing.assert_close(out, formula(*inputs, causal.mask(70, 133)), rtol=1e-4, atol=1e-5)
 
 

@@ -27,7 +27,7 @@ from foveate import (
     window,
 )
 from foveate.attention.call import prepare
-from foveate.attention.impl.flex import attend_flex, score_mod
+from foveate.attention.impl.flex import attend_flex, plan, score_mod
 from foveate.mixers.core import PatternCore
 from foveate.mixers.exact_io.chunked import ChunkedCore
 from foveate.mixers.static_sparse.delta_attention import DeltaCore
@@ -149,7 +149,7 @@ def test_flex_attention_is_given_the_function_as_its_score_mod() -> None:
     gain, table = torch.randn(B, H), torch.randn(H, 7)
     bias = [alibi(torch.rand(H)), score_function(bent, gain, table)]
     call, _ = prepare(q, k, v, causal, bias, "softmax", None, 3.0, None, needs_lse=False)
-    got = attend_flex(call, flex_attention).out
+    got = attend_flex(plan(call), flex_attention).out
     torch.testing.assert_close(got, attend(q, k, v, causal, bias=bias, softcap=3.0), atol=1e-5, rtol=1e-5)
 
 

@@ -253,8 +253,8 @@ def test_doctor_refuses_variables_without_a_meaning(
 def test_doctor_finds_an_implementation_that_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     from foveate.attention.impl import tiles
 
-    right = tiles.run
-    monkeypatch.setattr(tiles, "run", lambda call: right(call)._replace(out=right(call).out * 1.01))
+    right = tiles.forward
+    monkeypatch.setattr(tiles, "forward", lambda *call: (right(*call)[0] * 1.01, right(*call)[1]))
     result = foveate_command("doctor")
     assert result.exit_code == 1
     assert "disagrees" in result.stdout

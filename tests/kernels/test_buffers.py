@@ -39,7 +39,7 @@ from foveate.patterns.algebra import Pattern
 SOURCES = Path(foveate.__file__).parent
 CHOKE_POINTS = {
     "kernels/cpu/call.py",
-    "attention/impl/quick.py",
+    "attention/impl/short.py",
     "recurrence/linear/impl/quick.py",
     "recurrence/selective/impl/quick.py",
 }

@@ -189,8 +189,8 @@ def test_windows_are_told_from_other_patterns() -> None:
 def test_attend_takes_windows() -> None:
     layout = Grid(14, 15)
     q = torch.randn(1, 2, layout.length, 16)
-    assert isinstance(native.sees(q, q, neighborhood(3), layout, 1.0, plain=True), Windows)
-    assert isinstance(native.sees(q, q, neighborhood(3), layout, 1.0, plain=False), Selection)
+    assert isinstance(native.select(q, q, neighborhood(3), layout, 1.0, plain=True), Windows)
+    assert isinstance(native.select(q, q, neighborhood(3), layout, 1.0, plain=False), Selection)
 
 
 def test_windows_pay_where_tiles_would_form_many_more_pairs() -> None:

@@ -1,17 +1,15 @@
 """The exact-attention operator."""
 
-from foveate.attention.api import IMPLEMENTATIONS, attend, attend_partial
+from foveate.attention.api import ATTEND, attend, attend_partial
 from foveate.attention.bias import Bias, alibi, alibi_slopes, log_decay, relative_table
-from foveate.attention.explain import Explanation, explain
 from foveate.attention.partial import Partial, merge
 from foveate.attention.score import score_function
 from foveate.attention.talking import attend_talking
 from foveate.attention.weights import Weights, entmax, entmax15, relu, sigmoid, sinkhorn, softmax, sparsemax
 
 __all__ = [
-    "IMPLEMENTATIONS",
+    "ATTEND",
     "Bias",
-    "Explanation",
     "Partial",
     "Weights",
     "alibi",
@@ -21,7 +19,6 @@ __all__ = [
     "attend_talking",
     "entmax",
     "entmax15",
-    "explain",
     "log_decay",
     "merge",
     "relative_table",

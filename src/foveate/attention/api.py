@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from foveate.attention.biases import BiasLike
 from foveate.attention.call import Call, prepare
-from foveate.attention.impl import flex, native, reference, sdpa, tiles
-from foveate.attention.impl.quick import attend_plain
-from foveate.attention.partial import Partial, with_sink
+from foveate.attention.impl import native, tiles
+from foveate.attention.impl.flex import FLEX
+from foveate.attention.impl.reference import REFERENCE
+from foveate.attention.impl.sdpa import SDPA
+from foveate.attention.impl.selected import selected
+from foveate.attention.impl.short import attend_plain
+from foveate.attention.partial import Partial, lse_dtype, with_sink
 from foveate.attention.weights import Weights
+from foveate.dispatch import Facts, Operator
 from foveate.layouts.kinds import Layout
-from foveate.options import FORCED
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.rules.sequence import full
-
-IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "native": native,
-    "sdpa": sdpa,
-    "flex": flex,
-    "tiles": tiles,
-    "reference": reference,
-}  # in the order of preference
 
 
 def attend(
@@ -70,7 +64,8 @@ def attend(
             (Srivastava et al., Dropout, JMLR 2014). Nothing is drawn where it is 0; the native kernels have none.
         seed: which weights are dropped is a function of it and of (batch entry, head, query, key) alone: equal seeds
             give equal results on every implementation. By default torch's generator draws one.
-        impl: "auto", or one of ``foveate.attention.IMPLEMENTATIONS``, which then runs or says why it cannot.
+        impl: "auto", or the name of an implementation (``foveate.attention.ATTEND.names``), which then runs or says
+            why it cannot.
 
     Returns:
         (B, H, N, Dv) in the dtype of q.
@@ -82,7 +77,7 @@ def attend(
     A NaN or infinite number spoils the rows that see its key, or whose query it is in, and no others.
     """
     plain = bias is softcap is layout is None and weights == "softmax" and not dropout
-    if plain and not isinstance(scale, Tensor) and _takes_native(impl):
+    if plain and not isinstance(scale, Tensor) and ATTEND.takes("native", impl):
         out = attend_plain(q, k, v, pattern, scale)
         if out is not None:
             return out
@@ -122,40 +117,34 @@ def attend_partial(
 
 
 def _run(call: Call, sink: Tensor | None, impl: str) -> Partial:
-    module = choose(call, impl)
-    if 0 in (call.batch, call.heads, call.num_queries, call.num_keys):
-        partial = _nothing(call)
-    elif call.v.shape[3] == 0:  # kernels have at least one channel to write
-        out, lse = module.run(replace(call, v=torch.nn.functional.pad(call.v, (0, 1))))
+    if call.v.shape[3]:
+        partial = ATTEND(call, impl)
+    else:  # kernels have at least one channel to write
+        out, lse = ATTEND(replace(call, v=torch.nn.functional.pad(call.v, (0, 1))), impl)
         partial = Partial(out[..., :0], lse)
-    else:
-        partial = module.run(call)
     return partial if sink is None else with_sink(partial, sink)
 
 
-def _nothing(call: Call) -> Partial:
+def _no_pairs(call: Call) -> Partial | None:
     """What comes of no pairs at all: zeros, whose gradients are zeros."""
+    if 0 not in (call.batch, call.heads, call.num_queries, call.num_keys):
+        return None
     connected = sum(x.flatten()[:0].sum().to(call.q.dtype) for x in call.tensors if x.is_floating_point())
     shape = (call.batch, call.heads, call.num_queries)
     out = call.q.new_zeros(*shape, call.v.shape[3]) + connected
     if call.kind != "softmax":
         return Partial(out, None)
-    precise = torch.promote_types(call.q.dtype, torch.float32)
-    return Partial(out, call.q.new_full(shape, float("-inf"), dtype=precise) + connected)
+    return Partial(out, call.q.new_full(shape, float("-inf"), dtype=lse_dtype(call.q)) + connected)
 
 
-def _takes_native(impl: str) -> bool:
-    return impl in ("auto", "native") and FORCED.get() in (None, "native") and not is_compiling()
+def _described(call: Call) -> Facts:
+    slow = call.pattern.slow_because
+    return {"pattern": str(call.pattern)} | ({} if slow is None else {"slow": slow})
 
 
-def choose(call: Call, impl: str = "auto") -> ModuleType:
-    """The implementation that runs a call: the one asked for, or the first that supports it."""
-    impl = (FORCED.get() or impl) if impl == "auto" else impl
-    if impl == "auto":
-        return next(module for module in IMPLEMENTATIONS.values() if module.refuse(call) is None)
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is 'auto' or one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
-    reason = IMPLEMENTATIONS[impl].refuse(call)
-    if reason is not None:
-        raise NotImplementedError(f"impl={impl!r} cannot run this call: {reason}")
-    return IMPLEMENTATIONS[impl]
+ATTEND: Operator[Call, Partial] = Operator(
+    "attend",
+    [selected("native", native), SDPA, FLEX, selected("tiles", tiles), REFERENCE],
+    describe=_described,
+    trivial=_no_pairs,
+)

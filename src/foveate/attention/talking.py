@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from foveate.attention.call import Call, check_tensors, prepare
-from foveate.attention.impl.reference import grouped, pattern_mask
+from foveate.attention.impl.definition import grouped
+from foveate.attention.impl.reference import pattern_mask
 from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.rules.sequence import full

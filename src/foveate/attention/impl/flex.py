@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate.attention.call import Call
 from foveate.attention.gaps import by_distance
 from foveate.attention.partial import Partial
+from foveate.dispatch import Facts, Implementation
 from foveate.layouts.kinds import Packed
 from foveate.plain import differentiated, traced
 
@@ -36,9 +37,29 @@ def refuse(call: Call) -> str | None:
     return None
 
 
-def run(call: Call) -> Partial:
+class Planned(NamedTuple):
+    """What FlexAttention is given."""
+
+    call: Call
+    mask: Any  # a BlockMask
+
+
+def plan(call: Call) -> Planned:
+    """The selection as a BlockMask."""
+    from foveate.patterns import documents
+    from foveate.patterns.select.flex import to_block_mask
+
+    pattern = call.pattern
+    if isinstance(call.layout, Packed):
+        pattern = pattern & documents(call.layout.lengths)
+    return Planned(
+        call, to_block_mask(pattern, call.num_queries, call.num_keys, layout=call.layout, device=call.q.device)
+    )
+
+
+def run(planned: Planned) -> Partial:
     """One FlexAttention call with the selection's blocks."""
-    return attend_flex(call, _compiled())
+    return attend_flex(planned, _compiled())
 
 
 @cache
@@ -48,23 +69,17 @@ def _compiled() -> Any:
     return torch.compile(flex_attention)
 
 
-def attend_flex(call: Call, flex_attention: Any) -> Partial:
+def attend_flex(planned: Planned, flex_attention: Any) -> Partial:
     """Attend with a given (compiled or eager) FlexAttention."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    from foveate.patterns import documents
-    from foveate.patterns.select.flex import to_block_mask
-
-    pattern = call.pattern
-    if isinstance(call.layout, Packed):
-        pattern = pattern & documents(call.layout.lengths)
-    mask = to_block_mask(pattern, call.num_queries, call.num_keys, layout=call.layout, device=call.q.device)
+    call = planned.call
     out, aux = flex_attention(
         call.q,
         call.k,
         call.v,
         score_mod=score_mod(call) if call.softcap is not None or call.biases or call.functions else None,
-        block_mask=mask,
+        block_mask=planned.mask,
         scale=call.scale,
         enable_gqa=call.k.shape[1] != call.heads,
         return_aux=AuxRequest(lse=True),
@@ -85,3 +100,10 @@ def score_mod(call: Call) -> Any:
         return logit
 
     return score
+
+
+def _facts(planned: Planned) -> Facts:
+    return {"blocks": "x".join(map(str, planned.mask.BLOCK_SIZE)), "empty": f"{planned.mask.sparsity():.1f}%"}
+
+
+FLEX = Implementation("flex", refuse, plan, run, facts=_facts)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, RelativeTable
 from foveate.attention.call import Call
-from foveate.attention.documents import runs_by_document
 from foveate.attention.gaps import Positioned
 from foveate.attention.impl import neighborhood
-from foveate.attention.impl import spec as shared
+from foveate.attention.impl.documents import runs_by_document
 from foveate.attention.impl.neighborhood import Windows, pays, windows_of
-from foveate.attention.impl.spec import TILE, WIDEST, Spec
-from foveate.attention.partial import Partial
+from foveate.attention.impl.plan import WIDEST, Plan, Selected
 from foveate.kernels.cpu import call as c
 from foveate.kernels.cpu.loader import library, num_threads, status
 from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band, band_of
-from foveate.patterns.select.selection import Selection
+from foveate.patterns.select.selection import TILE, Selection
 from foveate.plain import traced
 
 
@@ -47,7 +43,7 @@ def refuse(call: Call) -> str | None:
         known = (Dense, PerHead, Alibi, RelativeTable, LogDecay)
         if type(bias) not in known and not (isinstance(bias, Positioned) and runs_by_document(call)):
             return f"it does not know the bias {type(bias).__name__}"
-    return _absence() or shared.refuse(call)
+    return _absence()
 
 
 @torch.compiler.assume_constant_result  # torch.compile need not look into how libraries are loaded
@@ -55,18 +51,18 @@ def _absence() -> str | None:
     return status().reason if library() is None else None
 
 
-def run(call: Call) -> Partial:
-    """Select, then attend."""
-    if any(isinstance(bias, LogDecay) for bias in call.biases):
-        call = replace(call, biases=tuple(term for bias in call.biases for term in _terms(bias, call.num_queries)))
-    return shared.run(call, "native", cast(shared.Kernels, sys.modules[__name__]))
+def in_known_terms(call: Call) -> Call:
+    """Log decays as the biases that kernels add up."""
+    if not any(isinstance(bias, LogDecay) for bias in call.biases):
+        return call
+    return replace(call, biases=tuple(term for bias in call.biases for term in _terms(bias, call.num_queries)))
 
 
 def _terms(bias: Bias, num_queries: int) -> tuple[Bias, ...]:
     return bias.as_dense(num_queries) if isinstance(bias, LogDecay) else (bias,)
 
 
-def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> shared.Seen:
+def select(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> Selected:
     """A band where the pattern is one, windows on a grid where it is such and they are faster, else its selection."""
     band = band_of(pattern, layout)
     if band is not None:
@@ -77,36 +73,36 @@ def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *
     return pattern.select(q, k, layout, tile=TILE, scale=scale)
 
 
-def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads out (B, H, N, Dv) and log row sums (B, H, N) in float64, zeros for unnormalised weights."""
-    if isinstance(spec.seen, Windows):
-        return neighborhood.forward(spec.seen, q, k, v, spec.scale)
+    if isinstance(plan.selected, Windows):
+        return neighborhood.forward(plan.selected, q, k, v, plan.scale)
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    softmax = spec.kind == "softmax"
+    softmax = plan.kind == "softmax"
     lse = (q.new_empty if softmax else q.new_zeros)(q.shape[:3], dtype=torch.float64)
-    arguments, held = _arguments(spec, q, k, v, out, lse if softmax else None)
+    arguments, held = _arguments(plan, q, k, v, out, lse if softmax else None)
     c.check(_library().foveate_attend_forward(ctypes.byref(arguments)))
     del held
     return out, lse
 
 
 def backward(
-    spec: Spec, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and of each bias's parameter."""
-    if isinstance(spec.seen, Windows):
-        return neighborhood.backward(spec.seen, q, k, v, out, lse, grad_out, grad_lse, spec.scale)
+    if isinstance(plan.selected, Windows):
+        return neighborhood.backward(plan.selected, q, k, v, out, lse, grad_out, grad_lse, plan.scale)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     grad_lse, lse = grad_lse.float().contiguous(), lse.contiguous()  # named, so that they outlive the call
-    arguments, held = _arguments(spec, q, k, v, out, lse)
-    grads = [q.new_zeros(bias.parameter.shape, dtype=torch.float32) for bias in spec.biases]
+    arguments, held = _arguments(plan, q, k, v, out, lse)
+    grads = [q.new_zeros(bias.parameter.shape, dtype=torch.float32) for bias in plan.biases]
     for bias, grad in zip(held.biases, grads, strict=True):
         bias.grad = c.pointer(grad, torch.float32, *grad.shape)
     arguments.grad_out = c.tensor(grad_out, q.dtype, *out.shape)
     arguments.grad_lse = c.pointer(grad_lse, torch.float32, *q.shape[:3])
     arguments.dq, arguments.dk, arguments.dv = (c.tensor(x, q.dtype, *x.shape) for x in (dq, dk, dv))
     c.check(_library().foveate_attend_backward(ctypes.byref(arguments)))
-    parameters = (grad.to(bias.parameter.dtype) for bias, grad in zip(spec.biases, grads, strict=True))
+    parameters = (grad.to(bias.parameter.dtype) for bias, grad in zip(plan.biases, grads, strict=True))
     return (dq, dk, dv, *parameters)
 
 
@@ -125,10 +121,10 @@ class _Held:
 
 
 def _arguments(
-    spec: Spec, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
 ) -> tuple[c.AttendArgument, _Held]:
-    parameters = [bias.parameter.detach().float().contiguous() for bias in spec.biases]
-    pairs = zip(spec.biases, parameters, strict=True)
+    parameters = [bias.parameter.detach().float().contiguous() for bias in plan.biases]
+    pairs = zip(plan.biases, parameters, strict=True)
     held = _Held([_bias(bias, parameter) for bias, parameter in pairs], parameters)
     (batch, heads, num_queries, dim), (num_keys, value_dim) = q.shape, v.shape[2:]
     arguments = c.AttendArgument(
@@ -138,43 +134,49 @@ def _arguments(
         c.tensor(out, q.dtype, batch, heads, num_queries, value_dim),
         c.pointer(lse, torch.float64, batch, heads, num_queries),
         c.DTYPES[q.dtype],
-        c.KINDS[spec.kind],
+        c.KINDS[plan.kind],
         num_threads(),
         batch,
         num_queries,
         num_keys,
         dim,
         value_dim,
-        spec.scale,
-        spec.softcap or 0.0,
-        _seen(spec.seen, batch, heads, num_queries, num_keys),
+        plan.scale,
+        plan.softcap or 0.0,
+        _selection(plan.selected, batch, heads, num_queries, num_keys),
         len(parameters),
         held.biases,
     )
     return arguments, held
 
 
-def _seen(seen: shared.Seen, batch: int, heads: int, num_queries: int, num_keys: int) -> c.SelectionArgument:
-    if isinstance(seen, Band):
-        return c.SelectionArgument(seen.low, seen.high)
-    if not isinstance(seen, Selection) or (seen.tile, seen.num_queries, seen.num_keys) != (TILE, num_queries, num_keys):
-        raise TypeError(f"a native kernel was to run tiles of {num_queries} x {num_keys} pairs, but was given {seen}")
-    if seen.batches not in (1, batch) or heads % seen.heads:
-        raise TypeError(f"a selection for {seen.batches} entries and {seen.heads} heads, but q has {batch} and {heads}")
-    q_tiles, k_tiles = _tiles(seen.q_slots, num_queries), _tiles(seen.k_slots, num_keys)
-    rows, tiles, columns = seen.batches * seen.heads * q_tiles, seen.num_tiles, seen.num_columns
+def _selection(chosen: Selected, batch: int, heads: int, num_queries: int, num_keys: int) -> c.SelectionArgument:
+    if isinstance(chosen, Band):
+        return c.SelectionArgument(chosen.low, chosen.high)
+    if not isinstance(chosen, Selection) or (chosen.tile, chosen.num_queries, chosen.num_keys) != (
+        TILE,
+        num_queries,
+        num_keys,
+    ):
+        raise TypeError(f"a native kernel was to run tiles of {num_queries} x {num_keys} pairs, but was given {chosen}")
+    if chosen.batches not in (1, batch) or heads % chosen.heads:
+        raise TypeError(
+            f"a selection for {chosen.batches} entries and {chosen.heads} heads, but q has {batch} and {heads}"
+        )
+    q_tiles, k_tiles = _tiles(chosen.q_slots, num_queries), _tiles(chosen.k_slots, num_keys)
+    rows, tiles, columns = chosen.batches * chosen.heads * q_tiles, chosen.num_tiles, chosen.num_columns
     pointers = (
-        c.pointer(seen.tile_starts, torch.int64, rows + 1),
-        c.pointer(seen.tile_ids, torch.int32, tiles),
-        c.pointer(seen.mask_ids, torch.int32, tiles),
-        c.pointer(seen.masks, torch.uint8, seen.masks.shape[0], TILE, TILE // 8),
-        c.pointer(seen.column_starts, torch.int64, rows + 1),
-        c.pointer(seen.column_ids, torch.int32, columns),
-        c.pointer(seen.column_masks, torch.uint8, columns, TILE // 8),
-        c.pointer(seen.q_slots, torch.int64, q_tiles * TILE),
-        c.pointer(seen.k_slots, torch.int64, k_tiles * TILE),
+        c.pointer(chosen.tile_starts, torch.int64, rows + 1),
+        c.pointer(chosen.tile_ids, torch.int32, tiles),
+        c.pointer(chosen.mask_ids, torch.int32, tiles),
+        c.pointer(chosen.masks, torch.uint8, chosen.masks.shape[0], TILE, TILE // 8),
+        c.pointer(chosen.column_starts, torch.int64, rows + 1),
+        c.pointer(chosen.column_ids, torch.int32, columns),
+        c.pointer(chosen.column_masks, torch.uint8, columns, TILE // 8),
+        c.pointer(chosen.q_slots, torch.int64, q_tiles * TILE),
+        c.pointer(chosen.k_slots, torch.int64, k_tiles * TILE),
     )
-    return c.SelectionArgument(0, 0, seen.batches, seen.heads, q_tiles, *pointers, k_tiles * TILE)
+    return c.SelectionArgument(0, 0, chosen.batches, chosen.heads, q_tiles, *pointers, k_tiles * TILE)
 
 
 def _tiles(slots: Tensor | None, length: int) -> int:

@@ -17,8 +17,8 @@ from foveate.layouts.kinds import Grid, Layout, patch_shape
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.rules.axes import Near
 from foveate.patterns.rules.grid import Neighborhood
+from foveate.patterns.select.selection import TILE
 
-TILE = 64  # queries, and keys, of a tile of the kernels that run any selection
 LANES = 16  # of the widest vectors
 
 

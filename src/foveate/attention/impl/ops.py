@@ -8,31 +8,31 @@ from __future__ import annotations
 import ast
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate import autodiff, patterns
 from foveate.attention import bias as biases_by_name
-from foveate.attention import documents
 from foveate.attention.bias import Bias, LogDecay, RelativeTable
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
 from foveate.attention.gaps import Positioned, gaps_in, place_biases, placed_at
-from foveate.attention.impl import native, tiles
-from foveate.attention.impl.spec import Kernels, Spec, definition, is_plain
+from foveate.attention.impl import documents
+from foveate.attention.impl.definition import definition
+from foveate.attention.impl.plan import ByDocument, Kernels, Plan
 from foveate.attention.partial import Partial, lse_dtype, sums_dtype
 from foveate.layouts.kinds import Layout, Points
 from foveate.patterns.algebra import Pattern, Scene, resolve
 from foveate.patterns.parse import parse
 from foveate.patterns.select.dense import dense_mask
 
-KERNELS: dict[str, Kernels] = {"tiles": cast(Kernels, tiles), "native": cast(Kernels, native)}
+KERNELS: dict[str, Kernels] = {}  # by which name a graph knows them; each implementation enters its own
 
 
 def attend_selected(call: Call, kernels: str) -> Partial:
-    """Run a call by the operator; what :func:`foveate.attention.impl.spec.run` does inside torch.compile."""
+    """Run a call by the operator; what `foveate.attention.impl.selected` does inside torch.compile."""
     _check_layout(call.layout)
     text = "\n".join((kernels, call.kind, str(call.pattern), str(call.layout), *(_bias_text(b) for b in call.biases)))
     parameters = [bias.parameter for bias in call.biases]
@@ -118,7 +118,7 @@ def _bias(text: str, parameter: Tensor, offset: int) -> Bias:
     return kind(parameter, offset) if name in ("Alibi", "LogDecay") else kind(parameter)
 
 
-def _spec(
+def _plan(
     q: Tensor,
     k: Tensor,
     parameters: list[Tensor],
@@ -128,21 +128,20 @@ def _spec(
     softcap: float,
     p: float,
     seed: Tensor | None,
-) -> tuple[Kernels, Spec]:
+) -> tuple[Kernels, Plan]:
     name, kind, pattern, layout, *bias_texts = text.split("\n")
     offset = k.shape[2] - q.shape[2]
     kernels = KERNELS[name]
     biases = tuple(_bias(t, p, offset) for t, p in zip(bias_texts, parameters, strict=True))
-    plain = is_plain(kind, biases, softcap or None)  # type: ignore[arg-type]
     dropout = None if seed is None else Dropout(p, seed)
     whole, where = parse(pattern, held), _layout(layout)
     biases, whole = place_biases(biases, whole, where, q.shape[2], k.shape[2])
-    see = partial(documents.see, biases=biases, plain=plain, drops=dropout is not None)
-    seen = see(kernels, q, k, whole, where, scale)
-    if any(isinstance(bias, Positioned) for bias in biases) and not isinstance(seen, documents.ByDocument):
+    how = q, k, whole, where, biases, kind, scale, softcap or None, dropout
+    plan = documents.plan(kernels, *how)  # type: ignore[arg-type]
+    if any(isinstance(bias, Positioned) for bias in biases) and not isinstance(plan.selected, ByDocument):
         kernels = KERNELS["tiles"]  # which reads any bias
-        seen = see(kernels, q, k, whole, where, scale)
-    return kernels, Spec(seen, biases, kind, scale, softcap or None, dropout)  # type: ignore[arg-type]
+        plan = documents.plan(kernels, *how)  # type: ignore[arg-type]
+    return kernels, plan
 
 
 @torch.library.custom_op("foveate::attend_selected", mutates_args=())
@@ -158,8 +157,8 @@ def _attend(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kernels, spec = _spec(q, k, parameters, held, text, scale, softcap, p, seed)
-    return documents.forward(kernels, spec, q, k, v)
+    kernels, plan = _plan(q, k, parameters, held, text, scale, softcap, p, seed)
+    return documents.forward(kernels, plan, q, k, v)
 
 
 @_attend.register_fake
@@ -184,8 +183,8 @@ def _attend_backward(
     p: float,
     seed: Tensor | None,
 ) -> list[Tensor]:
-    kernels, spec = _spec(q, k, parameters, held, text, scale, softcap, p, seed)
-    return list(documents.backward(kernels, spec, q, k, v, out, lse, grad_out, grad_lse))
+    kernels, plan = _plan(q, k, parameters, held, text, scale, softcap, p, seed)
+    return list(documents.backward(kernels, plan, q, k, v, out, lse, grad_out, grad_lse))
 
 
 @_attend_backward.register_fake
@@ -213,9 +212,9 @@ def _second_backward(ctx: Any, wanted: list[Tensor | None]) -> tuple[Any, ...]:
     grad_out, grad_lse, seed, *others = ctx.saved_tensors
     inputs, held = others[: 3 + ctx.num_parameters], others[3 + ctx.num_parameters :]
     text, scale, softcap, p = ctx.rest
-    _, spec = _spec(inputs[0], inputs[1], inputs[3:], held, text, scale, softcap, p, seed)
+    _, plan = _plan(inputs[0], inputs[1], inputs[3:], held, text, scale, softcap, p, seed)
     of_grads, of_inputs = autodiff.second_gradients(
-        partial(definition, spec), inputs, [grad_out, grad_lse], wanted, create_graph=torch.is_grad_enabled()
+        partial(definition, plan), inputs, [grad_out, grad_lse], wanted, create_graph=torch.is_grad_enabled()
     )
     return (*of_grads, *of_inputs[:3], None, None, of_inputs[3:], [None] * len(held), *([None] * 5))
 

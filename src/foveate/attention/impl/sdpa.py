@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,7 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from foveate.attention.bias import Dense
 from foveate.attention.biases import total
 from foveate.attention.call import Call
+from foveate.attention.impl import ops
 from foveate.attention.partial import Partial
+from foveate.dispatch import Facts, Implementation
 from foveate.layouts.kinds import Packed
 from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.rules.sequence import causal, full
@@ -53,17 +57,29 @@ def _wants_gradient(call: Call) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def run(call: Call) -> Partial:
-    """One fused call, with the mask or bias written out where there is one."""
+class Planned(NamedTuple):
+    """What SDPA is given."""
+
+    call: Call
+    q: Tensor  # the query heads of a group as further queries, where keys are then read once
+    mask: Tensor | None  # (B or 1, H or 1, N, M): added to the logits, or what is visible
+    is_causal: bool
+
+
+def plan(call: Call) -> Planned:
+    """The mask or bias written out where there is one, and queries that share keys side by side."""
     mask = _mask(call)
     is_causal = mask is None and call.pattern == causal and call.num_queries > 1
-    heads, groups = call.heads, call.k.shape[1]
-    fold = heads // groups
-    q = call.q
-    packs = fold > 1 and not is_causal and (mask is None or mask.shape[1] == 1)
-    if packs:  # the query heads of a group as further queries: keys are then read once
-        q = q.reshape(call.batch, groups, fold * call.num_queries, q.shape[3])
-        mask = mask if mask is None else mask.repeat(1, 1, fold, 1)
+    fold = call.heads // call.k.shape[1]
+    if fold == 1 or is_causal or (mask is not None and mask.shape[1] > 1):
+        return Planned(call, call.q, mask, is_causal)
+    q = call.q.reshape(call.batch, call.k.shape[1], fold * call.num_queries, call.q.shape[3])
+    return Planned(call, q, mask if mask is None else mask.repeat(1, 1, fold, 1), is_causal)
+
+
+def run(planned: Planned) -> Partial:
+    """One fused call."""
+    call, q, mask, is_causal = planned
     out = scaled_dot_product_attention(
         q,
         call.k,
@@ -71,9 +87,16 @@ def run(call: Call) -> Partial:
         attn_mask=mask,
         is_causal=is_causal,
         scale=call.scale,
-        enable_gqa=fold > 1 and not packs,
+        enable_gqa=q.shape[1] > call.k.shape[1],
     )
-    return Partial(out.reshape(call.batch, heads, call.num_queries, call.v.shape[3]), None)
+    return Partial(out.reshape(call.batch, call.heads, call.num_queries, call.v.shape[3]), None)
+
+
+def _facts(planned: Planned) -> Facts:
+    mask = planned.mask
+    if mask is None:
+        return {"mask": "causal" if planned.is_causal else "none"}
+    return {"mask": "x".join(map(str, mask.shape)), "bytes": mask.numel() * mask.element_size()}
 
 
 def _needs_mask(call: Call) -> bool:
@@ -100,8 +123,6 @@ def _mask(call: Call) -> Tensor | None:
 
 def _visible(call: Call) -> Tensor:
     if torch.compiler.is_compiling() or (call.pattern.is_dynamic and traced(call.q, call.k)):
-        from foveate.attention.impl import ops
-
         visible = ops.visible(call)
     else:
         scene = Scene(call.num_queries, call.num_keys, call.layout, call.q.detach(), call.k.detach(), call.scale)
@@ -109,3 +130,6 @@ def _visible(call: Call) -> Tensor:
     if visible.shape[1] in (1, call.heads):
         return visible
     return visible.repeat_interleave(call.heads // visible.shape[1], dim=1)
+
+
+SDPA = Implementation("sdpa", refuse, plan, run, facts=_facts)

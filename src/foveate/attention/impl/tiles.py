@@ -6,53 +6,48 @@ Logits are formed in float32 (float64 for float64 inputs) and recomputed in the 
 
 from __future__ import annotations
 
-import sys
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from foveate.attention.call import Call
-from foveate.attention.impl import spec as shared
+from foveate.attention.impl.plan import Plan
 from foveate.attention.impl.rows import Batch, Rows, Sharing, Slotted, add_rows
-from foveate.attention.impl.spec import TILE, Spec
-from foveate.attention.partial import Partial, sums_dtype
+from foveate.attention.partial import sums_dtype
 from foveate.attention.weights import Kind
 from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
-from foveate.patterns.select.selection import Selection
+from foveate.patterns.select.selection import TILE, Selection
 
 
-def refuse(call: Call) -> str | None:
-    """Why this implementation cannot run the call; None if it can."""
-    return shared.refuse(call)
+def refuse(call: Call) -> None:
+    """Nothing but what no kernel runs."""
 
 
-def run(call: Call) -> Partial:
-    """Select, then attend over the selection."""
-    return shared.run(call, "tiles", cast(shared.Kernels, sys.modules[__name__]))
+def in_known_terms(call: Call) -> Call:
+    """As it is: any bias says its values."""
+    return call
 
 
-def sees(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> Selection:
+def select(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> Selection:
     """The pattern's selection."""
     return pattern.select(q, k, layout, tile=TILE, scale=scale)
 
 
-def forward(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads out (B, H, N, Dv) and log row sums (B, H, N) (zeros for unnormalised weights)."""
-    work = _Work(spec, q, k, v)
+    work = _Work(plan, q, k, v)
     rows = work.rows.num_rows
     out = work.q.new_zeros(rows, work.fold * work.tile, v.shape[-1])
-    nothing = float("-inf") if spec.kind == "softmax" else 0.0
+    nothing = float("-inf") if plan.kind == "softmax" else 0.0
     lse = work.q.new_full((rows, work.fold * work.tile), nothing, dtype=sums_dtype(q))
     for batch in work.rows.batches():
         logits, _ = work.logits(batch)
         values = work.gather(work.v, batch, work.value_head(batch))
         dropped = work.dropped(batch)
-        if spec.kind == "softmax":
+        if plan.kind == "softmax":
             _accumulate(out, lse, batch.rows, logits, values, dropped)
         else:
-            weights = logits.sigmoid_() if spec.kind == "sigmoid" else logits.relu_()
+            weights = logits.sigmoid_() if plan.kind == "sigmoid" else logits.relu_()
             out[batch.rows] += (weights if dropped is None else weights.mul_(dropped)) @ values
     return work.unfold(out, q.dtype), work.unfold(lse.unsqueeze(-1), lse.dtype).squeeze(-1)
 
@@ -72,20 +67,20 @@ def _accumulate(out: Tensor, lse: Tensor, rows: Tensor, logits: Tensor, values: 
 
 
 def backward(
-    spec: Spec, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and of each bias's parameter."""
-    work = _Work(spec, q, k, v)
+    work = _Work(plan, q, k, v)
     grad_rows, lse_rows = work.folded(grad_out), work.folded(lse.unsqueeze(-1), lse.dtype).squeeze(-1)
     row_term = (grad_out * out).sum(-1, dtype=work.q.dtype)
     delta = work.folded((row_term - grad_lse).unsqueeze(-1)).squeeze(-1)
     grad_rows = work.finite_rows(grad_rows)
     dq, dk, dv = (torch.zeros_like(x) for x in (work.q, work.k, work.v))
-    d_biases = [torch.zeros_like(b.parameter, dtype=work.q.dtype).flatten() for b in spec.biases]
+    d_biases = [torch.zeros_like(b.parameter, dtype=work.q.dtype).flatten() for b in plan.biases]
     for batch in work.rows.batches():
         logits, slope = work.logits(batch)
         rows = batch.rows
-        weights, to_logits = _weights(spec.kind, logits, lse_rows[rows])
+        weights, to_logits = _weights(plan.kind, logits, lse_rows[rows])
         work.unsee(batch, weights)
         grad = grad_rows.index_select(0, rows)
         dropped = work.dropped(batch)
@@ -94,15 +89,15 @@ def backward(
         d_weights = torch.bmm(grad, work.gather(work.v, batch, work.value_head(batch)).transpose(1, 2))
         if dropped is not None:
             d_weights *= dropped
-        if spec.kind == "softmax":
+        if plan.kind == "softmax":
             d_weights -= delta[rows].unsqueeze(-1)
         d_logits = d_weights.mul_(to_logits)
         work.unsee(batch, d_logits)
         work.add_bias_grads(d_biases, batch, d_logits)
-        d_scores = d_logits.mul_(spec.scale) if slope is None else d_logits.mul_(slope).mul_(spec.scale)
+        d_scores = d_logits.mul_(plan.scale) if slope is None else d_logits.mul_(slope).mul_(plan.scale)
         dq[rows] += d_scores @ work.gather(work.k, batch, work.key_head(batch))
         work.scatter(dk, batch, work.key_head(batch), d_scores.transpose(1, 2) @ work.q.index_select(0, rows))
-    d_parameters = [g.view_as(b.parameter).to(b.parameter.dtype) for g, b in zip(d_biases, spec.biases, strict=True)]
+    d_parameters = [g.view_as(b.parameter).to(b.parameter.dtype) for g, b in zip(d_biases, plan.biases, strict=True)]
     keys = (work.keys.back(x).to(q.dtype) for x in (dk, dv))
     return (work.unfold(dq, q.dtype), *keys, *d_parameters)
 
@@ -125,10 +120,10 @@ def _weights(kind: Kind, logits: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 class _Work:
     """A call's tensors in slot order, with queries folded into rows: q (rows, fold * tile, D)."""
 
-    def __init__(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
-        chosen = spec.seen
+    def __init__(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> None:
+        chosen = plan.selected
         assert isinstance(chosen, Selection)
-        self.spec, self.tile = spec, chosen.tile
+        self.plan, self.tile = plan, chosen.tile
         self.sharing = Sharing.of(chosen.heads, q, k, v)
         self.fold = self.sharing.fold
         self.rows = Rows(chosen, self.sharing)
@@ -217,14 +212,14 @@ class _Work:
         """Logits (R, fold * tile, keys), -inf where hidden, and the soft-cap's derivative (None without)."""
         keys = self.gather(self.k, batch, self.key_head(batch))
         q = self.q.index_select(0, batch.rows)
-        logits = torch.baddbmm(q.new_empty(1), q, keys.transpose(1, 2), beta=0, alpha=self.spec.scale)
+        logits = torch.baddbmm(q.new_empty(1), q, keys.transpose(1, 2), beta=0, alpha=self.plan.scale)
         slope = None
-        if self.spec.softcap is not None:
-            bent = logits.div_(self.spec.softcap).tanh_()
+        if self.plan.softcap is not None:
+            bent = logits.div_(self.plan.softcap).tanh_()
             slope = 1 - bent.square()
-            logits = bent * self.spec.softcap
+            logits = bent * self.plan.softcap
         by_head = logits.view(-1, self.fold, self.tile, logits.shape[-1])
-        for bias in self.spec.biases:
+        for bias in self.plan.biases:
             by_head += bias.values(*self._indices(batch)).to(logits.dtype)
         self._spoil(logits, batch)
         self._hide(by_head, batch, float("-inf"))
@@ -232,9 +227,9 @@ class _Work:
 
     def dropped(self, batch: Batch) -> Tensor | None:
         """What dropout multiplies the weights by (R, fold * tile, keys); None without."""
-        if self.spec.dropout is None:
+        if self.plan.dropout is None:
             return None
-        return self.spec.dropout.factor(*self._indices(batch), self.precise).flatten(1, 2)
+        return self.plan.dropout.factor(*self._indices(batch), self.precise).flatten(1, 2)
 
     def _hide(self, by_head: Tensor, batch: Batch, value: float) -> None:
         masked, whole = batch.hidden_tiles.shape[-1], batch.tiles.shape[1] * self.tile
@@ -245,7 +240,7 @@ class _Work:
 
     def add_bias_grads(self, totals: list[Tensor], batch: Batch, d_logits: Tensor) -> None:
         by_head = d_logits.view(-1, self.fold, self.tile, d_logits.shape[-1])
-        for bias, total in zip(self.spec.biases, totals, strict=True):
+        for bias, total in zip(self.plan.biases, totals, strict=True):
             bias.add_grad(total, by_head, *self._indices(batch))
 
     def _indices(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from foveate.patterns.algebra import Boxes, Interval, Pattern, Scene, mix_hash, 
 from foveate.patterns.compound import All, Any, Not, settled_signature
 from foveate.patterns.select import native
 from foveate.patterns.select.cache import SELECTIONS
-from foveate.patterns.select.selection import FULL, Selection, pack_bits, unpack_bits
+from foveate.patterns.select.selection import FULL, TILE, Selection, pack_bits, unpack_bits
 
 FAN = 8  # tiles in a group, groups in the next
 SPARSE = 4  # a partial tile that uses fewer than 1/SPARSE of its keys becomes single columns
@@ -97,7 +97,7 @@ def build(
         raise ValueError(f"a tile is a multiple of 8 tokens; got {tile}")
     patches = tile & (tile - 1) == 0  # boxes of grid tokens have sides of powers of two
     reorder = reorder and resolved.needs_axes and scene.offset == 0 and patches
-    if tile == native.TILE and not reorder and (selection := native.select(resolved, scene, device)):
+    if tile == TILE and not reorder and (selection := native.select(resolved, scene, device)):
         return selection
     slots = scene.layout.slots(tile, device) if reorder else None
     q_slots = _natural_slots(scene.num_queries, tile, device) if slots is None else slots

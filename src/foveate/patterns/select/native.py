@@ -13,10 +13,9 @@ from foveate.kernels.cpu import loader
 from foveate.kernels.cpu.call import DTYPES, TensorArgument, misaligned, pointer, strided, tensor
 from foveate.patterns.algebra import Pattern, Scene
 from foveate.patterns.select.program import Program
-from foveate.patterns.select.selection import Selection
+from foveate.patterns.select.selection import TILE, Selection
 from foveate.plain import is_plain
 
-TILE = 64
 ALONE = 2**17  # pairs of tiles that one thread is quicker with than several
 FEW_WEIGHTS = 2**15  # likewise scores
 

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+TILE = 64  # tokens on a side of the tiles that kernels run
 FULL = -1  # mask number of a tile whose every pair is visible
 
 

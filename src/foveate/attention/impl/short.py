@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from foveate.attention.impl.spec import WIDEST
+from foveate.attention.impl.plan import WIDEST
 from foveate.kernels.cpu import call as c
 from foveate.kernels.cpu.loader import library, num_threads
 from foveate.layouts.kinds import Sequence

@@ -1,0 +1,38 @@
+"""In which dtype numbers are added up: at least float32, whatever they come in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+
+import torch
+from torch import Tensor
+from torch.amp import is_autocast_available
+
+
+def accum_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: the widest of those given, and float32 at least.
+
+    >>> accum_dtype(torch.bfloat16, torch.float16), accum_dtype(torch.float16, torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return reduce(torch.promote_types, dtypes, torch.float32)
+
+
+def to_accum(x: Tensor) -> Tensor:
+    """The tensor in the dtype to compute in.
+
+    >>> to_accum(torch.ones(2, dtype=torch.float16)).dtype
+    torch.float32
+    """
+    return x.to(accum_dtype(x.dtype))
+
+
+def no_autocast(device: str) -> AbstractContextManager[None]:
+    """Inside, products keep the dtype of their factors, also where the caller has switched autocast on.
+
+    >>> with torch.autocast("cpu", torch.bfloat16), no_autocast("cpu"):
+    ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+    torch.float32
+    """
+    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
