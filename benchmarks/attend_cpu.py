@@ -14,9 +14,9 @@ from benchmarks.attend_cpu_groups import GROUPS
 from benchmarks.attend_cpu_measure import measure
 from benchmarks.suite import Suite
 from benchmarks.titles import ATTEND
-from foveate.attention import IMPLEMENTATIONS
+from foveate.attention import ATTEND as OPERATOR
 
-SUITE = Suite("attend_cpu", __doc__.split("\n")[0], GROUPS, ATTEND, measure, IMPLEMENTATIONS, "native")
+SUITE = Suite("attend_cpu", __doc__.split("\n")[0], GROUPS, ATTEND, measure, OPERATOR.names, "native")
 main = SUITE.run
 
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.amp import is_autocast_available
 
 
-def accum_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: the widest of those given, and float32 at least.
+def accum_dtype(*given: Tensor | torch.dtype) -> torch.dtype:
+    """The dtype to compute in: the widest of those given, themselves or as a tensor's, and float32 at least.
 
     >>> accum_dtype(torch.bfloat16, torch.float16), accum_dtype(torch.float16, torch.float64)
     (torch.float32, torch.float64)
     """
+    dtypes = (x.dtype if isinstance(x, Tensor) else x for x in given)
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 
@@ -25,7 +26,7 @@ def to_accum(x: Tensor) -> Tensor:
     >>> to_accum(torch.ones(2, dtype=torch.float16)).dtype
     torch.float32
     """
-    return x.to(accum_dtype(x.dtype))
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def no_autocast(device: str) -> AbstractContextManager[None]:

@@ -40,8 +40,8 @@ SOURCES = Path(foveate.__file__).parent
 CHOKE_POINTS = {
     "kernels/cpu/call.py",
     "attention/impl/short.py",
-    "recurrence/linear/impl/quick.py",
-    "recurrence/selective/impl/quick.py",
+    "recurrence/linear/impl/short.py",
+    "recurrence/selective/impl/short.py",
 }
 FACTORIES = {"empty", "zeros", "ones", "full", "tensor", "arange", "eye", "linspace", "rand", "randn"}
 

@@ -12,7 +12,7 @@ X = torch.zeros
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"impl": "fast"}, ValueError, '"auto", "native", "chunks" or "reference", got \'fast\''),
+        ({"impl": "fast"}, ValueError, "'auto' or one of native, chunks, reference; got 'fast'"),
         ({"a": X(2, 4, 9, 7), "b": X(2, 4, 9, 6)}, ValueError, r"b of low_rank must be .* got \(2, 4, 9, 6\)"),
         ({"a": X(2, 4, 9, 7), "b": X(2, 2, 9, 7)}, ValueError, "as many heads, got 4 and 2"),
         ({"a": X(2, 4, 9, 7), "b": None}, TypeError, "b must be a tensor, got NoneType"),

@@ -221,7 +221,7 @@ REFUSED = (
     ({"state": torch.zeros(2, 6, 3)}, TypeError, "state must be torch.float64 for these inputs"),
     ({"lengths": [5, 5]}, ValueError, "packed sequences need batch size 1, got 2"),
     ({"x": normal(5, 6)}, ValueError, r"x must be \(batch, tokens, channels\)"),
-    ({"impl": "triton"}, ValueError, "impl must be"),
+    ({"impl": "triton"}, ValueError, "impl is 'auto' or one of native, chunks, reference; got 'triton'"),
     ({"impl": "native"}, NotImplementedError, "float64|kernels"),
 )
 

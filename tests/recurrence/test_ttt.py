@@ -186,9 +186,7 @@ def test_any_strides_and_no_tokens_at_all(layers: int) -> None:
 
 
 def test_a_block_of_reference_only_runs_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foveate.recurrence import ttt
-
-    monkeypatch.setattr(ttt, "_by_batch", None)
+    monkeypatch.setattr("foveate.recurrence.ttt.impl.dual._by_batch", None)
     with reference_only():
         assert problem(1, 3).solve().out.isfinite().all()
     with pytest.raises(TypeError):

@@ -15,6 +15,7 @@ from foveate.attention.weights import Weights
 from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.rules.beside import Beside
+from foveate.precision import accum_dtype
 
 OneBias = Tensor | Bias | ScoreFunction
 BiasLike = OneBias | Sequence[OneBias] | None
@@ -71,7 +72,7 @@ def total(biases: Iterable[Bias]) -> Tensor:
     parameters = [bias.parameter for bias in biases]
     summed = parameters[0]
     for parameter in parameters[1:]:
-        dtype = torch.promote_types(torch.promote_types(summed.dtype, parameter.dtype), torch.float32)
+        dtype = accum_dtype(summed, parameter)
         summed = summed.to(dtype) + parameter
     return summed
 
@@ -79,7 +80,7 @@ def total(biases: Iterable[Bias]) -> Tensor:
 def _precise(bias: Bias, q: Tensor) -> Bias:
     if not isinstance(bias, Alibi):
         return bias
-    dtype = torch.promote_types(torch.promote_types(bias.parameter.dtype, q.dtype), torch.float32)
+    dtype = accum_dtype(bias.parameter, q)
     return replace(bias, parameter=bias.parameter.to(dtype))  # distances are no numbers of half precision
 
 

@@ -18,6 +18,7 @@ from foveate.attention.weights import Kind, Weights, as_weights
 from foveate.layouts.kinds import Layout, Sequence
 from foveate.patterns.algebra import Pattern
 from foveate.plain import traced
+from foveate.precision import accum_dtype
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,7 +122,7 @@ def scaled(q: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
     want = tuple(q.shape[:3])
     if each.dim() and (each.dim() != 3 or any(x not in (1, n) for x, n in zip(each.shape, want, strict=True))):
         raise ValueError(f"scale is a number, or (B or 1, H or 1, N or 1) = {want}; got {tuple(scale.shape)}")
-    precise = torch.promote_types(torch.promote_types(q.dtype, scale.dtype), torch.float32)
+    precise = accum_dtype(q, scale)
     return (q.to(precise) * each.unsqueeze(-1)).to(q.dtype), 1.0
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.precision import accum_dtype, to_accum
+
 Normalise = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -27,7 +29,7 @@ class Entmax:
     alpha: float | Tensor  # or (H,)
 
     def __call__(self, logits: Tensor, visible: Tensor) -> Tensor:
-        precise = torch.promote_types(logits.dtype, torch.float32)
+        precise = accum_dtype(logits)
         seen = visible & ~logits.isneginf()
         spoiled = seen & (seen & ~logits.isfinite()).any(-1, keepdim=True)
         seen = seen & ~spoiled
@@ -75,7 +77,7 @@ class Sinkhorn:
     iterations: int
 
     def __call__(self, logits: Tensor, visible: Tensor) -> Tensor:
-        logs = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logs = to_accum(logits)
         visible = visible & ~logits.isneginf()
         visible = visible & visible.any(-2).unsqueeze(-1)  # what is no key is padding, and no query
         for step in range(self.iterations):

@@ -12,6 +12,7 @@ from foveate.attention.impl.reference import pattern_mask
 from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.rules.sequence import full
+from foveate.precision import accum_dtype
 
 
 def attend_talking(
@@ -97,7 +98,7 @@ def _rows(
     q: Tensor, visible: Tensor, k: Tensor, v: Tensor, before: Tensor | None, after: Tensor | None, scale: float
 ) -> Tensor:
     """Heads out of some queries; visible is (B or 1, 1 or H2, n, M). What is not finite spoils rows that see it."""
-    precise = torch.promote_types(q.dtype, torch.float32)
+    precise = accum_dtype(q)
     (odd_q, rows), (odd_k, keys), (odd_v, values) = (_finite(x.to(precise)) for x in (q, k, v))
     logits = scale * (rows @ grouped(keys, q.shape[1]).mT)  # (B, H, n, M)
     if before is not None:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import metadata
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from foveate import __version__
 from foveate.kernels.cpu import loader
 from foveate.kernels.cpu.loader import Status
 from foveate.kernels.cpu.variants import BY_NAME
 from foveate.lab.measure import machine
+from foveate.lab.trials import Trial, trials
 
 EXTRAS = {
     "hf": ("transformers", "tokenizers", "safetensors"),
@@ -36,22 +33,6 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "FOVEATE_VARIANTS": ("", "all"),
     "FOVEATE_SEED": (),
 }
-LENGTH = 130
-TOLERANCE = 5e-4  # outputs are about 1; float32 on any device
-
-Verdict = Literal["runs", "does not run", "disagrees"]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One implementation on one call."""
-
-    operator: str
-    implementation: str
-    device: str
-    call: str
-    verdict: Verdict
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +89,7 @@ def examine() -> Report:
     ()
     """
     check_environment()
-    return Report(machine.describe() | versions(), loader.status(), tuple(_trials()), extras())
+    return Report(machine.describe() | versions(), loader.status(), tuple(trials()), extras())
 
 
 def versions() -> dict[str, str | None]:
@@ -146,76 +127,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _trials() -> Iterator[Trial]:
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        q, k, v = _inputs(device)
-        yield from try_attend(q, k, v)
-        yield from try_recur(q, k, v)
-        yield from try_scan(v[:, 0])
-
-
-def try_attend(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Trial]:
-    """Every implementation of attend on a few kinds of calls."""
-    from foveate.attention import IMPLEMENTATIONS, attend, sigmoid
-    from foveate.patterns import causal, window
-
-    calls: dict[str, dict[str, Any]] = {
-        "causal": {"pattern": causal},
-        "window": {"pattern": window(16) & causal},
-        "sigmoid weights": {"weights": sigmoid(bias=-4.0)},
-        "soft-cap": {"pattern": causal, "softcap": 20.0},
-    }
-    for name in IMPLEMENTATIONS:
-        for call, options in calls.items():
-            yield _try("attend", name, q.device.type, call, partial(attend, q, k, v, **options))
-
-
-def try_recur(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Trial]:
-    """Every implementation of recur with each of its updates."""
-    from foveate.recurrence import IMPLEMENTATIONS, recur
-
-    k = torch.nn.functional.normalize(k, dim=-1)
-    calls: dict[str, dict[str, Any]] = {
-        "decay per head": {"decay": torch.tensor([-0.1, -0.01], device=q.device)},
-        "delta rule": {"beta": torch.full((1, 2, LENGTH), 0.5, device=q.device)},
-        "low rank": {"low_rank": (-k, 0.5 * k)},
-    }
-
-    def run(**options: Any) -> Tensor:
-        return recur(q, k, v, **options).out
-
-    for name in IMPLEMENTATIONS:
-        for call, options in calls.items():
-            yield _try("recur", name, q.device.type, call, partial(run, **options))
-
-
-def try_scan(x: Tensor) -> Iterator[Trial]:
-    """Every implementation of the selective scan on tokens x (B, N, C)."""
-    from foveate.recurrence import IMPLEMENTATIONS, scan
-
-    rates, read = -torch.arange(1.0, 5.0, device=x.device).expand(x.shape[2], 4), x[..., :4]
-
-    def run(**options: Any) -> Tensor:
-        return scan(x, x, rates, read, read, softplus=True, **options).out
-
-    for name in IMPLEMENTATIONS:
-        yield _try("scan", name, x.device.type, "selective", run)
-
-
-def _inputs(device: str) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, 2, LENGTH, 16, generator=generator).to(device) for _ in range(3)]
-
-
-def _try(operator: str, name: str, device: str, call: str, run: Callable[..., Tensor]) -> Trial:
-    try:
-        got = run(impl=name)
-    except NotImplementedError as refused:
-        reason = str(refused)
-        return Trial(operator, name, device, call, "does not run", reason.partition(": ")[2] or reason)
-    error = (got - run(impl="reference")).abs().max().item()
-    if error <= TOLERANCE:
-        return Trial(operator, name, device, call, "runs")
-    return Trial(operator, name, device, call, "disagrees", f"differs from the definition by {error:.1e}")

@@ -7,9 +7,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.options import FORCED
+from foveate.dispatch import Facts, Implementation, Operator, as_it_is, nothing
+from foveate.precision import accum_dtype
 from foveate.recurrence.linear.stabilise import stabilise
 from foveate.recurrence.selective.api import linear_scan
+
+
+class Call(NamedTuple):
+    """What `bi_wkv` was given, in the arithmetic's dtype: k and v (B, N, C), rate and bonus (C,)."""
+
+    k: Tensor
+    v: Tensor
+    rate: Tensor
+    bonus: Tensor
 
 
 class Side(NamedTuple):
@@ -50,24 +60,20 @@ def bi_wkv(k: Tensor, v: Tensor, rate: Tensor, bonus: Tensor, *, impl: str = "au
     if rate.shape != k.shape[2:] or bonus.shape != k.shape[2:]:
         wanted, got = tuple(k.shape[2:]), f"{tuple(rate.shape)} and {tuple(bonus.shape)}"
         raise ValueError(f"rate and bonus are one number a channel, {wanted}; got {got}")
-    name = FORCED.get() or "scan" if impl == "auto" else impl
-    if name not in ("reference", "scan"):
-        raise ValueError(f'impl is "auto", "reference" or "scan"; got {impl!r}')
-    if not v.numel():
-        return v
-    dtype = torch.promote_types(torch.promote_types(k.dtype, v.dtype), torch.promote_types(rate.dtype, torch.float32))
-    run = _by_pairs if name == "reference" else _by_scan
-    return run(*(x.to(dtype) for x in (k, v, rate, bonus))).to(v.dtype)
+    dtype = accum_dtype(k, v, rate, bonus)
+    return BI_WKV(Call(*(x.to(dtype) for x in (k, v, rate, bonus))), impl).to(v.dtype)
 
 
-def _by_pairs(k: Tensor, v: Tensor, rate: Tensor, bonus: Tensor) -> Tensor:
+def _by_pairs(call: Call) -> Tensor:
+    k, v, rate, bonus = call
     at = torch.arange(k.shape[1], device=k.device)
     apart = ((at[:, None] - at).abs() - 1).unsqueeze(-1)  # (N, N, 1)
     logits = k.unsqueeze(1) + torch.where(apart < 0, bonus, -apart * rate)  # (B, N, N, C)
     return torch.einsum("btic,bic->btc", logits.softmax(2), v)
 
 
-def _by_scan(k: Tensor, v: Tensor, rate: Tensor, bonus: Tensor) -> Tensor:
+def _by_scan(call: Call) -> Tensor:
+    k, v, rate, bonus = call
     both = _earlier(torch.cat([k, k.flip(1)]), torch.cat([v, v.flip(1)]), rate)
     before, after = (Side(*parts) for parts in zip(*(x.chunk(2) for x in both), strict=True))
     sides = [before, after.flipped(), Side(v, torch.ones_like(v), k + bonus)]
@@ -91,3 +97,19 @@ def _earlier(k: Tensor, v: Tensor, rate: Tensor) -> Side:
     sums = linear_scan(inputs, torch.cat([stable.decay] * 2, dim=2)).out
     values, weights = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], dim=1).chunk(2, dim=2)
     return Side(values, weights, stable.before - (place - 1) * growth)
+
+
+def _no_tokens(call: Call) -> Tensor | None:
+    return None if call.v.numel() else call.v
+
+
+def _described(call: Call) -> Facts:
+    return {"tokens": call.k.shape[1], "channels": call.k.shape[2]}
+
+
+BI_WKV: Operator[Call, Tensor] = Operator(
+    "bi_wkv",
+    [Implementation("scan", nothing, as_it_is, _by_scan), Implementation("reference", nothing, as_it_is, _by_pairs)],
+    describe=_described,
+    trivial=_no_tokens,
+)

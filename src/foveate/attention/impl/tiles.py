@@ -17,6 +17,7 @@ from foveate.attention.weights import Kind
 from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.select.selection import TILE, Selection
+from foveate.precision import accum_dtype
 
 
 def refuse(call: Call) -> None:
@@ -129,7 +130,7 @@ class _Work:
         self.rows = Rows(chosen, self.sharing)
         self.queries = Slotted(chosen.q_slots, chosen.num_queries, chosen.tile)
         self.keys = Slotted(chosen.k_slots, chosen.num_keys, chosen.tile)
-        self.precise = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.precise = accum_dtype(q)
         self.q = self.folded(q)
         self.k, self.v = (self.keys.into(x).to(self.precise).contiguous() for x in (k, v))
         self.odd_rows: Tensor | None = None  # (rows, fold * tile): of queries that are not finite

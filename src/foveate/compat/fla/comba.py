@@ -6,7 +6,7 @@ from torch import Tensor
 
 from foveate.compat.fla.gates import unit
 from foveate.compat.fla.layout import Decay, Result, Sequences, check_layout, run, shared
-from foveate.compat.widen import wide
+from foveate.precision import to_accum
 
 
 def chunk_comba(
@@ -44,9 +44,12 @@ def chunk_comba(
     if use_qk_l2norm_in_kernel:
         q, k, p = unit(q), unit(k), unit(p)
     heads, strength = v.shape[2], v.new_ones(v.shape[:3]) if beta is None else beta
-    low_rank = wide(g).exp().unsqueeze(-1) * wide(shared(p, heads)), -wide(strength).unsqueeze(-1) * shared(k, heads)
+    low_rank = (
+        to_accum(g).exp().unsqueeze(-1) * to_accum(shared(p, heads)),
+        -to_accum(strength).unsqueeze(-1) * shared(k, heads),
+    )
     sequences = Sequences(initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
-    write = wide(v) * strength.unsqueeze(-1)
+    write = to_accum(v) * strength.unsqueeze(-1)
     o, state = run(q, k, write, sequences, decay=Decay("g", g, "token"), low_rank=low_rank, scale=scale)
     return o.to(v.dtype), state
 

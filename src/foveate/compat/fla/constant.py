@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate.compat.fla.layout import LAYOUT, Decay, Result, Sequences, refuse, run, v_first
-from foveate.recurrence.linear.inputs import state_dtype
+from foveate.precision import accum_dtype
 
 
 def chunk_retention(
@@ -144,4 +144,4 @@ def _heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The numbers of the heads in the dtype of the arithmetic."""
     if v.dim() != 4 or v.shape[2] == 0:
         raise ValueError(f"v must be [B, T, HV, V] with at least one head, got {tuple(v.shape)}; {LAYOUT}")
-    return torch.arange(v.shape[2], dtype=state_dtype(q, k, v), device=v.device)
+    return torch.arange(v.shape[2], dtype=accum_dtype(q, k, v), device=v.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from foveate.compat.widen import wide
+from foveate.precision import to_accum
 
 EPSILON = 1e-6
 
@@ -17,7 +17,7 @@ def unit(x: Tensor) -> Tensor:
     >>> unit(torch.tensor([3.0, 4.0]))
     tensor([0.6000, 0.8000])
     """
-    x_wide = wide(x)
+    x_wide = to_accum(x)
     return (x_wide * (x_wide.square().sum(-1, keepdim=True) + EPSILON).rsqrt()).to(x.dtype)
 
 
@@ -27,7 +27,7 @@ def strength(beta: Tensor, *, use_sigmoid: bool, allow_neg_eigval: bool) -> Tens
         raise ValueError("allow_neg_eigval doubles sigmoid(beta): it needs use_beta_sigmoid_in_kernel=True")
     if not use_sigmoid:
         return beta
-    return torch.sigmoid(wide(beta)) * (2 if allow_neg_eigval else 1)
+    return torch.sigmoid(to_accum(beta)) * (2 if allow_neg_eigval else 1)
 
 
 def decay_per_head(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> Tensor:
@@ -37,8 +37,8 @@ def decay_per_head(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> T
     _check_size("A_log", A_log, g.shape[-1])
     if dt_bias is not None:
         _check_size("dt_bias", dt_bias, g.shape[-1])
-        g = wide(g) + wide(dt_bias)
-    return -wide(A_log).exp() * softplus(wide(g))
+        g = to_accum(g) + to_accum(dt_bias)
+    return -to_accum(A_log).exp() * softplus(to_accum(g))
 
 
 def decay_per_channel(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None) -> Tensor:
@@ -47,13 +47,13 @@ def decay_per_channel(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, l
     -exp(A_log) softplus(g + dt_bias), or with a bound lower_bound sigmoid(exp(A_log) (g + dt_bias)).
     """
     heads, dim = g.shape[-2:]
-    g = wide(g)
+    g = to_accum(g)
     if dt_bias is not None:
         _check_size("dt_bias", dt_bias, heads * dim)
-        g = g + wide(dt_bias).reshape(heads, dim)
+        g = g + to_accum(dt_bias).reshape(heads, dim)
     if A_log is not None:
         _check_size("A_log", A_log, heads)
-    rate = None if A_log is None else wide(A_log).exp().reshape(heads, 1)
+    rate = None if A_log is None else to_accum(A_log).exp().reshape(heads, 1)
     if lower_bound is not None:
         if lower_bound >= 0:
             raise ValueError(f"lower_bound bounds log-decays, which are negative, got {lower_bound}; -5 is usual")
@@ -101,7 +101,7 @@ def fused_beta_sigmoid(x: Tensor, scale: float = 1.0) -> Tensor:
     >>> fused_beta_sigmoid(torch.zeros(2), scale=2.0)
     tensor([1., 1.])
     """
-    return scale * torch.sigmoid(wide(x))
+    return scale * torch.sigmoid(to_accum(x))
 
 
 def _check_size(name: str, x: Tensor, size: int) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from foveate.compat.fla.gates import decay_per_channel, unit
 from foveate.compat.fla.layout import Decay, Result, Sequences, check_layout, refuse, run, shared, v_first
-from foveate.compat.widen import wide
+from foveate.precision import to_accum
 
 
 def chunk_gdn2(
@@ -60,10 +60,10 @@ def chunk_gdn2(
     g = decay_per_channel(g, A_log, dt_bias, lower_bound) if use_gate_in_kernel else g
     if use_qk_l2norm_in_kernel:
         q, k = unit(q), unit(k)
-    key = wide(shared(k, v.shape[2]))
-    low_rank = wide(g).exp() * b * key, -key
+    key = to_accum(shared(k, v.shape[2]))
+    low_rank = to_accum(g).exp() * b * key, -key
     decay = Decay("g", g, "channel")
-    o, state = run(q, k, wide(v) * w, sequences, decay=decay, low_rank=low_rank, scale=scale)
+    o, state = run(q, k, to_accum(v) * w, sequences, decay=decay, low_rank=low_rank, scale=scale)
     return o.to(v.dtype), state
 
 

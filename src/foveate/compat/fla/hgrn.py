@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from foveate.compat.fla.layout import Result, Sequences
-from foveate.recurrence.linear.inputs import state_dtype
+from foveate.precision import accum_dtype
 from foveate.recurrence.selective.api import linear_scan
 
 
@@ -32,7 +32,7 @@ def fused_recurrent_hgrn(
     if x.dim() != 3 or x.shape != g.shape:
         raise ValueError(f"x and g must be [B, T, D] alike, got {tuple(x.shape)} and {tuple(g.shape)}")
     lengths = Sequences(cu_seqlens=cu_seqlens).lengths(*x.shape[:2])
-    state = None if initial_state is None else initial_state.to(state_dtype(x, g))
+    state = None if initial_state is None else initial_state.to(accum_dtype(x, g))
     out, state = linear_scan(x, g, state=state, lengths=lengths)
     return out, state if output_final_state else None
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate.counts import whole_numbers
+from foveate.precision import accum_dtype
 from foveate.recurrence import recur
-from foveate.recurrence.linear.inputs import state_dtype
 
 LAYOUT = "tensors are [B, T, H, D]: batch, tokens, heads, dim"
 
@@ -98,7 +98,7 @@ def run(
         low_rank=None if a is None or b is None else (facing(a), facing(b)),
         bonus=bonus,
         scale=scale,
-        state=sequences.first(wanted, state_dtype(q, k, v), packed),
+        state=sequences.first(wanted, accum_dtype(q, k, v), packed),
         lengths=lengths,
     )
     out = out.transpose(1, 2)

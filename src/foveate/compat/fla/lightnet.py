@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate.compat.fla.layout import LAYOUT, Decay, Sequences, run, shared
-from foveate.compat.widen import wide
+from foveate.precision import to_accum
 
 States = tuple[Tensor | None, Tensor | None]
 
@@ -73,7 +73,7 @@ def _gates(x: Tensor, z: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tens
     wanted = (count, 1, *x.shape[2:])
     if z is not None and tuple(z.shape) != wanted:
         raise ValueError(f"z must be [N, 1, H, K] = {wanted}, got {tuple(z.shape)}")
-    x = wide(x)
+    x = to_accum(x)
     z = x.new_full(wanted, -torch.inf) if z is None else z.to(x.dtype)
     pieces = [x] if lengths is None else x.split(lengths, 1)
     starts = [z] if lengths is None else z.split(1)

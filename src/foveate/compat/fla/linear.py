@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.compat.fla.layout import Sequences, refuse, run
-from foveate.recurrence.linear.inputs import state_dtype
+from foveate.precision import accum_dtype
 
 States = Tensor | tuple[Tensor | None, Tensor | None]
 
@@ -77,7 +77,7 @@ def _linear(
         if isinstance(initial_state, tuple):
             raise ValueError("a pair of states (S, z) is for normalize=True; pass S alone")
         return run(q, k, v, replace(sequences, initial_state=initial_state), scale=scale)
-    beside = pad(v.to(state_dtype(q, k, v)), (0, 1), value=1.0)  # z becomes one more column of the state
+    beside = pad(v.to(accum_dtype(q, k, v)), (0, 1), value=1.0)  # z becomes one more column of the state
     out, state = run(q, k, beside, replace(sequences, initial_state=_joined(initial_state)), scale=scale)
     out = (out[..., :-1] / (out[..., -1:] + 1e-10)).to(v.dtype)
     return out, None if state is None else (state[..., :-1], state[..., -1].unsqueeze(1))

@@ -11,10 +11,10 @@ from torch.nn.functional import pad
 from foveate.attention import attend
 from foveate.compat.fla.forgetting import check_heads
 from foveate.compat.fla.layout import Sequences
-from foveate.compat.widen import wide
 from foveate.mixers.dynamic_sparse.nsa_branches import Finished
 from foveate.patterns import Pattern, causal, window
 from foveate.patterns.rules.decided import block_table, pack_rows
+from foveate.precision import to_accum
 
 Offsets = Tensor | tuple[Tensor, Tensor]
 ROWS = 1024  # queries scored at once
@@ -127,7 +127,9 @@ def _one(
     """One sequence a batch entry, its queries the last of its tokens."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     whole = k.shape[2] // block
-    k_mean, v_mean = (wide(x[:, :, : whole * block]).unflatten(2, (whole, block)).mean(3).to(x.dtype) for x in (k, v))
+    k_mean, v_mean = (
+        to_accum(x[:, :, : whole * block]).unflatten(2, (whole, block)).mean(3).to(x.dtype) for x in (k, v)
+    )
     if indices is None:
         indices = _choose(q, k_mean, most, block, scale, k.shape[2])
     if isinstance(counts, Tensor):
@@ -143,7 +145,7 @@ def _one(
 
 def _gated(heads: Tensor, gate: Tensor | None) -> Tensor:
     """Heads (B, HQ, N, V) times a gate [B, N, HQ]."""
-    return wide(heads) if gate is None else wide(heads) * gate.transpose(1, 2).unsqueeze(-1)
+    return to_accum(heads) if gate is None else to_accum(heads) * gate.transpose(1, 2).unsqueeze(-1)
 
 
 @torch.no_grad()
@@ -152,8 +154,8 @@ def _choose(q: Tensor, k_mean: Tensor, most: int, block: int, scale: float, num_
     groups, num_queries = k_mean.shape[1], q.shape[2]
     parts = []
     for start in range(0, num_queries, ROWS):
-        rows = wide(q[:, :, start : start + ROWS]).unflatten(1, (groups, -1))
-        scores = rows @ wide(k_mean).unsqueeze(2).mT * scale  # (B, H, R, n, C)
+        rows = to_accum(q[:, :, start : start + ROWS]).unflatten(1, (groups, -1))
+        scores = rows @ to_accum(k_mean).unsqueeze(2).mT * scale  # (B, H, R, n, C)
         place = num_keys - num_queries + start + torch.arange(rows.shape[3], device=q.device).unsqueeze(1)
         parts.append(_best(scores, place, most, block, -(-num_keys // block)))
     indices = torch.cat(parts, 2) if parts else k_mean.new_zeros(q.shape[0], groups, 0, most, dtype=torch.long)

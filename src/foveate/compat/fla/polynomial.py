@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.compat.fla.layout import Sequences, check_layout, run, shared
-from foveate.compat.widen import wide
+from foveate.precision import to_accum
 from foveate.recurrence.linear.polynomial import polynomial_features
 
 Coefficients = tuple[float, float, float]  # of 1, s and s^2
@@ -65,7 +65,7 @@ def parallel_rebased(
 def _sums(q: Tensor, k: Tensor, v: Tensor, scale: float, weights: Coefficients) -> tuple[Tensor, Tensor]:
     """Values summed by their weights [B, T, H, V], and the weights' own sums [B, T, H, 1], in float32 or float64."""
     check_layout(q, k, v, None)
-    q, k, v = wide(q) * scale, wide(k), pad(wide(v), (0, 1), value=1.0)  # a column of ones sums the weights
+    q, k, v = to_accum(q) * scale, to_accum(k), pad(to_accum(v), (0, 1), value=1.0)  # a column of ones sums the weights
     dim = q.shape[-1]
     linear = q.shape[1] > 1 + dim + dim * (dim + 1) // 2
     out = _by_features(q, k, v, weights) if linear else _by_pairs(q, k, v, weights)

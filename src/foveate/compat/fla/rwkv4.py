@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.compat.widen import wide
 from foveate.mixers.recurrent_ssm.rwkv4 import Averages, weighed_average
-from foveate.recurrence.linear.inputs import state_dtype
+from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence.linear.stabilise import NOTHING
 
 
@@ -32,11 +31,11 @@ def fused_recurrent_rwkv4(w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Ten
         )
     if tuple(state.shape) != (k.shape[0], 3, 1, k.shape[2]):
         raise ValueError(f"state must be [B, 3, 1, C] = {(k.shape[0], 3, 1, k.shape[2])}, got {tuple(state.shape)}")
-    dtype = state_dtype(w, u, k, v, state)
+    dtype = accum_dtype(w, u, k, v, state)
     sums, weights, unit = (part.squeeze(1) for part in state.to(dtype).unbind(1))
     unit = unit.clamp(min=NOTHING)
     held = (unit - unit.detach()).exp()  # 1, with the gradient that the unit is not given further down
     averages = Averages(torch.cat([sums * held, weights * held], -1), unit.detach())
-    wkv, after = weighed_average(k.to(dtype), v.to(dtype), -wide(w).exp().to(dtype), u.to(dtype), averages)
+    wkv, after = weighed_average(k.to(dtype), v.to(dtype), -to_accum(w).exp().to(dtype), u.to(dtype), averages)
     last = torch.stack([*after.sums.chunk(2, -1), after.unit], 1).unsqueeze(2)
     return wkv.to(k.dtype), last

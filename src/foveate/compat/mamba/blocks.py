@@ -11,7 +11,7 @@ from foveate.compat.mamba.norm import rmsnorm_fn
 from foveate.compat.mamba.packing import check
 from foveate.compat.mamba.selective import selective_scan_fn
 from foveate.compat.mamba.ssd import mamba_chunk_scan_combined
-from foveate.compat.widen import wide
+from foveate.precision import to_accum
 
 
 def mamba_inner_fn(
@@ -77,7 +77,7 @@ def _of_tokens(x: Tensor, bias: Tensor | None, rms_weight: Tensor | None, eps: f
     x = x if bias is None else x + bias.to(x.dtype)
     if rms_weight is not None:
         check("an rms weight", rms_weight, tuple(x.shape[-1:]))
-        x = rms_norm(wide(x), x.shape[-1:], wide(rms_weight), eps).to(x.dtype)
+        x = rms_norm(to_accum(x), x.shape[-1:], to_accum(rms_weight), eps).to(x.dtype)
     return x.transpose(1, 2)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from foveate.compat.mamba.packing import check
-from foveate.compat.widen import wide
+from foveate.precision import to_accum
 
 
 def rmsnorm_fn(
@@ -58,13 +58,13 @@ def layernorm_fn(
     check("weight", weight, (channels,))
     check("bias", bias, (channels,))
     check("z", z, tuple(x.shape))
-    gate = None if z is None else silu(wide(z))
-    out = wide(x) if gate is None or norm_before_gate else wide(x) * gate
+    gate = None if z is None else silu(to_accum(z))
+    out = to_accum(x) if gate is None or norm_before_gate else to_accum(x) * gate
     groups = out.unflatten(-1, (-1, size))
     if not is_rms_norm:
         groups = groups - groups.mean(-1, keepdim=True)
-    out = (groups * (groups.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * wide(weight)
-    out = out if bias is None else out + wide(bias)
+    out = (groups * (groups.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2) * to_accum(weight)
+    out = out if bias is None else out + to_accum(bias)
     return (out * gate if gate is not None and norm_before_gate else out).to(x.dtype)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveate.compat.mamba.packing import check
-from foveate.recurrence.linear.inputs import state_dtype
+from foveate.precision import accum_dtype
 from foveate.recurrence.selective.api import scan, scan_step
 
 
@@ -118,7 +118,7 @@ def selective_state_update(
         z=None if z is None else z.flatten(1).unsqueeze(1),
         dt_bias=None if dt_bias is None else dt_bias.flatten(),
         softplus=dt_softplus,
-        state=rows.flatten(1, -2).to(state_dtype(*given)),
+        state=rows.flatten(1, -2).to(accum_dtype(*given)),
     )
     new = new.reshape(rows.shape).to(state.dtype)
     if state_batch_indices is None:

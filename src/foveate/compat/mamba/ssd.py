@@ -10,9 +10,8 @@ from torch.nn.functional import silu, softplus
 
 from foveate.compat.fla.layout import shared
 from foveate.compat.mamba.packing import check, refuse, run_lengths
-from foveate.compat.widen import wide
+from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence import recur
-from foveate.recurrence.linear.inputs import state_dtype
 
 
 def mamba_chunk_scan_combined(
@@ -68,7 +67,7 @@ def mamba_chunk_scan_combined(
     if D is not None:
         out = out + x.to(out.dtype) * (D.unsqueeze(-1) if D.dim() == 1 else D)
     if z is not None:
-        out = out * silu(wide(z))
+        out = out * silu(to_accum(z))
     return (out.to(x.dtype), state) if return_final_states else out.to(x.dtype)
 
 
@@ -99,7 +98,7 @@ def _scan(
 def _state_dtype(wanted: torch.dtype | None, *tensors: Tensor) -> torch.dtype:
     if wanted is not None and not wanted.is_floating_point:
         raise TypeError(f"state_dtype must be a floating dtype, got {wanted}")
-    return torch.float64 if wanted == torch.float64 else state_dtype(*tensors)
+    return torch.float64 if wanted == torch.float64 else accum_dtype(*tensors)
 
 
 def _step(dt: Tensor, bias: Tensor | None, use_softplus: bool, limits: tuple[float, float]) -> Tensor:

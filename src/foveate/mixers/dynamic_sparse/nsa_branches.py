@@ -11,9 +11,10 @@ from torch.nn.functional import gelu
 from foveate import autodiff
 from foveate.patterns import Pattern, block_mask, causal
 from foveate.patterns.algebra import Bounds, Boxes, Index
-from foveate.patterns.rules.choose import NEVER, Sought, choose_rows, score, shares, slices, widen
+from foveate.patterns.rules.choose import NEVER, Sought, choose_rows, score, shares, slices
 from foveate.patterns.rules.decided import block_table, no_rows, rows_per_word, words_of
 from foveate.plain import traced
+from foveate.precision import to_accum
 
 
 class Compressor(nn.Module):
@@ -102,7 +103,7 @@ class BlockSelector:
     def words(self, q: Tensor, compressed: Tensor, num_keys: int) -> Tensor:
         """The choices of all queries, packed."""
         offset, (batch, heads, num_queries, dim) = num_keys - q.shape[2], q.shape
-        keys = widen(compressed) * dim**-0.5
+        keys = to_accum(compressed) * dim**-0.5
         overlap = self.overlap(keys.shape[2], -(-num_keys // self.size)).to(keys)
         shape = (batch, keys.shape[1], num_queries, -(-num_keys // self.size))
         words = no_rows(*shape, q_block=1, device=q.device)

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from foveate.patterns.rules.decided import pack_rows, rows_per_word
 from foveate.patterns.select import native
+from foveate.precision import to_accum
 
 SCORES = 2**20  # scores held at a time, unless 64 rows hold more
 ROWS = 64
@@ -29,11 +30,6 @@ def slices(num_rows: int, scores_per_row: int) -> Iterator[slice]:
         yield slice(first, min(first + step, num_rows))
 
 
-def widen(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def pool(x: Tensor, block: int, *, lead: int = 0) -> Tensor:
     """Means of blocks of tokens, (B, H, ceil((lead + N) / block), D); the first lacks ``lead`` tokens."""
     pooled = native.pool(x, block, lead)
@@ -45,12 +41,12 @@ def pool(x: Tensor, block: int, *, lead: int = 0) -> Tensor:
     parts = [x[:, :, :first].unsqueeze(2)] if first else []
     parts += _pieces(x[:, :, first:end].unflatten(2, (num_whole, block)))
     parts += [x[:, :, end:].unsqueeze(2)] if end < x.shape[2] else []
-    return torch.cat([widen(part).mean(3) for part in parts], 2)
+    return torch.cat([to_accum(part).mean(3) for part in parts], 2)
 
 
 def _pieces(blocks: Tensor) -> Iterable[Tensor]:
     """Blocks (B, H, K, block, D) some at a time where their numbers are yet to be widened."""
-    if widen(blocks[:0]).dtype == blocks.dtype:
+    if to_accum(blocks[:0]).dtype == blocks.dtype:
         return [blocks]
     return blocks.split(max(WIDENED // max(blocks[:, :, :1].numel(), 1), 1), 2)
 
@@ -162,7 +158,7 @@ def looked_back(rows: Tensor, keys: Tensor, reach: int | None = None) -> tuple[T
     group = rows.shape[1] // keys.shape[1]
     by_key, by_distance = [], []
     for heads, head in zip(rows.flatten(0, 1).split(group), keys.flatten(0, 1), strict=True):
-        weights = _causal_weights(heads, widen(head), reach)
+        weights = _causal_weights(heads, to_accum(head), reach)
         by_key.append(weights.sum(1))
         by_distance.append(_along_diagonals(weights))
     return torch.cat(by_key).view(shape), torch.cat(by_distance).view(shape)

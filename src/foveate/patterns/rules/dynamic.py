@@ -26,11 +26,11 @@ from foveate.patterns.rules.choose import (
     score,
     shares,
     slices,
-    widen,
 )
 from foveate.patterns.rules.decided import Columns, Distances, block_table, joined, no_rows, pick, words_of
 from foveate.patterns.rules.sequence import causal as not_after
 from foveate.patterns.rules.sequence import positive
+from foveate.precision import to_accum
 
 Per = Literal["query", "block"]
 
@@ -203,7 +203,7 @@ class VerticalSlash(Pattern):
     def resolve(self, scene: Scene) -> Pattern:
         q, k, scale = _looked_at(self, scene)
         last = min(self.last, q.shape[2], k.shape[2])
-        keys, distances = looked_back(widen(q[:, :, q.shape[2] - last :]) * scale, k, scene.reach)
+        keys, distances = looked_back(to_accum(q[:, :, q.shape[2] - last :]) * scale, k, scene.reach)
         distances[..., :1] = float("inf")  # every query sees itself
         lines = (Columns.of(best(keys, self.vertical)) | Distances.of(best(distances, self.slash))) & not_after
         return counted_from(scene.first, lines)
@@ -254,7 +254,7 @@ class TopKeys(Pattern):
     @torch.no_grad()
     def resolve(self, scene: Scene) -> Pattern:
         q, k, scale = _looked_at(self, scene)
-        keys, (batch, heads, num_queries, _) = widen(k) * scale, q.shape
+        keys, (batch, heads, num_queries, _) = to_accum(k) * scale, q.shape
         key = torch.arange(scene.num_keys, device=q.device)
         picks = []
         for part in slices(num_queries, batch * heads * scene.num_keys):

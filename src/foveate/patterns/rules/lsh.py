@@ -9,9 +9,9 @@ from torch import Tensor
 
 from foveate.patterns.algebra import Pattern, Scene
 from foveate.patterns.rules.buckets import EqualLabels
-from foveate.patterns.rules.choose import widen
 from foveate.patterns.rules.sequence import Window, positive
 from foveate.patterns.rules.sequence import causal as not_after
+from foveate.precision import to_accum
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,7 +54,7 @@ class Hashed(Pattern):
 
 def _rotated(x: Tensor, planes: Tensor) -> Tensor:
     """The bucket of each token (B, H, N): the axis, of either sign, that its rotation points along most."""
-    turned = widen(x) @ planes.to(widen(x).dtype)
+    turned = to_accum(x) @ planes.to(to_accum(x).dtype)
     return torch.cat([turned, -turned], -1).argmax(-1)
 
 

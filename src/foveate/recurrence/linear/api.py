@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.amp import is_autocast_available
 
 from foveate.counts import whole_numbers
-from foveate.options import FORCED
-from foveate.recurrence.linear.checks import check_call, check_chunk, check_ranges, check_state
-from foveate.recurrence.linear.impl import native
-from foveate.recurrence.linear.impl.abi import OutOfRange
-from foveate.recurrence.linear.impl.chunks import recur_by_chunk
-from foveate.recurrence.linear.impl.quick import recur_plain
-from foveate.recurrence.linear.impl.reference import recur_by_token
-from foveate.recurrence.linear.inputs import Lengths, LowRank, Tokens, one_by_one, state_dtype
-
-SHORT = 2  # tokens up to which the loop over tokens is the faster form in torch
-IMPLEMENTATIONS = ("native", "chunks", "reference")
-
-Run = Callable[[Tokens, Tensor, Lengths], tuple[Tensor, Tensor]]
+from foveate.dispatch import Facts, Operator
+from foveate.precision import accum_dtype, no_autocast
+from foveate.recurrence.linear.checks import check_call, check_chunk, check_state
+from foveate.recurrence.linear.impl.chunks import CHUNKS
+from foveate.recurrence.linear.impl.native import NATIVE
+from foveate.recurrence.linear.impl.reference import REFERENCE
+from foveate.recurrence.linear.impl.short import recur_plain
+from foveate.recurrence.linear.inputs import Call, LowRank, Tokens
 
 
 class Recurrent(NamedTuple):
@@ -111,7 +103,7 @@ def recur(
     Delta Networks, 2412.06464. Peng et al., Eagle and Finch, 2404.05892 (bonus); RWKV-7 "Goose", 2503.14456.
     """
     check_chunk(chunk)
-    if impl == "auto" and lengths is bonus is None and causal and not torch.compiler.is_compiling():
+    if lengths is bonus is None and causal and RECUR.takes("native", impl):
         plain = recur_plain(q, k, v, decay, beta, low_rank, scale, state)
         if plain is not None:
             return Recurrent(*plain)
@@ -123,17 +115,8 @@ def recur(
     if state is None:
         state = torch.zeros(shape, dtype=tokens.dtype, device=q.device)
     check_state(state, shape, tokens.dtype, q.device)
-    run = _implementation(impl, tokens, causal=causal, chunk=chunk)
-    if run is not native.run:  # whose kernels look at every number anyway
-        check_ranges(decay, beta)
-    if q.size(2) == k.size(2) == 0:
-        return Recurrent((q[..., :1] * v[:, :1]).to(v.dtype), state)  # nothing, but part of the graph
-    try:
-        with _no_autocast(q.device.type):
-            return Recurrent(*run(tokens, state, lengths))
-    except OutOfRange:
-        check_ranges(decay, beta)  # says which, and what it spans
-        raise
+    with no_autocast(q.device.type):
+        return Recurrent(*RECUR(Call(tokens, state, lengths, causal, chunk), impl))
 
 
 def step(
@@ -163,31 +146,6 @@ def step(
     return recur(q, k, v, decay=decay, beta=beta, low_rank=low_rank, bonus=bonus, scale=scale, state=state, impl=impl)
 
 
-def _implementation(name: str, tokens: Tokens, *, causal: bool, chunk: int) -> Run:
-    if name == "auto":
-        name = FORCED.get() or _fastest(tokens, causal)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f'impl must be "auto", "native", "chunks" or "reference", got {name!r}')
-    if name == "native":
-        reason = native.refuse(tokens, causal=causal)
-        if reason is not None:
-            raise NotImplementedError(f"impl='native' cannot run this call: {reason}")
-        return native.run
-    if name == "chunks":
-        return partial(one_by_one, partial(recur_by_chunk, causal=causal, chunk=chunk))
-    return partial(one_by_one, partial(recur_by_token, causal=causal))
-
-
-def _fastest(tokens: Tokens, causal: bool) -> str:
-    if native.refuse(tokens, causal=causal) is None:
-        return "native"
-    return "reference" if causal and tokens.q.size(2) <= SHORT else "chunks"
-
-
-def _no_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
-
-
 def _tokens(
     q: Tensor,
     k: Tensor,
@@ -200,7 +158,7 @@ def _tokens(
 ) -> Tokens:
     fades = decay is not None
     if decay is None:
-        decay = torch.zeros(1, 1, 1, 1, dtype=state_dtype(q, k, v), device=q.device)
+        decay = torch.zeros(1, 1, 1, 1, dtype=accum_dtype(q, k, v), device=q.device)
     elif decay.dim() == 1:
         decay = decay[None, :, None, None]
     elif decay.dim() == 3:
@@ -210,3 +168,26 @@ def _tokens(
         bonus = bonus[None, :, None, :]
     scale = q.size(-1) ** -0.5 if scale is None else scale
     return Tokens(q, k, v, decay, beta, scale, None if low_rank is None else LowRank(*low_rank), bonus, fades)
+
+
+def _no_tokens(call: Call) -> tuple[Tensor, Tensor] | None:
+    """What comes of no tokens at all: nothing, but part of the graph."""
+    q, k, v = call.tokens.q, call.tokens.k, call.tokens.v
+    return ((q[..., :1] * v[:, :1]).to(v.dtype), call.state) if q.size(2) == k.size(2) == 0 else None
+
+
+def _described(call: Call) -> Facts:
+    tokens = call.tokens
+    update = "low rank" if tokens.low_rank else "additive" if tokens.beta is None else "delta rule"
+    return {"update": update, "decay": _kind_of(tokens.decay) if tokens.fades else "none"}
+
+
+def _kind_of(decay: Tensor) -> str:
+    if decay.size(3) > 1:
+        return "per channel"
+    return "per token" if decay.size(0) > 1 or decay.size(2) > 1 else "per head"
+
+
+RECUR: Operator[Call, tuple[Tensor, Tensor]] = Operator(
+    "recur", [NATIVE, CHUNKS, REFERENCE], describe=_described, trivial=_no_tokens
+)

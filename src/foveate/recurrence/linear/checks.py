@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.plain import is_plain
+from foveate.recurrence.linear.inputs import Tokens
 
 
 def check_call(
@@ -65,6 +66,11 @@ def check_ranges(decay: Tensor | None, beta: Tensor | None) -> None:
     if beta is not None and _readable(beta) and not bool(((beta >= 0) & (beta <= 2)).all()):
         low, high = (x.item() for x in beta.detach().aminmax())
         raise ValueError(f"beta must lie in [0, 2], but spans [{low:.4g}, {high:.4g}]; is a sigmoid missing?")
+
+
+def check_ranges_of(tokens: Tokens) -> None:
+    """`check_ranges` of a call whose kernels do not look at every number themselves."""
+    check_ranges(tokens.decay if tokens.fades else None, tokens.beta)
 
 
 def check_chunk(chunk: int) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from foveate.precision import accum_dtype
 
 Lengths = Sequence[int] | None
 
@@ -52,7 +54,7 @@ class Tokens:
     @property
     def dtype(self) -> torch.dtype:
         """What the arithmetic and the state are held in."""
-        return state_dtype(self.q, self.k, self.v)
+        return accum_dtype(self.q, self.k, self.v)
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
@@ -93,6 +95,24 @@ class Tokens:
         return x.unsqueeze(2).expand(-1, -1, share, -1, -1).flatten(1, 2)
 
 
+class Call(NamedTuple):
+    """A call of recur, checked and completed; an empty state is made of zeros before."""
+
+    tokens: Tokens
+    state: Tensor  # (B, S, D, Dv), or (len(lengths), S, D, Dv)
+    lengths: Lengths
+    causal: bool
+    chunk: int
+
+
+def state_facts(call: Call) -> dict[str, Any]:
+    """What `explain` says of any call's state."""
+    return {
+        "states": call.state.shape[0] * call.state.shape[1],
+        "bytes": call.state.numel() * call.state.element_size(),
+    }
+
+
 Form = Callable[[Tokens, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -117,10 +137,6 @@ def _lcm(a: int, b: int) -> int:
     while b:
         a, b = b, a % b
     return product // a
-
-
-def state_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def join(pieces: Sequence[Tensor], dim: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from foveate.counts import whole_numbers
+from foveate.dispatch import Facts, Operator
+from foveate.precision import no_autocast
 from foveate.recurrence.selective.checks import (
     check_conv,
     check_lengths,
@@ -17,9 +20,11 @@ from foveate.recurrence.selective.checks import (
     check_state,
     check_tail,
 )
-from foveate.recurrence.selective.impl.quick import scan_token
-from foveate.recurrence.selective.inputs import ConvInputs, LinearInputs, ScanInputs
-from foveate.recurrence.selective.run import run
+from foveate.recurrence.selective.impl.chunks import CHUNKS
+from foveate.recurrence.selective.impl.native import NATIVE
+from foveate.recurrence.selective.impl.reference import REFERENCE
+from foveate.recurrence.selective.impl.short import scan_token
+from foveate.recurrence.selective.inputs import Call, ConvInputs, LinearInputs, ScanInputs
 
 
 class Scanned(NamedTuple):
@@ -85,16 +90,16 @@ def scan(
 
     Paper: Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, arXiv 2312.00752.
     """
-    if lengths is None and isinstance(x, Tensor) and x.shape[-2:-1] == (1,):
-        quick = scan_token(x, dt, A, B, C, D, z, dt_bias, softplus, state, impl)
-        if quick is not None:
-            return Scanned(*quick)
+    if lengths is None and isinstance(x, Tensor) and x.shape[-2:-1] == (1,) and SCAN.takes("native", impl):
+        found = scan_token(x, dt, A, B, C, D, z, dt_bias, softplus, state)
+        if found is not None:
+            return Scanned(*found)
     lengths = None if lengths is None else whole_numbers("lengths", lengths)
     B, C = (v.unsqueeze(2) if isinstance(v, Tensor) and v.dim() == 3 else v for v in (B, C))
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, softplus)
     check_scan(inputs)
     state = _state(inputs, state, lengths, tuple(A.shape))
-    return Scanned(*run(inputs, state, lengths, impl))
+    return Scanned(*_run(SCAN, Call(inputs, state, lengths), impl))
 
 
 def scan_step(
@@ -153,7 +158,8 @@ def linear_scan(
     lengths = None if lengths is None else whole_numbers("lengths", lengths)
     inputs = LinearInputs(x, decay)
     check_linear(inputs)
-    return Scanned(*run(inputs, _state(inputs, state, lengths, tuple(x.shape[2:])), lengths, impl))
+    state = _state(inputs, state, lengths, tuple(x.shape[2:]))
+    return Scanned(*_run(LINEAR_SCAN, Call(inputs, state, lengths), impl))
 
 
 def causal_conv(
@@ -191,7 +197,12 @@ def causal_conv(
     if tail is None:
         tail = x.new_zeros(shape)
     check_tail(tail, shape, x.device)
-    return Convolved(*run(inputs, tail, lengths, impl))
+    return Convolved(*_run(CAUSAL_CONV, Call(inputs, tail, lengths), impl))
+
+
+def _run(operator: Operator[Call, tuple[Tensor, Tensor]], call: Call, impl: str) -> tuple[Tensor, Tensor]:
+    with no_autocast(call.state.device.type):
+        return operator(call, impl)
 
 
 def _state(
@@ -209,3 +220,20 @@ def _sequences(x: Tensor, lengths: Sequence[int] | None) -> int:
         return x.shape[0]
     check_lengths(x, lengths)
     return len(lengths)
+
+
+def _described(call: Call) -> Facts:
+    inputs = call.inputs
+    size = (
+        {"width": inputs.weight.shape[1]}
+        if isinstance(inputs, ConvInputs)
+        else {"states": math.prod(call.state.shape[2:])}
+    )
+    return {"channels": inputs.x.shape[2]} | size
+
+
+def _operator(name: str) -> Operator[Call, tuple[Tensor, Tensor]]:
+    return Operator(name, [NATIVE, CHUNKS, REFERENCE], describe=_described)
+
+
+SCAN, LINEAR_SCAN, CAUSAL_CONV = map(_operator, ("scan", "linear_scan", "causal_conv"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from foveate.precision import accum_dtype
 from foveate.recurrence.linear.inputs import join
 
 
@@ -29,7 +30,7 @@ class Inputs:
     @property
     def dtype(self) -> torch.dtype:
         """What the arithmetic and the state are held in."""
-        return torch.float64 if any(x.dtype == torch.float64 for x in self.tensors().values()) else torch.float32
+        return accum_dtype(*self.tensors().values())
 
     def widened(self) -> Self:
         """The same in the arithmetic's dtype."""
@@ -100,6 +101,21 @@ class ConvInputs(Inputs):
 
 
 Lengths = Sequence[int] | None
+
+
+class Call(NamedTuple):
+    """A call of one of the operators, checked and completed."""
+
+    inputs: Inputs
+    state: Tensor  # of a convolution its tail; one for each packed sequence
+    lengths: Lengths
+
+
+def state_facts(call: Call) -> dict[str, Any]:
+    """What `explain` says of any call's state."""
+    return {"tokens": call.inputs.x.shape[1], "bytes": call.state.numel() * call.state.element_size()}
+
+
 Form = Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # inputs and state to out and state, for at least one token
 Forms = dict[type[Inputs], Form]
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.precision import accum_dtype
 from foveate.recurrence import causal_conv
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -110,7 +111,7 @@ def last_state(layer: Any, cache: Any, hidden: Tensor) -> Tensor | None:
 
 def as_state(state: Tensor, hidden: Tensor) -> Tensor:
     """In the dtype that a recurrence of these hidden states holds its state in."""
-    return state.to(torch.promote_types(hidden.dtype, torch.float32))
+    return state.to(accum_dtype(hidden))
 
 
 def keep_state(layer: Any, cache: Any, state: Tensor) -> None:

@@ -10,20 +10,23 @@ import torch
 from torch import Tensor
 
 from foveate import autodiff
+from foveate.dispatch import Facts, Implementation
 from foveate.kernels.cpu.call import DTYPES, misaligned
-from foveate.kernels.cpu.loader import library, status
+from foveate.kernels.cpu.loader import library, num_threads, status
 from foveate.plain import traced, transformed
+from foveate.recurrence.linear.checks import check_ranges_of
+from foveate.recurrence.linear.chunked.form import recur_by_chunk
 from foveate.recurrence.linear.impl import abi as native_call
-from foveate.recurrence.linear.impl.abi import Inputs
-from foveate.recurrence.linear.impl.chunks import recur_by_chunk
-from foveate.recurrence.linear.inputs import Lengths, LowRank, Tokens, one_by_one
+from foveate.recurrence.linear.impl.abi import Inputs, OutOfRange
+from foveate.recurrence.linear.inputs import Call, Lengths, LowRank, Tokens, one_by_one, state_facts
 
 WIDEST = 512  # key channels of a head
 CHUNK = 64  # tokens that the definition computes at once
 
 
-def refuse(tokens: Tokens, *, causal: bool) -> str | None:
+def refuse(call: Call) -> str | None:
     """Why this implementation cannot run the call; None if it can."""
+    tokens = call.tokens
     if tokens.q.device.type != "cpu":
         return f"it runs on CPU, not on {tokens.q.device.type}"
     for name, x in (("q", tokens.q), ("k", tokens.k), ("v", tokens.v)):
@@ -33,7 +36,7 @@ def refuse(tokens: Tokens, *, causal: bool) -> str | None:
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
     if tokens.q.size(3) > WIDEST:
         return f"it takes up to {WIDEST} channels a key, not {tokens.q.size(3)}"
-    if not causal:
+    if not call.causal:
         return "it has the causal form only; one product sums over all tokens"
     if transformed():
         return "transforms of torch.func and derivatives in forward mode are those of the other forms"
@@ -45,21 +48,47 @@ def _absence() -> str | None:
     return status().reason if library() is None else None
 
 
-def run(tokens: Tokens, state: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
-    """Return out (B, H, N, Dv) and the state (B, S, D, Dv) after the last token."""
+class Planned(NamedTuple):
+    """What the kernels are given."""
+
+    call: Call
+    tensors: tuple[Tensor | None, ...]  # q, k, v, decay, beta, a, b and the state
+    settings: tuple[Lengths, float, bool]  # of _Recurrence
+    differentiable: bool
+
+
+def plan(call: Call) -> Planned:
+    """Gates in a dtype that kernels read, and whether states are kept for a backward pass."""
+    tokens = call.tokens
     a, b = tokens.low_rank or (None, None)
     decay = tokens.decay if tokens.fades else None
     gates = (x if x is None or x.dtype in DTYPES else x.float() for x in (decay, tokens.beta, a, b))
-    settings = (None if lengths is None else list(lengths), tokens.scale, tokens.bonus is not None)
-    tensors = (tokens.q, tokens.k, tokens.v, *gates, state)
+    lengths = None if call.lengths is None else list(call.lengths)
+    tensors = (tokens.q, tokens.k, tokens.v, *gates, call.state)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if traced(*tensors):
-        out, state, _ = torch.ops.foveate.recur_forward(*tensors, *settings, differentiable)
-    elif differentiable:
-        out, state = autodiff.run(_Recurrence(*settings), *tensors)
-    else:
-        out, state, _ = _forward(*tensors, *settings, False)
+    return Planned(call, tensors, (lengths, tokens.scale, tokens.bonus is not None), differentiable)
+
+
+def run(planned: Planned) -> tuple[Tensor, Tensor]:
+    """Return out (B, H, N, Dv) and the state (B, S, D, Dv) after the last token."""
+    (tokens, *_), tensors, settings, differentiable = planned
+    try:
+        if traced(*tensors):
+            out, state, _ = torch.ops.foveate.recur_forward(*tensors, *settings, differentiable)
+        elif differentiable:
+            out, state = autodiff.run(_Recurrence(*settings), *tensors)
+        else:
+            out, state, _ = _forward(*tensors, *settings, False)
+    except OutOfRange:
+        check_ranges_of(tokens)  # says which, and what it spans
+        raise
     return (out if tokens.bonus is None else out + own_part(tokens)), state
+
+
+def _facts(planned: Planned) -> Facts:
+    call = planned.call
+    kept = native_call.num_checkpoints(call.tokens.q, call.lengths) if planned.differentiable else 0
+    return {"tokens": call.tokens.q.size(2), "kept": kept, "threads": num_threads(), **state_facts(call)}
 
 
 def own_part(tokens: Tokens) -> Tensor:
@@ -182,3 +211,5 @@ torch.library.register_autograd("foveate::recur_forward", _backward_of_forward, 
 torch.library.register_autograd(
     "foveate::recur_backward", _second_backward, setup_context=_setup_backward, lib=_OPERATORS
 )
+
+NATIVE = Implementation("native", refuse, plan, run, facts=_facts)

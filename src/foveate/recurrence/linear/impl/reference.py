@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from foveate.recurrence.linear.inputs import Grouped, Tokens
+from foveate.dispatch import Facts, Implementation, nothing
+from foveate.recurrence.linear.checks import check_ranges_of
+from foveate.recurrence.linear.inputs import Call, Grouped, Tokens, one_by_one, state_facts
+
+
+def plan(call: Call) -> Call:
+    """Everything is as the call says, once its gates are known to be in range."""
+    check_ranges_of(call.tokens)
+    return call
+
+
+def run(call: Call) -> tuple[Tensor, Tensor]:
+    """Out (B, H, N, Dv) and the state (B, S, D, Dv) after the last token."""
+    return one_by_one(partial(recur_by_token, causal=call.causal), call.tokens, call.state, call.lengths)
 
 
 def recur_by_token(tokens: Tokens, state: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
@@ -51,3 +66,10 @@ def recalled(key: Tensor, state: Tensor) -> Tensor:
 
 def outer(key: Tensor, value: Tensor) -> Tensor:
     return key.unsqueeze(-1) * value.unsqueeze(-2)
+
+
+def _facts(call: Call) -> Facts:
+    return {"tokens": call.tokens.k.size(2), **state_facts(call)}
+
+
+REFERENCE = Implementation("reference", nothing, plan, run, facts=_facts)

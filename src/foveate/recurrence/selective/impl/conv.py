@@ -10,8 +10,8 @@ from torch import Tensor
 
 from foveate.kernels.cpu.call import check, pointer
 from foveate.kernels.cpu.loader import num_threads
+from foveate.recurrence.selective.chunked import definition
 from foveate.recurrence.selective.impl import abi as c
-from foveate.recurrence.selective.impl.chunks import definition
 from foveate.recurrence.selective.inputs import ConvInputs, Lengths
 
 WIDEST = 64

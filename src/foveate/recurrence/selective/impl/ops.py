@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate import autodiff
 from foveate.recurrence.selective.impl import conv as conv_native
-from foveate.recurrence.selective.impl.native import Call, Scan, backward, forward
+from foveate.recurrence.selective.impl.scan import KernelCall, Scan, backward, forward
 
 
 @torch.library.custom_op("foveate::scan", mutates_args=())
@@ -28,12 +28,12 @@ def scan(
     lengths: Sequence[int] | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(Call(x, dt, A, B, C, D, z, dt_bias, state, softplus, lengths), keep)
+    return forward(KernelCall(x, dt, A, B, C, D, z, dt_bias, state, softplus, lengths), keep)
 
 
 @scan.register_fake
 def _(*fields: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, keep = Call(*fields[:-1]), fields[-1]
+    call, keep = KernelCall(*fields[:-1]), fields[-1]
     marks = call.x.new_empty(call.marks_shape(keep), dtype=torch.float32)
     return call.x.new_empty(call.x.shape), call.state.new_empty(call.state.shape), marks
 
@@ -55,7 +55,7 @@ def _scan_backward(
     softplus: bool,
     lengths: Sequence[int] | None,
 ) -> list[Tensor]:
-    call = Call(x, dt, A, B, C, D, z, dt_bias, state, softplus, lengths)
+    call = KernelCall(x, dt, A, B, C, D, z, dt_bias, state, softplus, lengths)
     return [grad for grad in backward(call, marks, grad_out, grad_last) if grad is not None]
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.recurrence.selective.inputs import ConvInputs, Forms, LinearInputs, ScanInputs
+from foveate.dispatch import Implementation, as_it_is, nothing
+from foveate.recurrence.selective.inputs import (
+    Call,
+    ConvInputs,
+    Forms,
+    LinearInputs,
+    ScanInputs,
+    one_by_one,
+    state_facts,
+)
 
 
 def scan_by_token(inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,3 +50,11 @@ def conv_by_tap(inputs: ConvInputs, tail: Tensor) -> tuple[Tensor, Tensor]:
 
 
 FORMS: Forms = {ScanInputs: scan_by_token, LinearInputs: linear_by_token, ConvInputs: conv_by_tap}
+
+
+def run(call: Call) -> tuple[Tensor, Tensor]:
+    """Out (B, N, C) and the state after the last token, or one for each packed sequence."""
+    return one_by_one(FORMS, *call)
+
+
+REFERENCE = Implementation("reference", nothing, as_it_is, run, facts=state_facts)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from foveate.kernels.cpu.call import DTYPES
 from foveate.kernels.cpu.loader import library, num_threads
-from foveate.options import FORCED
 from foveate.plain import is_plain
 from foveate.recurrence.linear.impl.abi import RecurArgument
 from foveate.recurrence.linear.impl.native import WIDEST
@@ -43,7 +42,7 @@ def recur_plain(
 ) -> tuple[Tensor, Tensor] | None:
     """Out and the last state of a plain call; None if it is none."""
     kernel, gates = _kernel(), (decay, beta, *(low_rank or (None, None)))
-    if len(gates) != len(GATES) or kernel is None or FORCED.get() or not _is_served(q, k, v, *gates, state):
+    if len(gates) != len(GATES) or kernel is None or not _is_served(q, k, v, *gates, state):
         return None
     batch, heads, length, dim = q.shape
     k_batch, k_heads, k_length, k_dim = k.shape

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from foveate.kernels.cpu import call as c
 from foveate.kernels.cpu.loader import library, num_threads
-from foveate.options import FORCED
 from foveate.plain import is_plain
 from foveate.recurrence.selective.impl.abi import ScanArgument
 
@@ -36,11 +35,8 @@ def scan_token(
     dt_bias: Tensor | None,
     softplus: bool,
     state: Tensor | None,
-    impl: str,
 ) -> tuple[Tensor, Tensor] | None:
     """Out and state of a plain call; None if it is none."""
-    if impl not in ("auto", "native") or FORCED.get() not in (None, "native") or torch.compiler.is_compiling():
-        return None
     streams, parameters = (x, dt, B, C) if z is None else (x, dt, B, C, z), (A, D, dt_bias, state)
     served = is_plain(*streams, *parameters) and all(map(_is_stream, streams)) and all(map(_is_parameter, parameters))
     if not (served and _are_tokens(x, dt, z) and A.dim() == 2):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.recurrence.linear.impl.fold import Folded, fold
+from foveate.recurrence.linear.chunked.fold import Folded, fold
 from foveate.recurrence.linear.inputs import Grouped
 
 

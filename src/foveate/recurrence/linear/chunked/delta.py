@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.recurrence.linear.impl.fold import Folded, fold
+from foveate.recurrence.linear.chunked.fold import Folded, fold
 from foveate.recurrence.linear.inputs import Grouped
 
 

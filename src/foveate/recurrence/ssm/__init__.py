@@ -1,0 +1,20 @@
+"""State spaces that no token changes."""
+
+from foveate.recurrence.ssm.api import EVOLVE, EVOLVE_SHARED, Evolved, evolve, evolve_shared
+from foveate.recurrence.ssm.discrete import Discrete, discretize, hippo_rates
+from foveate.recurrence.ssm.response import fft_conv, kernel, powers, remembered
+
+__all__ = [
+    "EVOLVE",
+    "EVOLVE_SHARED",
+    "Discrete",
+    "Evolved",
+    "discretize",
+    "evolve",
+    "evolve_shared",
+    "fft_conv",
+    "hippo_rates",
+    "kernel",
+    "powers",
+    "remembered",
+]

@@ -1,0 +1,1 @@
+"""The implementations of evolve and evolve_shared."""

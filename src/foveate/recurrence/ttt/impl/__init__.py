@@ -1,0 +1,1 @@
+"""The implementations of ttt_linear and ttt_mlp."""
