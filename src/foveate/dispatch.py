@@ -247,6 +247,12 @@ def explain(*args: Any, **options: Any) -> Explanation:
     >>> from foveate import attend, explain, recur
     >>> q = k = v = torch.randn(1, 2, 130, 8, dtype=torch.float64)
     >>> print(explain(recur, q, k, v))
+    recur runs on chunks
+      update     additive
+      decay      none
+      native     no: it has float32, bfloat16 and float16, not float64
+      chunks     chosen, chunk 64, tokens 130, states 2, state_bytes 1024
+      reference  could run, stands later in the order
 
     Without an operator, q, k, v and the options are those of attend (with ``partial``: of attend_partial).
 

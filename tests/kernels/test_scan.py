@@ -23,7 +23,7 @@ from torch.library import opcheck
 
 from foveate import causal_conv, linear_scan, scan
 from foveate.recurrence.selective.impl import ops as scan_ops
-from foveate.recurrence.selective.impl.scan import call_of
+from foveate.recurrence.selective.impl.scan_kernels import call_of
 from foveate.recurrence.selective.inputs import ScanInputs
 
 pytestmark = [needs_native, pytest.mark.usefixtures(one_thread.__name__)]

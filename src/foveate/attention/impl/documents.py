@@ -7,6 +7,7 @@ part of one selection; a pattern that means positions, or that chooses, runs on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from foveate.attention.bias import Bias
 from foveate.attention.call import Call
 from foveate.attention.dropout import Dropout
+from foveate.attention.impl.definition import definition, with_parameters
 from foveate.attention.impl.plan import ByDocument, Kernels, Piece, Plan
 from foveate.attention.partial import sums_dtype
 from foveate.attention.weights import Kind
@@ -151,3 +153,23 @@ def _dropout_of(dropout: Dropout | None, piece: Piece) -> Dropout | None:
         return None
     assert isinstance(piece.queries, slice) and isinstance(piece.keys, slice)
     return dropout._replace(batch=piece.batch.start or 0, query=piece.queries.start, key=piece.keys.start)
+
+
+class Attend(NamedTuple):
+    """A planned call as autograd takes it; its inputs are q, k, v and the parameters of its biases."""
+
+    kernels: Kernels
+    plan: Plan
+
+    def forward(self, *inputs: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        outputs = forward(self.kernels, self.plan, *inputs[:3])  # type: ignore[arg-type]
+        return outputs, outputs
+
+    def backward(
+        self, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        plan = with_parameters(self.plan, inputs[3:])
+        return backward(self.kernels, plan, *inputs[:3], *saved, *grads)  # type: ignore[arg-type]
+
+    def definition(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        return definition(self.plan, *inputs)

@@ -113,7 +113,7 @@ def facts(selected: Selected) -> dict[str, Any]:
         "masked": int((selected.mask_ids != FULL).sum()),
         "columns": selected.num_columns,
         "computed": f"{selected.computed:.1%}",
-        "bytes": sum(x.numel() * x.element_size() for x in lists),
+        "list_bytes": sum(x.numel() * x.element_size() for x in lists),
     }
 
 

@@ -96,7 +96,7 @@ def _facts(planned: Planned) -> Facts:
     mask = planned.mask
     if mask is None:
         return {"mask": "causal" if planned.is_causal else "none"}
-    return {"mask": "x".join(map(str, mask.shape)), "bytes": mask.numel() * mask.element_size()}
+    return {"mask": "x".join(map(str, mask.shape)), "mask_bytes": mask.numel() * mask.element_size()}
 
 
 def _needs_mask(call: Call) -> bool:

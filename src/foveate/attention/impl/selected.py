@@ -6,15 +6,13 @@ when it runs: what is selected may depend on numbers that are not there before.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from foveate import autodiff
 from foveate.attention.call import Call
 from foveate.attention.impl import documents, ops
-from foveate.attention.impl.definition import definition, with_parameters
 from foveate.attention.impl.plan import Kernels, Plan, facts
 from foveate.attention.partial import Partial, lse_dtype
 from foveate.dispatch import Facts, Implementation
@@ -47,7 +45,7 @@ def selected(name: str, kernels: Kernels) -> Implementation[Call, Planned, Parti
         if plan is None:
             return ops.attend_selected(call, name)
         parameters = [bias.parameter for bias in call.biases]
-        out, lse = autodiff.run(_Attend(kernels, plan), call.q, call.k, call.v, *parameters)
+        out, lse = autodiff.run(documents.Attend(kernels, plan), call.q, call.k, call.v, *parameters)
         return Partial(out, lse.to(lse_dtype(call.q)) if call.kind == "softmax" else None)
 
     return Implementation(name, refuse, plan, run, facts=_facts)
@@ -68,23 +66,3 @@ def _refuse(call: Call) -> str | None:
 
 def _facts(planned: Planned) -> Facts:
     return {} if planned.plan is None else facts(planned.plan.selected) | {"threads": torch.get_num_threads()}
-
-
-class _Attend(NamedTuple):
-    """A call as autograd takes it; its inputs are q, k, v and the parameters of its biases."""
-
-    kernels: Kernels
-    plan: Plan
-
-    def forward(self, *inputs: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        outputs = documents.forward(self.kernels, self.plan, *inputs[:3])  # type: ignore[arg-type]
-        return outputs, outputs
-
-    def backward(
-        self, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], *inputs: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        plan = with_parameters(self.plan, inputs[3:])
-        return documents.backward(self.kernels, plan, *inputs[:3], *saved, *grads)  # type: ignore[arg-type]
-
-    def definition(self, *inputs: Tensor | None) -> tuple[Any, ...]:
-        return definition(self.plan, *inputs)

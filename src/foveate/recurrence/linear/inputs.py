@@ -109,7 +109,7 @@ def state_facts(call: Call) -> dict[str, Any]:
     """What `explain` says of any call's state."""
     return {
         "states": call.state.shape[0] * call.state.shape[1],
-        "bytes": call.state.numel() * call.state.element_size(),
+        "state_bytes": call.state.numel() * call.state.element_size(),
     }
 
 

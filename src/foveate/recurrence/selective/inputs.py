@@ -113,7 +113,7 @@ class Call(NamedTuple):
 
 def state_facts(call: Call) -> dict[str, Any]:
     """What `explain` says of any call's state."""
-    return {"tokens": call.inputs.x.shape[1], "bytes": call.state.numel() * call.state.element_size()}
+    return {"tokens": call.inputs.x.shape[1], "state_bytes": call.state.numel() * call.state.element_size()}
 
 
 Form = Callable[[Any, Tensor], tuple[Tensor, Tensor]]  # inputs and state to out and state, for at least one token

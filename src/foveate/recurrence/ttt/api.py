@@ -43,6 +43,7 @@ def ttt_linear(
 
     Sun et al., "Learning to (Learn at Test Time): RNNs with Expressive Hidden States", arXiv 2407.04620.
 
+    >>> import torch
     >>> q, k, v = torch.randn(3, 2, 4, 50, 8).unbind(0)
     >>> weight, norm = torch.zeros(4, 9, 8), (torch.ones(4, 8), torch.zeros(4, 8))
     >>> out, state = ttt_linear(q, k, v, torch.full((2, 4, 50), 0.1), weight, norm)
@@ -86,6 +87,7 @@ def ttt_mlp(
     f(x) = x + LN(gelu(x W_1 + b_1) W_2 + b_2), with GELU in its tanh form. ``weights`` are (H, D + 1, F) and
     (H, F + 1, D), F being 4 D in the paper. All else is as in `ttt_linear`.
 
+    >>> import torch
     >>> q, k, v = torch.randn(3, 2, 4, 50, 8).unbind(0)
     >>> weights, norm = (torch.randn(4, 9, 32), torch.randn(4, 33, 8)), (torch.ones(4, 8), torch.zeros(4, 8))
     >>> ttt_mlp(q, k, v, torch.full((2, 4, 50), 0.1), weights, norm).out.shape

@@ -88,7 +88,7 @@ def run(planned: Planned) -> tuple[Tensor, Tensor]:
 def _facts(planned: Planned) -> Facts:
     call = planned.call
     kept = native_call.num_checkpoints(call.tokens.q, call.lengths) if planned.differentiable else 0
-    return {"tokens": call.tokens.q.size(2), "kept": kept, "threads": num_threads(), **state_facts(call)}
+    return {"tokens": call.tokens.q.size(2), "kept_states": kept, "threads": num_threads(), **state_facts(call)}
 
 
 def own_part(tokens: Tokens) -> Tensor:

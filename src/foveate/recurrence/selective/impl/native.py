@@ -12,10 +12,10 @@ from foveate.dispatch import Facts, Implementation
 from foveate.kernels.cpu.call import DTYPES, misaligned
 from foveate.kernels.cpu.loader import library, num_threads, status
 from foveate.plain import traced, transformed
-from foveate.recurrence.selective.impl import conv, ops, scan
+from foveate.recurrence.selective.impl import conv_kernels, ops, scan_kernels
 from foveate.recurrence.selective.impl.abi import num_marks
-from foveate.recurrence.selective.impl.conv import Conv
-from foveate.recurrence.selective.impl.scan import Scan
+from foveate.recurrence.selective.impl.conv_kernels import Conv
+from foveate.recurrence.selective.impl.scan_kernels import Scan
 from foveate.recurrence.selective.inputs import Call, ConvInputs, LinearInputs, ScanInputs, state_facts
 
 
@@ -29,8 +29,8 @@ def refuse(call: Call) -> str | None:
             return f"it has float32, bfloat16 and float16, not {name}'s {str(x.dtype).removeprefix('torch.')}"
         if misaligned(x):
             return f"{name} is not aligned in memory to its numbers of {x.element_size()} bytes"
-    if isinstance(inputs, ConvInputs) and inputs.weight.shape[1] > conv.WIDEST:
-        return f"it takes up to {conv.WIDEST} taps, not {inputs.weight.shape[1]}"
+    if isinstance(inputs, ConvInputs) and inputs.weight.shape[1] > conv_kernels.WIDEST:
+        return f"it takes up to {conv_kernels.WIDEST} taps, not {inputs.weight.shape[1]}"
     if transformed():
         return "transforms of torch.func and derivatives in forward mode are those of the other forms"
     return _absence()
@@ -64,23 +64,23 @@ def run(planned: Planned) -> tuple[Tensor, Tensor]:
         if dispatched:
             return ops.conv(*arguments)
         if not differentiable:
-            return conv.forward(*arguments)
+            return conv_kernels.forward(*arguments)
         out, last = autodiff.run(Conv(silu, lengths), *tensors)
         return out, last
     assert isinstance(inputs, ScanInputs | LinearInputs)
-    fields = scan.call_of(inputs, state, lengths)
+    fields = scan_kernels.call_of(inputs, state, lengths)
     if dispatched:
         return ops.scan(*fields, differentiable)[:2]
     if differentiable:
         out, last = autodiff.run(Scan(fields.softplus, lengths), *fields[:9])
         return out, last
-    return scan.forward(fields, keep=False)[:2]
+    return scan_kernels.forward(fields, keep=False)[:2]
 
 
 def _facts(planned: Planned) -> Facts:
     inputs, state, _ = planned.call
     kept = num_marks(inputs.x, state) if planned.differentiable and not isinstance(inputs, ConvInputs) else 0
-    return {"kept": kept, "threads": num_threads(), **state_facts(planned.call)}
+    return {"kept_states": kept, "threads": num_threads(), **state_facts(planned.call)}
 
 
 NATIVE = Implementation("native", refuse, plan, run, facts=_facts)

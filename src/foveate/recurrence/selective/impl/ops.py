@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from foveate import autodiff
-from foveate.recurrence.selective.impl import conv as conv_native
-from foveate.recurrence.selective.impl.scan import KernelCall, Scan, backward, forward
+from foveate.recurrence.selective.impl import conv_kernels
+from foveate.recurrence.selective.impl.scan_kernels import KernelCall, Scan, backward, forward
 
 
 @torch.library.custom_op("foveate::scan", mutates_args=())
@@ -106,7 +106,7 @@ scan.register_autograd(_go_back_scan, setup_context=_keep_scan)
 def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, silu: bool, lengths: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
-    return conv_native.forward(x, weight, bias, tail, silu, lengths)
+    return conv_kernels.forward(x, weight, bias, tail, silu, lengths)
 
 
 @conv.register_fake
@@ -125,7 +125,7 @@ def _conv_backward(
     silu: bool,
     lengths: Sequence[int] | None,
 ) -> list[Tensor]:
-    grads = conv_native.backward(grad_out, grad_last, x, weight, bias, tail, silu, lengths)
+    grads = conv_kernels.backward(grad_out, grad_last, x, weight, bias, tail, silu, lengths)
     return [grad for grad in grads if grad is not None]
 
 
@@ -141,7 +141,7 @@ def _keep_conv_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor])
 
 
 def _second_conv(ctx: Any, wanted: list[Tensor | None]) -> tuple[Any, ...]:
-    of_grads, of_inputs = _second(conv_native.Conv(*ctx.rest), ctx.saved_tensors, wanted)
+    of_grads, of_inputs = _second(conv_kernels.Conv(*ctx.rest), ctx.saved_tensors, wanted)
     return *of_grads, *of_inputs, None, None
 
 
