@@ -255,17 +255,19 @@ def test_later_tokens_change_no_earlier_row(pattern: Pattern) -> None:
         assert torch.equal(mask_of(pattern, later_q, later_k)[:, :, :t], whole[:, :, :t]), t
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("pattern", AHEAD, ids=str)
-def test_what_chooses_ahead_says_so_with_reason(pattern: Pattern) -> None:
+def test_what_chooses_ahead_says_so_with_reason(pattern: Pattern, joined: bool) -> None:
     q, k = draw(Shape(1, 4, 2, 43, 43))
-    before = mask_of(pattern & causal, q, k)
+    pattern = pattern & causal if joined else pattern
+    before = mask_of(pattern, q, k)
 
     def earlier_rows_change(t: int) -> bool:
         later_q, later_k = q.clone(), k.clone()
         later_q[:, :, t:], later_k[:, :, t:] = -9 * later_q[:, :, t:], -9 * later_k[:, :, t:]
-        return not torch.equal(mask_of(pattern & causal, later_q, later_k)[:, :, :t], before[:, :, :t])
+        return not torch.equal(mask_of(pattern, later_q, later_k)[:, :, :t], before[:, :, :t])
 
-    assert any(earlier_rows_change(t) for t in range(1, 43))
+    assert any(earlier_rows_change(t) for t in range(1, 43)) is pattern.chooses_ahead
 
 
 @pytest.mark.parametrize("pattern", CAREFUL, ids=str)
@@ -287,8 +289,20 @@ def test_who_is_causal() -> None:
         "topk_keys(3)",
     }
     assert set(CAREFUL) | set(AHEAD) == set(PATTERNS)
-    assert not (topk_blocks(8, k=2, causal=False) & causal).is_causal  # it chose among later blocks
+    assert (topk_blocks(8, k=2, causal=False) & causal).is_causal
+    assert not (topk_blocks(8, k=2, per="block", causal=False) & causal).is_causal  # later queries choose, too
+    assert not (topk_blocks(8, k=2, causal=False) & causal | topk_keys(1, causal=False)).is_causal
     assert (topk_blocks(64, k=8) | window(256) & causal).is_causal
+
+
+@pytest.mark.parametrize("limit", [causal, window(5, 0), key_padding(torch.ones(1, 23, dtype=torch.bool)) & causal])
+def test_what_looks_both_ways_chooses_among_earlier_keys_beside_what_hides_later_ones(limit: Pattern) -> None:
+    q, k = torch.randn(1, 2, 23, 8), torch.randn(1, 2, 23, 8)
+    distance = torch.arange(23).unsqueeze(1) - torch.arange(23)
+    allowed = (distance >= 0) & (distance <= (5 if limit == window(5, 0) else 23))
+    best = (q @ k.mT).masked_fill(~allowed, float("-inf")).argsort(-1, descending=True).argsort(-1) < 3
+    for pattern in (topk_keys(3, causal=False) & limit, limit & (topk_keys(3, causal=False) | ~full)):
+        assert torch.equal(mask_of(pattern, q, k), best & allowed)
 
 
 @every_pattern

@@ -117,6 +117,10 @@ class Pattern:
         """This pattern with the layout bound and every data-dependent choice taken."""
         return self
 
+    def looking_back(self) -> Pattern:
+        """This pattern where nothing after the query may be seen: what it chooses, it chooses among earlier keys."""
+        return self
+
     def places_tokens(self, num_keys: int) -> Place | None:
         """Where tokens live, of a pattern that says so: what it is joined with by ``&`` counts positions there."""
         return None

@@ -76,6 +76,9 @@ class Compound(Pattern):
         """Resolved inside documents."""
         return type(self)(tuple(placed(part, place, scene) for part in self.parts))
 
+    def looking_back(self) -> Pattern:
+        return type(self)(tuple(part.looking_back() for part in self.parts)) if self.is_dynamic else self
+
     def signature(self, boxes: Boxes) -> Tensor:
         return mix_hash(*(settled_signature(part, boxes) for part in self.parts))
 
@@ -92,11 +95,23 @@ class All(Compound):
     def sees_future(self) -> bool:  # type: ignore[override]
         return all(part.sees_future for part in self.parts)
 
+    @property
+    def chooses_ahead(self) -> bool:  # type: ignore[override]
+        return any(part.chooses_ahead for part in self._choosing)
+
+    @property
+    def _choosing(self) -> tuple[Pattern, ...]:
+        """The parts as they choose beside one another: among earlier keys where one of them hides all later ones."""
+        narrows = self.is_dynamic and not self.sees_future
+        return tuple(part.looking_back() for part in self.parts) if narrows else self.parts
+
     def resolve(self, scene: Scene) -> Pattern:
         """Parts that say where tokens live place the others; see :meth:`Pattern.places_tokens`."""
         scene = replace(scene, reach=reach_of(self.parts, scene.reach))
         places = [place for part in self.parts if (place := part.places_tokens(scene.num_keys)) is not None]
-        return self._inside(merged(places), scene) if places else super().resolve(scene)
+        if places:
+            return self._inside(merged(places), scene)
+        return All(tuple(part.resolve(scene) for part in self._choosing))
 
     def placed(self, place: Place, scene: Scene) -> Pattern:
         scene = replace(scene, reach=reach_of(self.parts, scene.reach))
@@ -105,7 +120,7 @@ class All(Compound):
 
     def _inside(self, place: Place, scene: Scene) -> Pattern:
         """Resolved inside documents; where that changes anything, queries that are padding see nothing."""
-        parts = [placed(part, place, scene) for part in self.parts]
+        parts = [placed(part, place, scene) for part in self._choosing]
         changed = any(moves(leaf, place, scene) for part in self.parts for leaf in leaves(part))
         return All((*parts, Placed(full, place)) if changed else tuple(parts))
 
@@ -152,6 +167,9 @@ class Not(Compound):
 
     def __init__(self, part: Pattern | tuple[Pattern, ...]) -> None:
         super().__init__(part if isinstance(part, tuple) else (part,))
+
+    def looking_back(self) -> Pattern:
+        return self
 
     def _write(self) -> str:
         (part,) = self.parts

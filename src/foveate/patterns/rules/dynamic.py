@@ -2,12 +2,12 @@
 
 Choosing never holds all pairs of queries and keys: blocks stand in for their keys, or queries go a few at a
 time. No gradient flows through a choice. What a choice is joined with by ``&`` narrows it: padding (``key_padding``)
-and other documents never compete, nor does what a window hides from the query.
+and other documents never compete, nor does what a window, or ``causal``, hides from the query.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -61,6 +61,9 @@ class BlockChoice(Pattern):
     @property
     def chooses_ahead(self) -> bool:  # type: ignore[override]
         return self.per == "block" or not self.causal
+
+    def looking_back(self) -> Pattern:
+        return replace(self, causal=True)
 
     def _call(self) -> str:
         raise NotImplementedError
@@ -250,6 +253,9 @@ class TopKeys(Pattern):
     @property
     def chooses_ahead(self) -> bool:  # type: ignore[override]
         return not self.causal
+
+    def looking_back(self) -> Pattern:
+        return replace(self, causal=True)
 
     @torch.no_grad()
     def resolve(self, scene: Scene) -> Pattern:
