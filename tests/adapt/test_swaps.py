@@ -13,7 +13,7 @@ from tests.adapt.test_families import tiny
 from tests.adapt.test_transformers import make, padded_batch
 from torch import Tensor
 
-from foveate import Pattern, attend, causal, full, sinks, window
+from foveate import Pattern, attend, causal, full, sinks, topk_blocks, topk_keys, window
 from foveate.adapt import replace_attention, swaps, use
 from foveate.adapt.hf.layers import Layer
 
@@ -185,14 +185,34 @@ def test_cross_attention_is_spared_unless_it_is_asked_for(name: str) -> None:
     with replace_attention(model, wide) as swap:
         torch.testing.assert_close(model(**given).logits, own, atol=1e-4, rtol=1e-4)
         assert swap.calls == 4
-    with replace_attention(model, window(2), cross=True) as swap:
+    few = topk_keys(2, causal=False)
+    with replace_attention(model, few, cross=True) as swap:
         assert not torch.allclose(model(**given).logits, own, atol=1e-4)
         assert swap.calls == 6
     narrow = {}
     for cross in (False, True):
-        with replace_attention(model.get_decoder(), window(1), cross=cross):
+        with replace_attention(model.get_decoder(), few, cross=cross):
             narrow[cross] = model(**given).logits
     assert not torch.allclose(narrow[True], narrow[False], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@torch.no_grad()
+def test_cross_attention_decodes_with_a_cache_as_without(name: str) -> None:
+    model, given = seq2seq(name), dict(input_ids=ids_of(16))
+    options: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    for pattern in (topk_keys(3, causal=False), topk_blocks(4, k=2, causal=False)):
+        with replace_attention(model, pattern, cross=True):
+            cached, whole = (model.generate(**given, **options, use_cache=use) for use in (True, False))
+        torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mechanism", [window(2), sinks(1), topk_keys(2), "streaming_llm", "minference"])
+def test_cross_attention_refuses_what_counts_from_its_queries(mechanism: Any) -> None:
+    model = seq2seq("t5")
+    with pytest.raises(ValueError, match="no place among the keys"):
+        use(model, mechanism, cross=True)
+    assert swaps(model) == []
 
 
 def test_self_attention_beside_cross_attention_is_told_from_it() -> None:

@@ -86,7 +86,8 @@ def use(
         layers: numbers of the layers meant (of each stack, where the model has several; negative ones count from
             the end), or a slice; all by default. The others attend to all that their model lets them see.
         heads: numbers of the query heads meant; all by default.
-        cross: whether cross-attention, with its keys from an encoder, is meant too.
+        cross: whether cross-attention, with its keys from an encoder, is meant too. Its queries have no place among
+            these keys, so it takes patterns that choose by content alone, such as ``topk_keys(64, causal=False)``.
         name: under which transformers will know it.
         options: passed on where ``core`` is a name.
 

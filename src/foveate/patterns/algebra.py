@@ -95,6 +95,7 @@ class Pattern:
     may_change: bool = False  # reads what nothing tells the changes of: no selection of it is kept
     slow_because: str | None = None  # what makes it slow, in words
     depends_on: str = "position"  # or "distance", "order", or "slot": what padding, packing and caches never move
+    counts_queries: bool = True  # what a query sees depends on where it stands among the keys
     by_number: bool = False  # tells documents apart by tables, which kernels run one document after the other
 
     # ---- the three questions -------------------------------------------------------------------------------

@@ -58,6 +58,10 @@ class Compound(Pattern):
         return any(part.chooses_ahead for part in self.parts)
 
     @property
+    def counts_queries(self) -> bool:  # type: ignore[override]
+        return any(part.counts_queries for part in self.parts)
+
+    @property
     def may_change(self) -> bool:  # type: ignore[override]
         return any(part.may_change for part in self.parts)
 

@@ -12,10 +12,12 @@ from foveate.adapt.hf.layers import Layer, attention_layers, chosen
 from foveate.adapt.hf.own_function import disagreement
 from foveate.adapt.hf.placed import Record, Switch, Token, place, record_of, take_away
 from foveate.adapt.hf.recurrent.accelerate import accelerate
+from foveate.mixers.core import PatternCore
 
 if TYPE_CHECKING:
     from foveate.adapt.hf.layers import Layers
     from foveate.adapt.swap import Swap
+    from foveate.mixers.core import Core
 
 __all__ = ["accelerate", "install", "pretrained", "register", "tokens_in"]
 
@@ -27,6 +29,8 @@ def install(model: nn.Module, swap: Swap, name: str, layers: Layers | None, cros
     _check_name(name)
     served = _servable(model)
     meant = chosen(served, layers, cross)
+    if any(layer.is_cross for layer in meant):
+        _check_cross(swap.core)
     checked = set[type[nn.Module]]()
     for layer in meant:
         if layer.stand_in is None and type(layer.module) not in checked:
@@ -94,6 +98,15 @@ def _check_own_function(layer: Layer) -> None:
     reason = disagreement(layer)
     if reason is not None:
         raise ValueError(f"{layer.name} ({type(layer.module).__name__}) cannot be replaced: {reason}")
+
+
+def _check_cross(core: Core) -> None:
+    if not isinstance(core, PatternCore) or core.pattern.counts_queries:
+        what = core.pattern if isinstance(core, PatternCore) else core
+        raise ValueError(
+            f"in cross-attention queries have no place among the keys, which {what} counts from: choose by content, "
+            "as topk_keys(64, causal=False) and topk_blocks(64, k=8, causal=False) do, or leave out cross=True"
+        )
 
 
 def _check_heads(layer: Layer, token: Token) -> None:

@@ -62,6 +62,10 @@ class BlockChoice(Pattern):
     def chooses_ahead(self) -> bool:  # type: ignore[override]
         return self.per == "block" or not self.causal
 
+    @property
+    def counts_queries(self) -> bool:  # type: ignore[override]
+        return self.causal or self.per == "block"
+
     def looking_back(self) -> Pattern:
         return replace(self, causal=True)
 
@@ -253,6 +257,10 @@ class TopKeys(Pattern):
     @property
     def chooses_ahead(self) -> bool:  # type: ignore[override]
         return not self.causal
+
+    @property
+    def counts_queries(self) -> bool:  # type: ignore[override]
+        return self.causal
 
     def looking_back(self) -> Pattern:
         return replace(self, causal=True)

@@ -223,6 +223,7 @@ class KeyPadding(Pattern):
 
     marked: Tensor  # (B, 1 or heads, M)
     depends_on = "slot"
+    counts_queries = False
 
     text = "key_padding(...)"
 

@@ -29,6 +29,7 @@ class Full(ByDistance):
 
     text = "full"
     depends_on = "order"
+    counts_queries = False
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         return torch.ones_like(q + k, dtype=torch.bool)
