@@ -168,3 +168,34 @@ def test_generation_in_a_padded_batch(name: str) -> None:
         alone = model(name).generate(text, attention_mask=torch.ones_like(text), **how)
         both = model(name).generate(ids, attention_mask=mask, **how)
     assert both[0, PADDING:].tolist() == alone[0].tolist()
+
+
+# ---- masks that say which pairs, and not where texts are ------------------------------------------------------
+
+
+def table_of(lengths: list[int]) -> Tensor:
+    """A causal mask (1, 1, N, N) inside documents."""
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return ((number == number.unsqueeze(1)) & torch.ones(len(number), len(number), dtype=torch.bool).tril())[None, None]
+
+
+@pytest.mark.parametrize("mechanism", ["sinks(2) | window(3)", "blocks(8)", "topk_keys(4)", "streaming_llm(window=9)"])
+@torch.no_grad()
+def test_a_table_of_documents_is_refused_by_what_counts_positions(mechanism: str) -> None:
+    whole, ids = model("llama"), torch.arange(18).view(1, -1)
+    positions = torch.cat([torch.arange(7), torch.arange(11)]).unsqueeze(0)
+    with replace_attention(whole, mechanism):
+        with pytest.raises(ValueError, match="keeps several documents apart"):
+            whole(ids, attention_mask=table_of([7, 11]), position_ids=positions)
+        alone = whole(ids, attention_mask=table_of([18])).logits
+        torch.testing.assert_close(alone, whole(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_table_of_documents_serves_what_counts_distances() -> None:
+    whole, ids = model("llama"), torch.arange(18).view(1, -1)
+    positions = torch.cat([torch.arange(7), torch.arange(11)]).unsqueeze(0)
+    with replace_attention(whole, "window(3) & causal"):
+        packed = whole(ids, attention_mask=table_of([7, 11]), position_ids=positions).logits
+        alone = torch.cat([whole(ids[:, :7]).logits, whole(ids[:, 7:]).logits], 1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)

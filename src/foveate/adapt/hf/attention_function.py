@@ -14,6 +14,7 @@ from foveate.adapt.hf.placed import Token, at_work, record_of
 from foveate.adapt.hf.stacked import attend_stacked
 from foveate.attention import softmax
 from foveate.patterns import Packed, Pattern, causal, full, window
+from foveate.patterns.compound import leaves
 
 try:  # by which transformers 5 hands out weights
     from transformers.utils.output_capturing import _active_collector
@@ -112,14 +113,40 @@ def _as_bias(module: nn.Module, mask: Tensor, num_keys: int, bias: Tensor | None
     mask, lowest = mask[..., :num_keys], torch.finfo(dtype).min
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
+    _check_whole(module, mask > lowest / 2)
+    return mask if bias is None else mask + bias[..., :num_keys]
+
+
+def _check_whole(module: nn.Module, seen: Tensor) -> None:
+    """Refuse patterns of positions where a ready-made mask (B, H, N, M) hides padding or keeps documents apart."""
     record = record_of(module)
     looks = [] if record is None else [token.core.pattern for token in record.tokens if token.core.pattern != full]
-    if looks and getattr(module, "is_causal", True) and bool((mask <= lowest / 2).all(2).any()):
-        raise ValueError(
-            f"attention was given a ready-made mask that hides some keys from all queries, so that nothing says which "
-            f"positions {looks[-1]} counts from: pass the 2-D mask to the model instead"
-        )
-    return mask if bias is None else mask + bias[..., :num_keys]
+    if not looks or not getattr(module, "is_causal", True):
+        return
+    if bool((~seen).all(2).any()):
+        trouble = "hides some keys from all queries"
+    elif any(_counts_positions(pattern) for pattern in looks) and _has_documents(seen):
+        trouble = "keeps several documents apart"
+    else:
+        return
+    raise ValueError(
+        f"attention was given a ready-made mask that {trouble}, so that nothing says which positions {looks[-1]} "
+        "counts from: pass the 2-D mask, or the position_ids of the documents, to the model instead"
+    )
+
+
+def _counts_positions(pattern: Pattern) -> bool:
+    return any(leaf.is_dynamic or leaf.depends_on == "position" for leaf in leaves(pattern))
+
+
+def _has_documents(seen: Tensor) -> bool:
+    """Whether a table (B, H, N, N) falls into blocks along its diagonal that see nothing of one another."""
+    if seen.shape[2] != seen.shape[3]:
+        return False
+    either = (seen | seen.mT).any(1)
+    farthest = torch.where(either, torch.arange(seen.shape[3], device=seen.device), -1).amax(2).cummax(1).values
+    ends = farthest <= torch.arange(seen.shape[2], device=seen.device)
+    return bool(ends[:, :-1].any())
 
 
 def _packed_lengths(kwargs: Mapping[str, Any], batch: int, num_keys: int) -> tuple[int, ...] | None:
