@@ -418,3 +418,20 @@ def test_checkpointed_layers_are_recomputed_as_they_were_or_not_at_all(name: str
         loss.backward()
     for one, other in zip(gradients(model, loss_of(model, name)), own, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_implementation_chosen_later_has_the_last_word() -> None:
+    model = make("llama")
+    ids = ids_of(12)
+    own = model(ids).logits
+    first = use(model, window(2))
+    model.set_attn_implementation("sdpa")
+    assert swaps(model) == []
+    torch.testing.assert_close(model(ids).logits, own, atol=1e-5, rtol=1e-5)
+    second = use(model, window(1))
+    assert len(swaps(model)) == 2 and not torch.allclose(model(ids).logits, own, atol=1e-4)
+    model.set_attn_implementation("eager")
+    for swap in (second, first):
+        swap.undo()
+        assert model.config._attn_implementation == "eager"

@@ -76,7 +76,9 @@ def use(
     >>> last = use(model, window(64), layers=[-1], heads=range(1))  # the first head of the last layer
 
     Swaps of one layer lie on one another: the latest counts. They may be undone in any order; what is left is the
-    effect of the others. Copies and pickles of the model attend as it does.
+    effect of the others. Copies and pickles of the model attend as it does. A later
+    ``model.set_attn_implementation("sdpa")`` has the last word: the model is then back to its own attention, and stays
+    there when the swap is undone.
 
     Args:
         model: a transformers model, a part of one such as a layer, or a wrapper around one (PEFT).

@@ -139,7 +139,9 @@ def tokens_in(model: nn.Module) -> list[Token]:
     found: dict[int, Token] = {}
     for module in model.modules():
         record = record_of(module)
-        for token in () if record is None else [*(token for token, _ in record.switch.names), *record.tokens]:
+        if record is None or not (record.adapted or record.switch.is_ours):
+            continue
+        for token in (*(token for token, _ in record.switch.names), *record.tokens):
             if token.none is not None:
                 found.setdefault(id(token), token)
     return list(found.values())

@@ -53,12 +53,14 @@ class Record:
 class Switch:
     """The attention implementation of one configuration, which several layers share.
 
-    The latest swap that is not undone gives it its name; without any it is what it was before the first.
+    The latest swap that is not undone gives it its name; without any it is what it was before the first. A name that
+    somebody else sets in between, as by ``model.set_attn_implementation("sdpa")``, stays.
     """
 
     def __init__(self, config: Any) -> None:
         self.config, self.before = config, config._attn_implementation
         self.names: list[tuple[Token, str]] = []
+        self.last = self.before  # what it was set to here
         _switches[id(config)] = self
 
     @staticmethod
@@ -66,18 +68,26 @@ class Switch:
         """The switch of a configuration, made at its first swap."""
         return _switches.get(id(config)) or Switch(config)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the configuration still says what was set here."""
+        return self.config._attn_implementation == self.last
+
     def turn_on(self, token: Token, name: str) -> None:
+        if not self.is_ours:
+            self.before = self.config._attn_implementation
         self.names.append((token, name))
-        self._set()
+        self._set(name)
 
     def turn_off(self, token: Token) -> None:
         self.names = [(other, name) for other, name in self.names if other is not token]
-        self._set()
-
-    def _set(self) -> None:
-        self.config._attn_implementation_internal = self.names[-1][1] if self.names else self.before
+        if self.is_ours:
+            self._set(self.names[-1][1] if self.names else self.before)
         if not self.names:
             _switches.pop(id(self.config), None)
+
+    def _set(self, name: str) -> None:
+        self.config._attn_implementation_internal = self.last = name
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         from foveate.adapt.hf.install import register
