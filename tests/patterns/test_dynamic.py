@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foveate.patterns import (
     Pattern,
     Scene,
+    boolean_mask,
     causal,
     full,
     key_padding,
@@ -303,6 +304,25 @@ def test_what_looks_both_ways_chooses_among_earlier_keys_beside_what_hides_later
     best = (q @ k.mT).masked_fill(~allowed, float("-inf")).argsort(-1, descending=True).argsort(-1) < 3
     for pattern in (topk_keys(3, causal=False) & limit, limit & (topk_keys(3, causal=False) | ~full)):
         assert torch.equal(mask_of(pattern, q, k), best & allowed)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_heads_that_choose_together_join_heads_that_choose_alone(padded: bool) -> None:
+    q, k = draw(Shape(2, 4, 2, 41, 41))
+    limit = key_padding(torch.arange(41).expand(2, -1) >= torch.tensor([[0], [6]])) if padded else full
+    together, alone = topk_blocks(5, k=2, shared=True) & limit, topk_keys(3) & limit
+    each = per_head([window(1), causal, sinks(2), window(2, 0)]) & limit
+    of_group, of_head, given = (mask_of(x, q, k).expand(2, -1, -1, -1) for x in (together, alone, each))
+    of_group = of_group.repeat_interleave(2, 1)
+    assert torch.equal(mask_of((topk_blocks(5, k=2, shared=True) | topk_keys(3)) & limit, q, k), of_group | of_head)
+    assert torch.equal(mask_of(topk_blocks(5, k=2, shared=True) & each, q, k), of_group & given)
+    assert torch.equal(mask_of(per_head([full, ~full]) & together, q, k)[:, 1::2].sum(), torch.tensor(0))
+
+
+def test_head_counts_that_cannot_be_joined_are_named() -> None:
+    q, k = draw(Shape(1, 6, 3, 20, 20))
+    with pytest.raises(ValueError, match="tells apart 2 heads"):
+        mask_of(topk_blocks(5, k=2, shared=True) & boolean_mask(torch.rand(1, 2, 20, 20) > 0.5), q, k)
 
 
 @every_pattern

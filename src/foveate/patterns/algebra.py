@@ -122,6 +122,12 @@ class Pattern:
         """This pattern where nothing after the query may be seen: what it chooses, it chooses among earlier keys."""
         return self
 
+    def spread(self, heads: int) -> Pattern:
+        """This pattern told apart for so many heads, a multiple of its own: neighbours that shared it keep doing so."""
+        if self.heads not in (1, heads):
+            raise ValueError(f"{self} tells apart {self.heads} heads, and what it is joined with {heads}")
+        return self
+
     def places_tokens(self, num_keys: int) -> Place | None:
         """Where tokens live, of a pattern that says so: what it is joined with by ``&`` counts positions there."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -74,11 +75,14 @@ class Compound(Pattern):
         return tuple(tensor for part in self.parts for tensor in part.tensors)
 
     def resolve(self, scene: Scene) -> Pattern:
-        return type(self)(tuple(part.resolve(scene) for part in self.parts))
+        return type(self)(even(part.resolve(scene) for part in self.parts))
 
     def placed(self, place: Place, scene: Scene) -> Pattern:
         """Resolved inside documents."""
-        return type(self)(tuple(placed(part, place, scene) for part in self.parts))
+        return type(self)(even(placed(part, place, scene) for part in self.parts))
+
+    def spread(self, heads: int) -> Pattern:
+        return self if self.heads == 1 else type(self)(tuple(part.spread(heads) for part in self.parts))
 
     def looking_back(self) -> Pattern:
         return type(self)(tuple(part.looking_back() for part in self.parts)) if self.is_dynamic else self
@@ -115,7 +119,7 @@ class All(Compound):
         places = [place for part in self.parts if (place := part.places_tokens(scene.num_keys)) is not None]
         if places:
             return self._inside(merged(places), scene)
-        return All(tuple(part.resolve(scene) for part in self._choosing))
+        return All(even(part.resolve(scene) for part in self._choosing))
 
     def placed(self, place: Place, scene: Scene) -> Pattern:
         scene = replace(scene, reach=reach_of(self.parts, scene.reach))
@@ -124,9 +128,9 @@ class All(Compound):
 
     def _inside(self, place: Place, scene: Scene) -> Pattern:
         """Resolved inside documents; where that changes anything, queries that are padding see nothing."""
-        parts = [placed(part, place, scene) for part in self._choosing]
+        parts = even(placed(part, place, scene) for part in self._choosing)
         changed = any(moves(leaf, place, scene) for part in self.parts for leaf in leaves(part))
-        return All((*parts, Placed(full, place)) if changed else tuple(parts))
+        return All((*parts, Placed(full, place)) if changed else parts)
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         seen = self.parts[0].visible(batch, head, q, k)
@@ -214,6 +218,10 @@ class PerHead(Compound):
     def heads(self) -> int:  # type: ignore[override]
         return len(self.parts)
 
+    def spread(self, heads: int) -> Pattern:
+        times = heads // len(self.parts)
+        return PerHead(tuple(part for part in self.parts for _ in range(times)))
+
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         if isinstance(head, int):
             return self.parts[head].visible(batch, head, q, k)
@@ -255,6 +263,13 @@ def per_head(patterns: list[Pattern] | tuple[Pattern, ...]) -> Pattern:
         if not isinstance(part, Pattern):
             raise TypeError(f"per_head takes patterns such as window(64); got {part!r}")
     return parts[0] if len(parts) == 1 else PerHead(parts)
+
+
+def even(parts: Iterable[Pattern]) -> tuple[Pattern, ...]:
+    """Resolved patterns that tell apart as many heads as one another: some choose for groups of heads."""
+    found = tuple(parts)
+    heads = math.lcm(*(part.heads for part in found))
+    return found if {part.heads for part in found} <= {1, heads} else tuple(part.spread(heads) for part in found)
 
 
 def placed(part: Pattern, place: Place, scene: Scene) -> Pattern:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class Part(Pattern):
     @property
     def heads(self) -> int:  # type: ignore[override]
         return self.whole.heads
+
+    def spread(self, heads: int) -> Pattern:
+        return replace(self, whole=self.whole.spread(heads))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -109,6 +109,9 @@ class Placed(InDocuments):
     def sees_future(self) -> bool:  # type: ignore[override]
         return self.whole.sees_future
 
+    def spread(self, heads: int) -> Pattern:
+        return replace(self, whole=self.whole.spread(heads))
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.whole.tensors, self.place.document, self.place.position)
@@ -179,6 +182,9 @@ class Chosen(InDocuments):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self.parts for tensor in part.tensors)
+
+    def spread(self, heads: int) -> Pattern:
+        return replace(self, parts=tuple(part.spread(heads) for part in self.parts))
 
     @property
     def by_part(self) -> list[tuple[int, Pattern]]:

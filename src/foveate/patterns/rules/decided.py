@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import NamedTuple
@@ -50,6 +50,9 @@ class BlockTable(Decided):
     q_start: int  # position of the first query of row 0
 
     text = "block_table(...)"
+
+    def spread(self, heads: int) -> Pattern:
+        return replace(self, table=self.table.repeat_interleave(heads // self.heads, 1))
 
     @property
     def rows_per_word(self) -> int:
