@@ -265,13 +265,19 @@ def backward(draw: Draw) -> None:
         return list(torch.autograd.grad(outs, inputs, tensors[count:], allow_unused=True, materialize_grads=True))
 
     def sizes(*tensors: Tensor) -> list[Tensor]:
+        """Also those of half the beta: where a key of length 1 erases all of the state, terms cancel exactly."""
+        erased = [x / 2 if n == "beta" else x for n, x in zip(found.rule.names, tensors, strict=False)]
+        both = magnitudes(*tensors), magnitudes(*erased, *tensors[count:])
+        return [torch.maximum(one, other) for one, other in zip(*both, strict=True)]
+
+    def magnitudes(*tensors: Tensor) -> list[Tensor]:
         signs = (x if n == "decay" else x.abs() for n, x in zip(found.rule.names, tensors, strict=False))
         plain = Rule(found.rule.names, found.rule.scale, found.rule.lengths, found.rule.causal)
-        magnitudes = [*signs, *(x.abs() for x in tensors[count:])]
-        inputs = [x.detach().requires_grad_() for x in magnitudes[:count]]
+        given = [*signs, *(x.abs() for x in tensors[count:])]
+        inputs = [x.detach().requires_grad_() for x in given[:count]]
         outs = connected(plain(*inputs), inputs)
-        given = torch.autograd.grad(outs, inputs, magnitudes[count:], allow_unused=True, materialize_grads=True)
-        return [x.abs() for x in given]
+        found_grads = torch.autograd.grad(outs, inputs, given[count:], allow_unused=True, materialize_grads=True)
+        return [x.abs() for x in found_grads]
 
     judge = Judge(gradients, [*found.clean, *towards], found.low, sizes, ulps=16)
     judge([f"gradient of {name}" for name in leaves], grads)
