@@ -17,7 +17,7 @@ from foveate.cli import app
 from foveate.lab.pages import catalogue as catalogue_page
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHOWN = [*PAGES, *sorted((ROOT / "src" / "foveate" / "cli").glob("*.py"))]
 
 

@@ -147,3 +147,8 @@ def test_the_tables_show_everything_once() -> None:
 def test_unknown_filters_are_named(wrong: tuple[str, str]) -> None:
     found = CliRunner().invoke(app, ["list", *wrong])
     assert found.exit_code == 2 and wrong[1] in found.stderr
+
+
+@pytest.mark.parametrize("sign", ["^T", "sum_", "sqrt(", "<=", "alpha", "beta_", "phi(", " * ", "->"])
+def test_formulas_share_one_notation(sign: str) -> None:
+    assert [entry.name for entry in index.indexed().values() if sign in entry.formula] == []

@@ -319,10 +319,13 @@ def test_heads_that_choose_together_join_heads_that_choose_alone(padded: bool) -
     assert torch.equal(mask_of(per_head([full, ~full]) & together, q, k)[:, 1::2].sum(), torch.tensor(0))
 
 
-def test_head_counts_that_cannot_be_joined_are_named() -> None:
+def test_head_counts_that_do_not_divide_one_another() -> None:
     q, k = draw(Shape(1, 6, 3, 20, 20))
-    with pytest.raises(ValueError, match="tells apart 2 heads"):
-        mask_of(topk_blocks(5, k=2, shared=True) & boolean_mask(torch.rand(1, 2, 20, 20) > 0.5), q, k)
+    together, table = topk_blocks(5, k=2, shared=True), torch.rand(1, 2, 20, 20) > 0.5
+    by_three = mask_of(together, q, k).repeat_interleave(2, 1)
+    assert torch.equal(mask_of(together & boolean_mask(table), q, k), by_three & table.repeat_interleave(3, 1))
+    with pytest.raises(ValueError, match="tells apart 2 heads, and what it is joined with 6"):
+        mask_of(together & key_padding(torch.rand(1, 2, 20) > 0.5), q, k)
 
 
 @every_pattern

@@ -232,14 +232,14 @@ class Pattern:
         return ()
 
     def __and__(self, other: Pattern) -> Pattern:
-        from foveate.patterns.compound import All, joined
+        from foveate.patterns.compound import And, joined
 
-        return joined(All, self, other) if isinstance(other, Pattern) else NotImplemented
+        return joined(And, self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __or__(self, other: Pattern) -> Pattern:
-        from foveate.patterns.compound import Any, joined
+        from foveate.patterns.compound import Or, joined
 
-        return joined(Any, self, other) if isinstance(other, Pattern) else NotImplemented
+        return joined(Or, self, other) if isinstance(other, Pattern) else NotImplemented
 
     def __invert__(self) -> Pattern:
         from foveate.patterns.compound import Not

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from foveate.layouts.kinds import Layout, Sequence
 from foveate.patterns.algebra import Pattern
-from foveate.patterns.compound import All
+from foveate.patterns.compound import And
 from foveate.patterns.rules.sequence import Causal, Full, Window
 
 UNBOUNDED = 2**40  # a distance beyond every length
@@ -38,7 +38,7 @@ def _band(pattern: Pattern) -> Band | None:
         return Band(0, UNBOUNDED)
     if isinstance(pattern, Window):
         return Band(-pattern.right, pattern.left)
-    if not isinstance(pattern, All):
+    if not isinstance(pattern, And):
         return None
     bands = [_band(part) for part in pattern.parts]
     if any(band is None for band in bands):

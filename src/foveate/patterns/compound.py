@@ -91,13 +91,13 @@ class Compound(Pattern):
         return mix_hash(*(settled_signature(part, boxes) for part in self.parts))
 
 
-class All(Compound):
+class And(Compound):
     """``a & b``: visible where every part is."""
 
     __slots__ = ()
 
     def _write(self) -> str:
-        return " & ".join(f"({p.text})" if isinstance(p, Any) else p.text for p in self.parts)
+        return " & ".join(f"({p.text})" if isinstance(p, Or) else p.text for p in self.parts)
 
     @property
     def sees_future(self) -> bool:  # type: ignore[override]
@@ -119,7 +119,7 @@ class All(Compound):
         places = [place for part in self.parts if (place := part.places_tokens(scene.num_keys)) is not None]
         if places:
             return self._inside(merged(places), scene)
-        return All(even(part.resolve(scene) for part in self._choosing))
+        return And(even(part.resolve(scene) for part in self._choosing))
 
     def placed(self, place: Place, scene: Scene) -> Pattern:
         scene = replace(scene, reach=reach_of(self.parts, scene.reach))
@@ -130,7 +130,7 @@ class All(Compound):
         """Resolved inside documents; where that changes anything, queries that are padding see nothing."""
         parts = even(placed(part, place, scene) for part in self._choosing)
         changed = any(moves(leaf, place, scene) for part in self.parts for leaf in leaves(part))
-        return All((*parts, Placed(full, place)) if changed else parts)
+        return And((*parts, Placed(full, place)) if changed else parts)
 
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         seen = self.parts[0].visible(batch, head, q, k)
@@ -146,7 +146,7 @@ class All(Compound):
         return Bounds(some, every)
 
 
-class Any(Compound):
+class Or(Compound):
     """``a | b``: visible where at least one part is."""
 
     __slots__ = ()
@@ -181,7 +181,7 @@ class Not(Compound):
 
     def _write(self) -> str:
         (part,) = self.parts
-        return f"~({part})" if isinstance(part, (All, Any)) else f"~{part}"
+        return f"~({part})" if isinstance(part, (And, Or)) else f"~{part}"
 
     @property
     def sees_future(self) -> bool:  # type: ignore[override]

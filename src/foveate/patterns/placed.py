@@ -220,19 +220,19 @@ def _first(slots: Slots) -> int:
 
 def split(pattern: Pattern, layout: Layout, num_keys: int) -> tuple[Pattern, Place | None]:
     """What is asked inside documents, and where these lie; no place where neither pattern nor layout says so."""
-    from foveate.patterns.compound import All, joined
+    from foveate.patterns.compound import And, joined
     from foveate.patterns.rules.listed import place_of_lengths
     from foveate.patterns.rules.sequence import full
 
     places = [place_of_lengths(layout.lengths, num_keys)] if isinstance(layout, Packed) else []
     rest: list[Pattern] = []
-    for part in pattern.parts if isinstance(pattern, All) else (pattern,):
+    for part in pattern.parts if isinstance(pattern, And) else (pattern,):
         place = part.places_tokens(num_keys)
         if place is None:
             rest.append(part)
         else:
             places.append(place)
-    return (joined(All, *rest) if len(rest) > 1 else rest[0] if rest else full), merged(places) if places else None
+    return (joined(And, *rest) if len(rest) > 1 else rest[0] if rest else full), merged(places) if places else None
 
 
 def merged(places: Sequence[Place]) -> Place:

@@ -22,7 +22,7 @@ from foveate.attention.weights import Kind
 from foveate.layouts.kinds import Layout
 from foveate.layouts.place import Document, Place, Slots
 from foveate.patterns.algebra import LINE, Pattern, Scene
-from foveate.patterns.compound import All, leaves, reach_of
+from foveate.patterns.compound import And, leaves, reach_of
 from foveate.patterns.part import Part
 from foveate.patterns.placed import check_complete, moves, split
 
@@ -88,7 +88,7 @@ def _at_positions(rest: Pattern, document: Document, q: Tensor, k: Tensor, scale
     if document.first == 0 or all(leaf.depends_on in ("order", "distance") for leaf in leaves(rest)):
         return rest
     scene = Scene(q.shape[2], k.shape[2], LINE, q.detach(), k.detach(), scale, first=document.first)
-    reach = reach_of(rest.parts if isinstance(rest, All) else (rest,), None)
+    reach = reach_of(rest.parts if isinstance(rest, And) else (rest,), None)
     for leaf in leaves(rest):
         check_complete(leaf, document, scene.offset, reach)
     return Part(rest.resolve(scene), str(rest), document.first + scene.offset, 1, document.first, scene.offset)

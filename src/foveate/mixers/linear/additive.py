@@ -31,7 +31,7 @@ class AdditiveMixer(Mixer):
 @register(
     "fastformer",
     papers=("Fastformer",),
-    formula="q = Σ_i softmax_i(w·q_i/√d) q_i, p_i = q * k_i, k = Σ_i softmax_i(u·p_i/√d) p_i, o_i = W(k * q_i) + q_i",
+    formula="q = Σ_i softmax_i(w·q_i/√d) q_i, p_i = q ⊙ k_i, k = Σ_i softmax_i(u·p_i/√d) p_i, o_i = W(k ⊙ q_i) + q_i",
     supports={"noncausal", "padding"},
     notes="Values share the queries' projection and the scores see all heads' channels, as in the paper and its code.",
 )
@@ -67,7 +67,7 @@ class Fastformer(AdditiveMixer):
 @register(
     "swiftformer",
     papers=("SwiftFormer",),
-    formula="a = α / ‖α‖₂, α_i = w·q_i / √d, g = Σ_i a_i q_i, o_i = W₂(W₁(g * k_i) + q_i), ‖q_i‖ = ‖k_i‖ = 1",
+    formula="a = α / ‖α‖₂, α_i = w·q_i / √d, g = Σ_i a_i q_i, o_i = W₂(W₁(g ⊙ k_i) + q_i), ‖q_i‖ = ‖k_i‖ = 1",
     supports={"noncausal", "padding", "grid"},
     notes="Positions do not matter to it: a layout changes nothing. foveate.models.vision.swiftformer is built of it.",
 )

@@ -51,7 +51,7 @@ def places(length: int, lengths: Lengths = None) -> Tensor:
         "2307.08621",
     ),
     family="linear",
-    formula="o_n = GN(sum_{m<=n} γ_h^(n-m) (q_n e^{inθ}) (k_m e^{imθ})^† v_m) * silu(W_G x_n), γ_h = 1 - 2^(-5-h)",
+    formula="o_n = GN(Σ_{m≤n} γ_h^(n-m) (q_n e^{inθ}) (k_m e^{imθ})^† v_m) ⊙ silu(W_G x_n), γ_h = 1 - 2^(-5-h)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="The norm takes the place of the paper's three normalisations, which it undoes up to its epsilon.",
 )
@@ -99,7 +99,7 @@ class Retention(Placed):
 @register(
     "lightning_attention",
     papers=("Lightning-Attention-TNL",),
-    formula="S_t = λ_h S_{t-1} + k_t v_t^T, o_t = norm(q_t^T S_t) * u_t",
+    formula="S_t = λ_h S_{t-1} + k_t v_tᵀ, o_t = norm(q_tᵀ S_t) ⊙ u_t",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="The block is TNL's. Its attention is that of Lightning Attention-2, and so is the code.",
 )
@@ -115,7 +115,7 @@ class LightningAttention(LightningAttention2):
 @register(
     "transnormer_llm",
     papers=("TransNormerLLM",),
-    formula="o_t = norm(sum_{s<=t} λ_h^(t-s) sum_c q_tc k_sc cos((t - s) θ_c) v_s) * u_t",
+    formula="o_t = norm(Σ_{s≤t} λ_h^(t-s) Σ_c q_tc k_sc cos((t - s) θ_c) v_s) ⊙ u_t",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "lrpe=False is what the paper has in all layers but the first, the decay alone (lightning_attention). The "

@@ -19,7 +19,7 @@ from foveate.recurrence import Recurrent
 @register(
     "deltanet",
     papers=("DeltaNet",),
-    formula="S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, |k_t| = 1",
+    formula="S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, |k_t| = 1",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "negative=True lets beta reach 2 and eigenvalues -1 (Grazzi et al., 2411.12537). Padding lies at the ends of "
@@ -63,7 +63,7 @@ def unit(x: Tensor) -> Tensor:
 @register(
     "efla",
     papers=("EFLA",),
-    formula="S_t = (I - a_t k_t k_t^T) S_{t-1} + a_t k_t v_t^T, a_t = (1 - exp(-beta_t λ_t)) / λ_t, λ_t = |k_t|^2",
+    formula="S_t = (I - a_t k_t k_tᵀ) S_{t-1} + a_t k_t v_tᵀ, a_t = (1 - exp(-β_t λ_t)) / λ_t, λ_t = |k_t|^2",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="Keys keep their length, which decides how far the state moves; the rest is DeltaNet's.",
 )
@@ -99,7 +99,7 @@ def exact_strength(beta: Tensor, k: Tensor) -> Tensor:
     papers=None,
     reference=Reference("Kimi Team", "Kimi Linear: An Expressive, Efficient Attention Architecture", "2510.26692"),
     family="linear",
-    formula="S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T",
+    formula="S_t = (I - β_t k_t k_tᵀ) Diag(α_t) S_{t-1} + β_t k_t v_tᵀ",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="Kimi Delta Attention, the linear layers of Kimi Linear; its other layers are full attention (MLA).",
 )
@@ -148,7 +148,7 @@ class Steps(Inputs):
         "2502.10297",
     ),
     family="linear",
-    formula="S_t = A_n ... A_1 alpha_t S_{t-1} + ..., A_j = I - beta_j k_j k_j^T: n delta steps a token",
+    formula="S_t = A_n … A_1 α_t S_{t-1} + …, A_j = I - β_j k_j k_jᵀ: n delta steps a token",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="gated=True is Gated DeltaProduct: the state fades once a token, before its first step.",
 )

@@ -32,7 +32,7 @@ def taylor(x: Tensor) -> Tensor:
 @register(
     "based_linear",
     papers=("BASED",),
-    formula="o_i = sum_j (1 + s_ij + s_ij^2 / 2) v_j / sum_j (1 + s_ij + s_ij^2 / 2), s_ij = q_i^T k_j / sqrt(D)",
+    formula="o_i = Σ_j (1 + s_ij + s_ij^2 / 2) v_j / Σ_j (1 + s_ij + s_ij^2 / 2), s_ij = q_iᵀ k_j / √D",
     supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
     notes="The linear half of BASED, whose models interleave it with softmax attention in small windows.",
 )
@@ -57,7 +57,7 @@ class BasedLinear(LinearTransformer):
 @register(
     "jrt_rnn",
     papers=("JRT-RNN",),
-    formula="o_i = φ(q_i)^T (S_i + P) / φ(q_i)^T (z_i + p), P = sum_{j<=M} φ(k'_j) v'_j^T, p = sum_{j<=M} φ(k'_j)",
+    formula="o_i = φ(q_i)ᵀ (S_i + P) / φ(q_i)ᵀ (z_i + p), P = Σ_{j≤M} φ(k'_j) v'_jᵀ, p = Σ_{j≤M} φ(k'_j)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="S_i and z_i are Based's causal sums. The paper also repeats the context in the prompt: that needs no mixer.",
 )

@@ -30,7 +30,7 @@ class GatedNorm(nn.Module):
 @register(
     "gla",
     papers=("GLA",),
-    formula="S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T, alpha_t = sigmoid(W_2 W_1 x_t + b)^(1/16)",
+    formula="S_t = Diag(α_t) S_{t-1} + k_t v_tᵀ, α_t = σ(W_2 W_1 x_t + b)^(1/16)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="The norm of each head is an RMS norm, as in the authors' code; the paper writes a layer norm.",
 )
@@ -85,7 +85,7 @@ def small_steps(size: int) -> Tensor:
 @register(
     "gated_deltanet",
     papers=("Gated DeltaNet",),
-    formula="S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T",
+    formula="S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="Padding lies at the ends of a sequence: inside it, the short convolutions would read it as zeros.",
 )

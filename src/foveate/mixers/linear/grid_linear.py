@@ -167,7 +167,7 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
 @register(
     "rala",
     papers=("RALA / RAVLT",),
-    formula="o_i = g(x_i) * φ(q_i)ᵀ Σ_j α_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j α_j φ(k_j), α = N softmax_j(φ̄(q)·φ(k_j) / √d)",
+    formula="o_i = g(x_i) ⊙ φ(q_i)ᵀ Σ_j α_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j α_j φ(k_j), α = N softmax_j(φ̄(q)·φ(k_j) / √d)",
     supports={"noncausal", "padding", "grid"},
     notes=(
         "As in the authors' code a 5 x 5 convolution of the values is added before the gate g, and rotary positions "

@@ -50,7 +50,7 @@ class HedgehogMaps(nn.Module):
 @register(
     "hedgehog",
     papers=("Hedgehog",),
-    formula="o_i = φ(q_i)^T sum_j ψ(k_j) v_j^T / φ(q_i)^T sum_j ψ(k_j), φ(x) = [exp(Wx + b), exp(-Wx - b)]",
+    formula="o_i = φ(q_i)ᵀ Σ_j ψ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j ψ(k_j), φ(x) = [exp(Wx + b), exp(-Wx - b)]",
     supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
     notes="mimic trains the maps on queries and keys of a softmax attention; linearised starts from its projections.",
 )

@@ -27,7 +27,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 @register(
     "linear_transformer",
     papers=("Linear Transformer",),
-    formula="o_i = phi(q_i)^T sum_j phi(k_j) v_j^T / phi(q_i)^T sum_j phi(k_j)",
+    formula="o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)",
     supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
 )
 class LinearTransformer(RecurrentMixer):
@@ -77,7 +77,7 @@ def averaged(heads: Tensor) -> Tensor:
 @register(
     "lightning_attention_2",
     papers=("Lightning-Attention-2",),
-    formula="S_t = lambda_h S_{t-1} + k_t v_t^T, o_t = norm(q_t^T S_t) * u_t",
+    formula="S_t = λ_h S_{t-1} + k_t v_tᵀ, o_t = norm(q_tᵀ S_t) ⊙ u_t",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "The paper fixes the tiling, a constant decay per head, and a norm instead of a denominator. Around "

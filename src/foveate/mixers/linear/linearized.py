@@ -18,7 +18,7 @@ from foveate.mixers.recurrent import Lengths, Memory
 @register(
     "linearized_llm",
     papers=("Linearized-LLM",),
-    formula="o_i = φ(q_i)^T sum_{j<=i} φ(k_j) v_j^T / φ(q_i)^T sum_{j<=i} φ(k_j) + sum_{r<w} c_r * v_{i-r}",
+    formula="o_i = φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_{j≤i} φ(k_j) + Σ_{r<w} c_r ⊙ v_{i-r}",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "feature_map chooses among linear attentions, of which the paper studies seven. Padding lies at the ends of a "

@@ -25,7 +25,7 @@ LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gr
         "2405.04517",
     ),
     family="linear",
-    formula="C_t = f_t C_{t-1} + e^i_t k_t v_t^T, n_t = f_t n_{t-1} + e^i_t k_t, h_t = q_t^T C_t / max(|q_t^T n_t|, 1)",
+    formula="C_t = f_t C_{t-1} + e^i_t k_t v_tᵀ, n_t = f_t n_{t-1} + e^i_t k_t, h_t = q_tᵀ C_t / max(|q_tᵀ n_t|, 1)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "The layer of the xLSTM paper without the block around it: sigmoid forget gates, a layer norm of each head, a "

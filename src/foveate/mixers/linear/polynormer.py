@@ -84,7 +84,7 @@ class GlobalLayer(nn.Module):
 @register(
     "polynormer",
     papers=("Polynormer",),
-    formula="x ← A(x) * (U x + β), A: attention on edges in the first layers, kernel attention on all nodes in others",
+    formula="x ← A(x) ⊙ (U x + β), A: attention on edges in the first layers, kernel attention on all nodes in others",
     supports={"noncausal", "grid"},
     notes=(
         "Its layout is a foveate.layouts.graph.Graph; a grid is the graph of its neighbours. Layers are those of the "

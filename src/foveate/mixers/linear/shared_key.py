@@ -18,7 +18,7 @@ from foveate.patterns import Layout
 @register(
     "shared_key_window",
     papers=("Rodimus / Rodimus+",),
-    formula="o_i^h = sum_{i-w<j<=i} softmax_j(q_i^h k_j / sqrt(d)) v_j^h: keys without a head, values with one",
+    formula="o_i^h = Σ_{i-w<j≤i} softmax_j(q_i^h k_j / √d) v_j^h: keys without a head, values with one",
     supports={"causal", "padding", "packed", "decode"},
     notes="SW-SKA, the attention of Rodimus+. Unlike multi-query attention it keeps a value for each head.",
 )

@@ -24,7 +24,7 @@ TINY = 1e-30  # a gate closed further would have an infinite root's slope
         "Qin, Yang, Sun, Shen, Li, Sun, Zhong", "HGRN2: Gated Linear RNNs with State Expansion", "2404.07904"
     ),
     family="linear",
-    formula="S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T, f_t = b + (1 - b) sigmoid(W x_t), o_t = silu(q_t)^T S_t",
+    formula="S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_tᵀ, f_t = b + (1 - b) σ(W x_t), o_t = silu(q_t)ᵀ S_t",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="lower is b, the least forget gate; the paper learns one per layer, growing with depth from 0.",
 )
@@ -62,7 +62,7 @@ class HGRN2(RecurrentMixer):
         "2411.10741",
     ),
     family="linear",
-    formula="S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T, k_t = 1 - alpha_t, o_t = q_t^T S_t + sigmoid(q_t^T(w * k_t) v_t)",
+    formula="S_t = Diag(α_t) S_{t-1} + k_t v_tᵀ, k_t = 1 - α_t, o_t = q_tᵀ S_t + σ(q_tᵀ(w ⊙ k_t) v_t)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "alpha_t = sigmoid(W x_t)^(1/16), the sigmoid around the whole of the token's own part, the norm and the gate "
@@ -137,7 +137,7 @@ class MetaLA(RecurrentMixer):
 @register(
     "rodimus",
     papers=("Rodimus / Rodimus+",),
-    formula="S_t = Diag(exp(-g_t τ_t)) S_{t-1} + (g_t^τ_t * k_t) u_t^T, g_t = softplus(W x_t), τ_t = sigmoid(W' x_t)",
+    formula="S_t = Diag(exp(-g_t τ_t)) S_{t-1} + (g_t^τ_t ⊙ k_t) u_tᵀ, g_t = softplus(W x_t), τ_t = σ(W' x_t)",
     supports={"causal", "padding", "packed", "decode"},
     notes=(
         "Around it stands the authors' block: widened tokens, one short convolution, a low-rank input gate, a residual "

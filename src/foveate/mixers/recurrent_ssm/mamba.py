@@ -170,7 +170,7 @@ class Branch(nn.Module):
     papers=None,
     reference=Reference("Gu, Dao", "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752"),
     family="recurrent-ssm",
-    formula="h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_t^T h_t + D u_t, out = W (y * silu(z))",
+    formula="h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_tᵀ h_t + D u_t, out = W (y ⊙ silu(z))",
     supports={"causal", "padding", "packed", "decode"},
     notes="Padding lies at the ends of a sequence: inside it, the short convolution would read it as zeros.",
 )

@@ -42,7 +42,7 @@ class Duals(NamedTuple):
         "2405.21060",
     ),
     family="recurrent-ssm",
-    formula="h_t = exp(-a Δ_t) h_{t-1} + B_t (Δ_t x_t)^T, y_t = h_t^T C_t + D x_t, out = W rms(y * silu(z))",
+    formula="h_t = exp(-a Δ_t) h_{t-1} + B_t (Δ_t x_t)ᵀ, y_t = h_tᵀ C_t + D x_t, out = W rms(y ⊙ silu(z))",
     supports={"causal", "padding", "packed", "decode"},
     notes="Padding lies at the ends of a sequence: inside it, the short convolution would read it as zeros.",
 )

@@ -61,7 +61,7 @@ class LocalNormPooling(nn.Module):
 @register(
     "mamba3d",
     papers=("Mamba3D",),
-    formula="h = x + pool(x over k nearest), out = h - x + W ((scan(u) + flip(scan'(flip(u)))) * silu(z))",
+    formula="h = x + pool(x over k nearest), out = h - x + W ((scan(u) + flip(scan'(flip(u)))) ⊙ silu(z))",
     supports={"noncausal", "grid"},
     notes=(
         "The authors' code reverses the channels of every token and scans along the tokens again; backward="

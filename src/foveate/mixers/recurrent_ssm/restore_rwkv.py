@@ -53,8 +53,8 @@ class OmniShift(nn.Module):
     "restore_rwkv",
     papers=("Restore-RWKV",),
     formula=(
-        "v <- biwkv(k, v) along rows, v <- biwkv(k, v) along columns, o = W(sigmoid(r) * v), "
-        "biwkv_t = (sum_{i != t} e^(k_i - (|t-i|-1) w/T) v_i + e^(k_t + u/T) v_t) / (the same without v)"
+        "v ← biwkv(k, v) along rows, v ← biwkv(k, v) along columns, o = W(σ(r) ⊙ v), "
+        "biwkv_t = (Σ_{i ≠ t} e^(k_i - (|t-i|-1) w/T) v_i + e^(k_t + u/T) v_t) / (the same without v)"
     ),
     supports={"noncausal", "padding", "grid"},
     notes="Re-WKV after Omni-Shift; the bonus is divided by T as well, as in the authors' code.",

@@ -110,7 +110,7 @@ class MatrixRWKV(StatefulMixer):
         "Peng et al.", "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", "2404.05892"
     ),
     family="recurrent-ssm",
-    formula="o_t = r_t^T (S_{t-1} + Diag(u) k_t v_t^T), S_t = Diag(exp(-exp(d_t))) S_{t-1} + k_t v_t^T",
+    formula="o_t = r_tᵀ (S_{t-1} + Diag(u) k_t v_tᵀ), S_t = Diag(exp(-exp(d_t))) S_{t-1} + k_t v_tᵀ",
     supports={"causal", "padding", "packed", "decode"},
     notes="The time mixing of RWKV-6 (Finch). Tokens see the one before them: padding lies at the ends of a sequence.",
 )
@@ -155,7 +155,7 @@ class RWKV6(MatrixRWKV):
     papers=None,
     reference=Reference("Peng et al.", 'RWKV-7 "Goose" with Expressive Dynamic State Evolution', "2503.14456"),
     family="recurrent-ssm",
-    formula="S_t = (Diag(w_t) - (a_t * κ_t) κ_t^T) S_{t-1} + k_t v_t^T, o_t = r_t^T S_t + (r_t * u)^T k_t v_t^T",
+    formula="S_t = (Diag(w_t) - (a_t ⊙ κ_t) κ_tᵀ) S_{t-1} + k_t v_tᵀ, o_t = r_tᵀ S_t + (r_t ⊙ u)ᵀ k_t v_tᵀ",
     supports={"causal", "padding", "packed", "decode"},
     notes=(
         "The time mixing of RWKV-7 (Goose) as in a model's first layer: later ones also mix in that layer's values. "

@@ -36,8 +36,7 @@ class Memory(NamedTuple):
     reference=Reference("Peng et al.", "RWKV: Reinventing RNNs for the Transformer Era", "2305.13048"),
     family="recurrent-ssm",
     formula=(
-        "wkv_t = (sum_{i<t} e^(k_i - (t-1-i) w) v_i + e^(u + k_t) v_t) / (the same without v), "
-        "o_t = W(sigmoid(r_t) * wkv_t)"
+        "wkv_t = (Σ_{i<t} e^(k_i - (t-1-i) w) v_i + e^(u + k_t) v_t) / (the same without v), o_t = W(σ(r_t) ⊙ wkv_t)"
     ),
     supports={"causal", "padding", "packed", "decode"},
     notes=(

@@ -84,7 +84,7 @@ class ScanMixer(Mixer):
 @register(
     "audio_mamba",
     papers=("AuM (Audio Mamba)",),
-    formula="out = W ((scan(u) + reverse(scan'(reverse(u)))) * silu(z))",
+    formula="out = W ((scan(u) + reverse(scan'(reverse(u)))) ⊙ silu(z))",
     supports={"noncausal", "padding", "packed"},
     notes="The block is Vision Mamba's (2401.09417). Padding lies at the ends of a sequence, as with mamba.",
 )
@@ -130,7 +130,7 @@ def insert_middle(x: Tensor, token: Tensor) -> tuple[Tensor, int]:
 @register(
     "videomamba",
     papers=("VideoMamba (ST-SSM)",),
-    formula="out = W ((scan(u) + reverse(scan'(reverse(u)))) * silu(z)), u frame after frame",
+    formula="out = W ((scan(u) + reverse(scan'(reverse(u)))) ⊙ silu(z)), u frame after frame",
     supports={"noncausal", "padding", "grid"},
 )
 class VideoMamba(BidirectionalMamba):
@@ -174,7 +174,7 @@ class VideoMamba(BidirectionalMamba):
 @register(
     "vmamba",
     papers=("VMamba / SS2D",),
-    formula="out = W (norm(Σ_d undo_d(scan_d(order_d(silu(conv2d(u)))))) * silu(z)), d: rows, columns, reverses",
+    formula="out = W (norm(Σ_d undo_d(scan_d(order_d(silu(conv2d(u)))))) ⊙ silu(z)), d: rows, columns, reverses",
     supports={"noncausal", "padding", "grid"},
     notes="The gated block of the paper's first version; its later ones drop the gate.",
 )

@@ -139,7 +139,7 @@ class S4D(StatefulMixer):
         "Smith, Warrington, Linderman", "Simplified State Space Layers for Sequence Modeling", "2208.04933"
     ),
     family="recurrent-ssm",
-    formula="h_t = exp(Δ A) h_{t-1} + B̄ x_t, y_t = 2 Re(C h_t) + D x_t with one h for all channels, out = g * σ(W g)",
+    formula="h_t = exp(Δ A) h_{t-1} + B̄ x_t, y_t = 2 Re(C h_t) + D x_t with one h for all channels, out = g ⊙ σ(W g)",
     supports={"causal", "padding", "packed", "decode"},
     notes="g is gelu(y). A starts as the paper's with one block. Padding lies at the ends of a sequence.",
 )
@@ -193,7 +193,7 @@ class Shifted(NamedTuple):
 @register(
     "h3",
     papers=("H3",),
-    formula="o = q · SSM_diag(SSM_shift(k) v^T), by heads, out = W o",
+    formula="o = q · SSM_diag(SSM_shift(k) vᵀ), by heads, out = W o",
     supports={"causal", "padding", "packed", "decode"},
     notes="A starts as in S4D-LegS. Padding lies at the ends of a sequence.",
 )

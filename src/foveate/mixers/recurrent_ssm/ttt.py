@@ -127,7 +127,7 @@ class TaughtMixer(Mixer):
 @register(
     "ttt_linear",
     papers=("TTT",),
-    formula="W_t = W_{t-1} - eta_t grad |f(k_t; W) - v_t|^2 / 2, o_t = f(q_t; W_t), f(x) = x + LN(x W + b)",
+    formula="W_t = W_{t-1} - η_t grad |f(k_t; W) - v_t|^2 / 2, o_t = f(q_t; W_t), f(x) = x + LN(x W + b)",
     supports=SUPPORTS,
     notes=NOTES,
 )

@@ -18,8 +18,8 @@ from foveate.patterns import Layout, blocks
     "ttt_video",
     papers=("TTT-Video",),
     formula=(
-        "a = attention within segments, z = a + tanh(alpha) * ttt(a), "
-        "o = z + tanh(beta) * reverse(ttt(reverse(z))), ttt as ttt_mlp"
+        "a = attention within segments, z = a + tanh(α) ⊙ ttt(a), "
+        "o = z + tanh(β) ⊙ reverse(ttt(reverse(z))), ttt as ttt_mlp"
     ),
     supports={"noncausal", "grid"},
     notes=(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate.layouts.kinds import Layout, Points, Sequence, pad_slots
 from foveate.patterns.algebra import Boxes, Interval, Pattern, Scene, mix_hash, resolve
-from foveate.patterns.compound import All, Any, Not, settled_signature
+from foveate.patterns.compound import And, Not, Or, settled_signature
 from foveate.patterns.select import native
 from foveate.patterns.select.cache import SELECTIONS
 from foveate.patterns.select.selection import FULL, TILE, Selection, pack_bits, unpack_bits
@@ -248,7 +248,7 @@ class _Masks:
 
     def _packed(self, pattern: Pattern, pairs: Pairs, q_level: Pyramid, k_level: Pyramid) -> Tensor:
         """Packed masks of tiles: of a compound joined from those of its parts, each of which has few."""
-        if not isinstance(pattern, (All, Any, Not)):
+        if not isinstance(pattern, (And, Or, Not)):
             chunks = zip(*(p.split(BATCH) for p in pairs), strict=True)
             packed = [self._evaluate(pattern, Pairs(*chunk)) for chunk in chunks]
             empty = torch.empty(0, self.tile, self.tile // 8, dtype=torch.uint8, device=pairs.q.device)
@@ -259,7 +259,7 @@ class _Masks:
             masks.append(self._packed(part, pairs.where(first), q_level, k_level)[number])
         if isinstance(pattern, Not):
             return ~masks[0] & self._existing(pairs)
-        return reduce(torch.bitwise_and if isinstance(pattern, All) else torch.bitwise_or, masks)
+        return reduce(torch.bitwise_and if isinstance(pattern, And) else torch.bitwise_or, masks)
 
     def _evaluate(self, pattern: Pattern, pairs: Pairs) -> Tensor:
         q, k = self.q_slots[pairs.q].unsqueeze(2), self.k_slots[pairs.k].unsqueeze(1)

@@ -132,8 +132,8 @@ def _block_table(program: Program, pattern: decided.BlockTable) -> list[int]:
 
 
 COMPOUNDS = {
-    compound.All: Operation.ALL,
-    compound.Any: Operation.ANY,
+    compound.And: Operation.ALL,
+    compound.Or: Operation.ANY,
     compound.Not: Operation.NOT,
     compound.PerHead: Operation.PER_HEAD,
 }
