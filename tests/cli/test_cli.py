@@ -225,6 +225,15 @@ def test_doctor_finds_all_well() -> None:
     assert foveate_command("doctor").exit_code == 0
 
 
+def test_explain_shows_every_operator_or_one() -> None:
+    everything = foveate_command("explain").stdout
+    operators = ("attend", "recur", "scan", "linear_scan", "causal_conv", "evolve", "evolve_shared", "ttt", "bi_wkv")
+    assert all(f"{name} runs on " in everything for name in operators)
+    one = foveate_command("explain", "recur").stdout
+    assert one in everything and {line.split()[0] for line in one.splitlines() if "runs on" in line} == {"recur"}
+    assert "attend, recur" in refused("explain", "recurr")
+
+
 def test_doctor_says_what_became_of_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     native = json.loads(foveate_command("doctor", "--json").stdout)["native"]
     assert native.keys() == {"isa", "path", "origin", "reason", "skipped", "cautions"}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from foveate.cli import catalogue, check, compare, doctor, rows, train
+from foveate.cli import catalogue, check, compare, doctor, explain, rows, train
 from foveate.cli.screen import keeping, one_sentence
 
 HELP = """Attention that spends its effort where it matters.
@@ -21,6 +21,7 @@ HELP = """Attention that spends its effort where it matters.
   foveate list                  what there is
   foveate show streaming_llm    one mechanism in full
   foveate doctor                what runs on this machine
+  foveate explain recur         which implementation runs a call, and why
   foveate --install-completion  names and options by the Tab key
 """
 
@@ -66,6 +67,7 @@ app.command(help=rows.HELP)(rows.rows)
 app.command(help=train.HELP)(train.train)
 app.command(help=check.HELP)(check.check)
 app.command(help=doctor.HELP)(doctor.doctor)
+app.command(help=explain.HELP)(explain.explain)
 
 
 def main() -> None:

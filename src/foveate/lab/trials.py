@@ -41,7 +41,7 @@ def trials() -> Iterator[Trial]:
     """Every implementation of every operator, on every device there is."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for operator, calls in CALLS.items():
-            for call, run in calls(_numbers(device)).items():
+            for call, run in calls(numbers(device)).items():
                 for name in operator.names:
                     yield _tried(operator.name, name, device, call, run)
 
@@ -62,7 +62,7 @@ def _out(result: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def _numbers(device: str) -> Callable[..., Tensor]:
+def numbers(device: str) -> Callable[..., Tensor]:
     """Standard normal numbers of a shape, the same in every run."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
