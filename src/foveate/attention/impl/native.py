@@ -20,8 +20,12 @@ from foveate.kernels.cpu.loader import library, num_threads, status
 from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band, band_of
+from foveate.patterns.select import build
 from foveate.patterns.select.selection import TILE, Selection
 from foveate.plain import traced
+
+# Keys that a query attends to in the time that it takes to gather it with others and to put it back, measured.
+KEYS_OF_VISIT = {torch.float32: 64, torch.float16: 64, torch.bfloat16: 128}
 
 
 def refuse(call: Call) -> str | None:
@@ -70,7 +74,7 @@ def select(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float,
     windows = windows_of(pattern, layout, q.shape[2]) if plain and q.shape[2] == k.shape[2] else None
     if windows is not None and pays(windows, q.dtype, q.shape[3]):
         return windows
-    return pattern.select(q, k, layout, tile=TILE, scale=scale)
+    return build.select(pattern, q, k, layout, tile=TILE, scale=scale, keys_of_visit=KEYS_OF_VISIT[q.dtype])
 
 
 def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +180,13 @@ def _selection(chosen: Selected, batch: int, heads: int, num_queries: int, num_k
         c.pointer(chosen.q_slots, torch.int64, q_tiles * TILE),
         c.pointer(chosen.k_slots, torch.int64, k_tiles * TILE),
     )
-    return c.SelectionArgument(0, 0, chosen.batches, chosen.heads, q_tiles, *pointers, k_tiles * TILE)
+    num_runs = 0 if chosen.runs is None else chosen.runs.shape[0]
+    gathered = (
+        c.pointer(chosen.run_starts, torch.int64, rows + 1),
+        c.pointer(chosen.runs, torch.int32, num_runs, 2),
+        c.pointer(chosen.run_masks, torch.uint8, num_runs, TILE // 8),
+    )
+    return c.SelectionArgument(0, 0, chosen.batches, chosen.heads, q_tiles, *pointers, k_tiles * TILE, *gathered)
 
 
 def _tiles(slots: Tensor | None, length: int) -> int:

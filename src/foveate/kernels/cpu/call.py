@@ -61,6 +61,9 @@ class SelectionArgument(Structure):
         ("q_slots", c_void_p),
         ("k_slots", c_void_p),
         ("num_k_slots", c_int64),
+        ("run_starts", c_void_p),
+        ("runs", c_void_p),
+        ("run_queries", c_void_p),
     )
 
 

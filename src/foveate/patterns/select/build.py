@@ -56,23 +56,29 @@ def select(
     *,
     tile: int = 64,
     scale: float | None = None,
+    keys_of_visit: int = 0,
 ) -> Selection:
-    """The selection of a pattern for these queries and keys; a static pattern's is cached."""
+    """The selection of a pattern for these queries and keys; a static pattern's is cached.
+
+    With ``keys_of_visit`` it may list runs, which only native kernels attend over: those take a query as long as so
+    many keys to be gathered with others and put back.
+    """
     layout = layout or Sequence()
     if 0 in (*q.shape[:3], *k.shape[:3], pattern.batches, pattern.heads):  # nothing to choose from, or for
         return _nothing(q, k, tile)
     if pattern.is_dynamic or isinstance(layout, Points):
         scene = Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale)
         with torch.no_grad():
-            return build(resolve(pattern, scene), scene, tile=tile, device=q.device)
+            return build(resolve(pattern, scene), scene, tile=tile, device=q.device, keys_of_visit=keys_of_visit)
     scene = Scene(q.shape[2], k.shape[2], layout)
 
     def make() -> Selection:
-        return build(resolve(pattern, scene), scene, tile=tile, device=q.device)
+        return build(resolve(pattern, scene), scene, tile=tile, device=q.device, keys_of_visit=keys_of_visit)
 
     if pattern.may_change:
         return make()
-    return SELECTIONS.get(pattern, layout, q.shape[2], k.shape[2], tile, str(q.device), make)
+    sizes = q.shape[2], k.shape[2], tile
+    return SELECTIONS.get(pattern, layout, *sizes, str(q.device), make, keys_of_visit=keys_of_visit)
 
 
 def _nothing(q: Tensor, k: Tensor, tile: int) -> Selection:
@@ -91,14 +97,17 @@ def build(
     tile: int = 64,
     device: torch.device | str = "cpu",
     reorder: bool = True,
+    keys_of_visit: int = 0,
 ) -> Selection:
     """Build the selection of a resolved pattern; without ``reorder`` in the natural order of tokens."""
     if tile % 8 or tile < 8:
         raise ValueError(f"a tile is a multiple of 8 tokens; got {tile}")
     patches = tile & (tile - 1) == 0  # boxes of grid tokens have sides of powers of two
     reorder = reorder and resolved.needs_axes and scene.offset == 0 and patches
-    if tile == TILE and not reorder and (selection := native.select(resolved, scene, device)):
-        return selection
+    if tile == TILE and not reorder:
+        selection = native.select(resolved, scene, device, keys_of_visit=keys_of_visit)
+        if selection is not None:
+            return selection
     slots = scene.layout.slots(tile, device) if reorder else None
     q_slots = _natural_slots(scene.num_queries, tile, device) if slots is None else slots
     k_slots = _natural_slots(scene.num_keys, tile, device) if slots is None else slots

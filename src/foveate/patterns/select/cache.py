@@ -32,11 +32,20 @@ class SelectionCache:
         self._lock = Lock()
 
     def get(
-        self, pattern: Pattern, layout: Layout, n: int, m: int, tile: int, device: str, make: Callable[[], Selection]
+        self,
+        pattern: Pattern,
+        layout: Layout,
+        n: int,
+        m: int,
+        tile: int,
+        device: str,
+        make: Callable[[], Selection],
+        *,
+        keys_of_visit: int = 0,
     ) -> Selection:
         """The selection kept for this pattern on this layout, else what ``make`` returns, kept from now on."""
         try:
-            key = snapshot(pattern), snapshot(layout), n, m, tile, device
+            key = snapshot(pattern), snapshot(layout), n, m, tile, device, keys_of_visit
         except Unknown:
             return make()
         with self._lock:

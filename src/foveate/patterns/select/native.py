@@ -20,8 +20,11 @@ ALONE = 2**17  # pairs of tiles that one thread is quicker with than several
 FEW_WEIGHTS = 2**15  # likewise scores
 
 
-def select(pattern: Pattern, scene: Scene, device: torch.device | str) -> Selection | None:
+def select(pattern: Pattern, scene: Scene, device: torch.device | str, *, keys_of_visit: int = 0) -> Selection | None:
     """The selection of a resolved pattern in the natural order; None where the kernels cannot build it.
+
+    With ``keys_of_visit`` it lists runs where queries choose keys that few of their neighbours do: where to gather
+    them, which takes each as long as so many keys, costs less than to show most of a tile's queries nothing.
 
     >>> from foveate import causal
     >>> from foveate.patterns.algebra import Scene
@@ -37,9 +40,9 @@ def select(pattern: Pattern, scene: Scene, device: torch.device | str) -> Select
         return None
     sizes = (pattern.batches, pattern.heads, scene.num_queries, scene.num_keys)
     undecided = c_int64()
-    handle = library.foveate_select_open(
-        (c_int64 * len(program.code))(*program.code), (c_int64 * 4)(*sizes), _threads(*sizes), byref(undecided)
-    )
+    numbers = (c_int64 * 5)(*sizes, keys_of_visit)
+    code = (c_int64 * len(program.code))(*program.code)
+    handle = library.foveate_select_open(code, numbers, _threads(*sizes), byref(undecided))
     if not handle:
         raise MemoryError(f"no memory for the selection of {pattern}")
     try:
@@ -90,20 +93,24 @@ def choose_rows(
 
 def _written(library: ctypes.CDLL, handle: int, sizes: tuple[int, int, int, int], undecided: int) -> Selection:
     masks = torch.empty(undecided, TILE, TILE // 8, dtype=torch.uint8, device="cpu")
-    totals = (c_int64 * 3)()
+    totals = (c_int64 * 4)()
     if library.foveate_select_evaluate(handle, pointer(masks, torch.uint8, *masks.shape), totals):
         raise MemoryError("no memory for the masks of a selection")
-    num_masks, num_tiles, num_columns = totals
+    num_masks, num_tiles, num_columns, num_runs = totals
     batches, heads, num_queries, num_keys = sizes
     rows = batches * heads * -(-num_queries // TILE)
-    starts = torch.empty(2, rows + 1, dtype=torch.int64, device="cpu")
+    starts = torch.empty(3, rows + 1, dtype=torch.int64, device="cpu")
     tiles = torch.empty(2, num_tiles, dtype=torch.int32, device="cpu")
     columns = torch.empty(num_columns, dtype=torch.int32, device="cpu")
-    column_masks = torch.empty(num_columns, TILE // 8, dtype=torch.uint8, device="cpu")
-    lists = (starts[0], tiles[0], tiles[1], starts[1], columns, column_masks)
-    library.foveate_select_write(handle, *(pointer(each, each.dtype, *each.shape) for each in lists))
+    runs = torch.empty(num_runs, 2, dtype=torch.int32, device="cpu")
+    column_masks, run_masks = (torch.empty(n, TILE // 8, dtype=torch.uint8, device="cpu") for n in totals[2:])
+    lists = (*starts, *tiles, columns, runs, column_masks, run_masks)
+    addresses = [pointer(each, each.dtype, *each.shape) for each in lists]
+    library.foveate_select_write(handle, (c_void_p * len(lists))(*addresses))
     masks = masks[:num_masks] if 8 * num_masks > undecided else masks[:num_masks].clone()
-    return Selection(num_queries, num_keys, TILE, batches, heads, *lists[:3], masks, *lists[3:])
+    by_row = (starts[0], *tiles, masks, starts[1], columns, column_masks)
+    gathered = {"run_starts": starts[2], "runs": runs, "run_masks": run_masks} if num_runs else {}
+    return Selection(num_queries, num_keys, TILE, batches, heads, *by_row, **gathered)
 
 
 def _threads(batches: int, heads: int, num_queries: int, num_keys: int) -> int:
@@ -123,7 +130,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.foveate_select_open.restype = c_void_p
     library.foveate_select_evaluate.argtypes = (c_void_p, c_void_p, numbers)
     library.foveate_select_evaluate.restype = c_int64
-    library.foveate_select_write.argtypes = (c_void_p,) * 7
+    library.foveate_select_write.argtypes = (c_void_p, POINTER(c_void_p))
     library.foveate_select_write.restype = None
     library.foveate_select_close.argtypes = (c_void_p,)
     library.foveate_select_close.restype = None

@@ -21,6 +21,9 @@ class Selection:
     ``starts[r]:starts[r + 1]``, masked tiles before full ones, keys ascending in each. Tokens are taken in
     slot order: slot s holds token ``q_slots[s]`` (-1: an empty slot); None is the natural order. A tile with
     an empty key slot always has a mask, those bits off.
+
+    Where kernels gather queries, a row has runs besides: key tiles that some of its queries see whole, and the others
+    not at all. They are in none of its other lists.
     """
 
     num_queries: int
@@ -37,6 +40,9 @@ class Selection:
     column_masks: Tensor  # (C, tile / 8) uint8: bit per query of the tile
     q_slots: Tensor | None = None  # (num_q_tiles * tile,) int64
     k_slots: Tensor | None = None  # (num_k_tiles * tile,) int64
+    run_starts: Tensor | None = None  # (rows + 1,) int64
+    runs: Tensor | None = None  # (R, 2) int32: first key tile, number of tiles
+    run_masks: Tensor | None = None  # (R, tile / 8) uint8: bit per query of the tile
 
     @property
     def num_q_tiles(self) -> int:
@@ -66,7 +72,7 @@ class Selection:
         partial = in_mask[self.mask_ids[self.mask_ids != FULL].long()].sum()
         rows_of_full = self.tile_rows[self.mask_ids == FULL] % self.num_q_tiles
         full = valid_q[rows_of_full].sum() * self.tile
-        return int(partial + full + unpack_bits(self.column_masks).sum())
+        return int(partial + full + unpack_bits(self.column_masks).sum() + self._gathered.sum())
 
     @property
     def density(self) -> float:
@@ -78,7 +84,17 @@ class Selection:
     def computed(self) -> float:
         """Pairs a kernel computes (whole tiles and columns) over all pairs."""
         total = self.batches * self.heads * self.num_queries * self.num_keys
-        return (self.num_tiles * self.tile**2 + self.num_columns * self.tile) / total if total else 0.0
+        pairs = self.num_tiles * self.tile**2 + self.num_columns * self.tile + int(self._gathered.sum())
+        return pairs / total if total else 0.0
+
+    @property
+    def _gathered(self) -> Tensor:
+        """Pairs of each run, (R,)."""
+        if self.runs is None or self.run_masks is None:
+            return self.tile_ids.new_zeros(0)
+        first, count = self.runs.long().unbind(1)
+        keys = ((first + count) * self.tile).clamp(max=self.num_keys) - first * self.tile
+        return unpack_bits(self.run_masks).sum(1) * keys
 
     @cached_property
     def unpacked_masks(self) -> Tensor:
@@ -119,6 +135,12 @@ class Selection:
         seen = dense.new_zeros(self.num_rows, slots_k, tile)
         seen[self.column_rows, self.column_ids.long()] = unpack_bits(self.column_masks)
         dense |= seen.transpose(1, 2)
+        if self.run_starts is not None and self.runs is not None and self.run_masks is not None:
+            queries, tile_of_key = unpack_bits(self.run_masks), torch.arange(slots_k, device=device) // tile
+            first, count = self.runs.long().unsqueeze(2).unbind(1)
+            keys = (first <= tile_of_key) & (tile_of_key < first + count)  # (R, slots_k)
+            for row, some, seen_by in zip(rows_of(self.run_starts), keys, queries, strict=True):
+                dense[row] |= seen_by.unsqueeze(1) & some
         by_slot = dense.view(self.batches, self.heads, slots_q, slots_k)
         return self._unordered(by_slot)
 

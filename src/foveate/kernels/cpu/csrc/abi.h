@@ -44,6 +44,10 @@ struct FoveateSelection {
     const int64_t* q_slots;       // null: the natural order
     const int64_t* k_slots;
     int64_t num_k_slots;
+    // Runs of whole key tiles that some queries of a row see, all of their keys; in the natural order only. Null: none.
+    const int64_t* run_starts;
+    const int32_t* runs;          // (R, 2): the first key tile, and how many
+    const uint64_t* run_queries;  // (R): bit per query of the tile
 };
 
 struct FoveateAttend {

@@ -11,6 +11,7 @@
 #include "bias_grads.h"
 #include "call.h"
 #include "careful.h"
+#include "gather.h"
 #include "pages.h"
 #include "weights.h"
 
@@ -105,30 +106,48 @@ template <class A> class Backward {
     }
 
     // One tile of queries; adds to the unit's sums dk (key_heads, key_rows, dim) and dv.
-    void tile(int64_t b, int64_t h, int64_t q_tile, float* dk, float* dv) {
-        first_ = q_tile * TILE;
-        lanes_ = lanes_of(call_, first_, TILE);
-        if (lanes_ <= 0) return;
-        b_ = b, h_ = h;
-        ld_ = round_up(lanes_, std::max<int64_t>(A::GRAIN_K, LANES));
-        vectors_ = (int)(ld_ / LANES);
-        read(call_.q, call_.dim, plan_.dim, space_.queries, space_.query_rows);
-        read(call_.grad_out, call_.value_dim, plan_.value_dim, space_.grads, space_.grad_rows);
-        read_sums();
-        std::fill(space_.dq, space_.dq + plan_.dim * ld_, 0.0f);
-        dk += group_of(call_, call_.k, h) % plan_.key_heads * plan_.key_rows * plan_.dim;
-        dv += group_of(call_, call_.v, h) % plan_.value_heads * plan_.key_rows * plan_.value_dim;
-        for_each_chunk(call_, b, h, first_, lanes_, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk, dk, dv); });
+    void tile(int64_t b, int64_t h, int64_t q_tile, float* dk, float* dv, const RunningRows* running = nullptr) {
+        lanes_.take_slots(call_, q_tile * TILE, TILE);
+        if (lanes_.count <= 0) return;
+        begin(b, h, dk, dv, running);
+        for_each_chunk(call_, b, h, lanes_.first, lanes_.count, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk); });
         for (int64_t i = 0; i < call_.dim * ld_; i += LANES) finite_.look(load(space_.dq + i));
-        write_queries(call_, call_.dq, b, h, first_, lanes_, call_.dim, space_.dq, ld_, space_.dq_rows);
+        write_queries(call_, call_.dq, b, h, lanes_, call_.dim, space_.dq, ld_, space_.dq_rows);
+    }
+
+    // Tiles of queries: the runs of keys first, each with all queries that see it, then what the tiles list.
+    void tiles(const QueryTiles& of, Gathered& gathered, RunningRows& running, float* dk, float* dv) {
+        gathered.sort(call_, of);
+        running.begin(of);
+        gathered.each(TILE, [&](int64_t first, int64_t num_tiles, const int32_t* tokens, int64_t count) {
+            lanes_.gather(tokens, count);
+            begin(of.b, of.h, dk, dv, &running);
+            for_each_chunk_of_run(call_, first, num_tiles, [&](const Chunk& chunk) { join(chunk); });
+            running.keep(lanes_, space_.dq, ld_, space_.dq_rows);
+        });
+        of.each([&](int64_t q_tile) { tile(of.b, of.h, q_tile, dk, dv, &running); });
     }
 
     // Whether all gradients of queries are finite.
     bool finite() const { return finite_.all_were(); }
 
   private:
+    // Of the lanes; their gradient so far is in the running rows, or nothing.
+    void begin(int64_t b, int64_t h, float* dk, float* dv, const RunningRows* running) {
+        b_ = b, h_ = h;
+        ld_ = round_up(lanes_.count, std::max<int64_t>(A::GRAIN_K, LANES));
+        vectors_ = (int)(ld_ / LANES);
+        read(call_.q, call_.dim, plan_.dim, space_.queries, space_.query_rows);
+        read(call_.grad_out, call_.value_dim, plan_.value_dim, space_.grads, space_.grad_rows);
+        read_sums();
+        dk_ = dk + group_of(call_, call_.k, h) % plan_.key_heads * plan_.key_rows * plan_.dim;
+        dv_ = dv + group_of(call_, call_.v, h) % plan_.value_heads * plan_.key_rows * plan_.value_dim;
+        if (running) running->load(lanes_, space_.dq, ld_, space_.dq_rows);
+        else std::fill(space_.dq, space_.dq + plan_.dim * ld_, 0.0f);
+    }
+
     void read(const FoveateTensor& x, int64_t dim, int64_t padded, void* transposed, void* by_rows) {
-        read_queries<A>(call_, x, b_, h_, first_, lanes_, dim, padded, ld_, space_.rows);
+        read_queries<A>(call_, x, b_, h_, lanes_, dim, padded, ld_, space_.rows);
         transpose_words(transposed, ld_, space_.rows, padded / A::PAIR, ld_, padded / A::PAIR);
         pair_rows<A>(by_rows, space_.rows, ld_, padded);
     }
@@ -139,7 +158,7 @@ template <class A> class Backward {
         for (int64_t i = 0; i < ld_; ++i) {
             space_.delta[i] = space_.lse_rest[i] = 0;
             space_.lse[i] = INFINITY;  // no weight at all: what a bias says of a query that is not there is no matter
-            const int64_t token = i < lanes_ ? query_at(call_, first_ + i) : -1;
+            const int64_t token = i < lanes_.count ? lanes_.token[i] : -1;
             if (token < 0 || call_.kind != FOVEATE_SOFTMAX || std::isinf(call_.lse[row + token])) continue;
             const double lse = call_.lse[row + token] * LOG2E_EXACT;
             space_.lse[i] = (float)lse;
@@ -163,7 +182,7 @@ template <class A> class Backward {
         return total;
     }
 
-    void join(const Chunk& chunk, float* dk, float* dv) {
+    void join(const Chunk& chunk) {
         const int64_t rows = round_up(chunk.count, A::GRAIN_M), padded = round_up(chunk.count, A::GRAIN_K);
         const int64_t kh = group_of(call_, call_.k, h_), vh = group_of(call_, call_.v, h_);
         const int64_t dim = round_up(call_.dim, A::GRAIN_K), value_dim = round_up(call_.value_dim, A::GRAIN_K);
@@ -173,19 +192,19 @@ template <class A> class Backward {
                     ld_, space_.d_weights, ld_, false);
         differentiate(chunk, rows);
         if constexpr (A::PAIR == 1)
-            if (careful_) return add_seen(chunk, dk, dv);
+            if (careful_) return add_seen(chunk);
         const Left<Element> weights{(Element*)space_.weights, ld_, 1}, slopes{(Element*)space_.slopes, ld_, 1};
-        add_to_keys(chunk, rows, weights, (Right)space_.grad_rows, plan_.value_dim, dv);
-        add_to_keys(chunk, rows, slopes, (Right)space_.query_rows, plan_.dim, dk);
+        add_to_keys(chunk, rows, weights, (Right)space_.grad_rows, plan_.value_dim, dv_);
+        add_to_keys(chunk, rows, slopes, (Right)space_.query_rows, plan_.dim, dk_);
         A::multiply(round_up(call_.dim, A::GRAIN_M), vectors_, padded, keys_.transposed(b_, kh, chunk, space_.operand),
                     (Right)space_.slopes_of_keys, ld_, space_.dq, ld_, true);
     }
 
-    void add_seen(const Chunk& chunk, float* dk, float* dv) {
+    void add_seen(const Chunk& chunk) {
         const auto *weights = (const float*)space_.weights, *slopes = (const float*)space_.slopes;
         for (int64_t k = 0; k < chunk.count; ++k) {
-            seen_.add_to_key(k, weights + k * ld_, (const float*)space_.grad_rows, plan_.value_dim, dv + chunk.slot(k) * plan_.value_dim);
-            seen_.add_to_key(k, slopes + k * ld_, (const float*)space_.query_rows, plan_.dim, dk + chunk.slot(k) * plan_.dim);
+            seen_.add_to_key(k, weights + k * ld_, (const float*)space_.grad_rows, plan_.value_dim, dv_ + chunk.slot(k) * plan_.value_dim);
+            seen_.add_to_key(k, slopes + k * ld_, (const float*)space_.query_rows, plan_.dim, dk_ + chunk.slot(k) * plan_.dim);
         }
         const auto keys = keys_.natural(b_, group_of(call_, call_.k, h_), chunk, space_.operand);
         seen_.add_to_queries(call_.dim, keys, slopes, ld_, space_.dq);
@@ -208,10 +227,10 @@ template <class A> class Backward {
     // From scores and d_weights to weights and the gradient of scores.
     void differentiate(const Chunk& chunk, int64_t rows) {
         Scores s{space_.scores, chunk.count, ld_, vectors_, 0};
-        const float* bias = space_.biases.of(b_, h_, first_, lanes_, ld_, chunk);
+        const float* bias = space_.biases.of(b_, h_, lanes_, ld_, chunk);
         bend(call_, s, bias, call_.softcap > 0 ? space_.cap_slope : nullptr);
         const bool softmax = call_.kind == FOVEATE_SOFTMAX;
-        if (careful_) seen_.look(call_, chunk, first_, lanes_);
+        if (careful_) seen_.look(call_, chunk, lanes_);
         if (chunk.masked && softmax) hide(s, chunk, -INFINITY);
         for (int64_t k = 0; k < chunk.count; k += 2)
             for (int j = 0; j < vectors_; ++j) {
@@ -226,7 +245,7 @@ template <class A> class Backward {
                 std::memset((Element*)x + chunk.count * ld_, 0, (rows - chunk.count) * ld_ * sizeof(Element));
         }
         if (!bias_grads_) return;
-        const Place place(call_, b_, h_, first_, lanes_, chunk);
+        const Place place(call_, b_, h_, lanes_, chunk);
         for (int64_t i = 0; i < call_.num_biases; ++i)
             bias_grads_[i].add(call_.biases[i], place, space_.d_logits, ld_);
     }
@@ -263,7 +282,9 @@ template <class A> class Backward {
     const bool careful_;
     SeenPairs seen_;
     Finite finite_;
-    int64_t b_ = 0, h_ = 0, first_ = 0, lanes_ = 0, ld_ = 0;
+    Lanes lanes_;
+    float *dk_ = nullptr, *dv_ = nullptr;
+    int64_t b_ = 0, h_ = 0, ld_ = 0;
     int vectors_ = 0;
 };
 
@@ -298,9 +319,17 @@ template <class A>
 void run_part(const FoveateAttend& call, const Plan& plan, Backward<A>& work, int64_t unit, int64_t part, float* sums) {
     const int64_t units_of_batch = plan.units / call.batch, b = unit / units_of_batch;
     const int64_t first_head = unit % units_of_batch * plan.heads, tiles = num_q_tiles(call);
+    const bool gathers = call.selection.run_starts;
+    Gathered gathered;
+    RunningRows running(gathers ? (tiles + plan.parts - 1) / plan.parts * TILE : 0, call.dim);
     std::fill(sums, sums + plan.sums(), 0.0f);
-    for (int64_t i = part; i < plan.heads * tiles; i += plan.parts)
-        work.tile(b, first_head + i / tiles, i % tiles, sums, sums + plan.key_sums());
+    int64_t first = part;  // of the head's tiles: every so-many-th of all heads', counted through
+    for (int64_t h = first_head; h < first_head + plan.heads; ++h) {
+        const QueryTiles of{b, h, first, plan.parts, tiles};
+        if (gathers) work.tiles(of, gathered, running, sums, sums + plan.key_sums());
+        else of.each([&](int64_t tile) { work.tile(b, h, tile, sums, sums + plan.key_sums()); });
+        first += of.count() * plan.parts - tiles;
+    }
 }
 
 // Sets `finite` to whether the gradients of queries, keys and values are.

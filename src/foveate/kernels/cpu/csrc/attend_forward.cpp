@@ -1,6 +1,7 @@
 // Attention over a selection, forward: per tile of 64 queries an online softmax over chunks of up to 64 keys.
 #include "call.h"
 #include "careful.h"
+#include "gather.h"
 #include "pages.h"
 #include "weights.h"
 
@@ -46,28 +47,67 @@ template <class A> class Forward {
         space_.biases.begin();
     }
 
-    // The queries from slot `first` on, up to `most` of them, all of one tile.
-    void queries(int64_t b, int64_t h, int64_t first, int64_t most) {
-        lanes_ = lanes_of(call_, first, most);
-        if (lanes_ <= 0) return;
-        b_ = b, h_ = h, first_ = first;
-        vectors_ = (int)((lanes_ + LANES - 1) / LANES);
-        ld_ = vectors_ * LANES;
-        pack_queries();
-        softmax_.begin();
-        empty_ = true;
-        for_each_chunk(call_, b, h, first, lanes_, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk); });
-        if (empty_) std::fill(space_.out, space_.out + ld_ * round_up(call_.value_dim, LANES), 0.0f);
-        finish();
+    // A tile of queries, up to `most` of them at a time.
+    void tile(int64_t b, int64_t h, int64_t q_tile, int64_t most, const RunningRows* running = nullptr) {
+        for (int64_t first = q_tile * TILE; first < (q_tile + 1) * TILE; first += most) {
+            lanes_.take_slots(call_, first, most);
+            if (lanes_.count <= 0) continue;
+            begin(b, h, running);
+            for_each_chunk(call_, b, h, first, lanes_.count, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk); });
+            if (empty_) std::fill(space_.out, space_.out + ld_ * round_up(call_.value_dim, LANES), 0.0f);
+            finish();
+        }
+    }
+
+    // Tiles of queries: the runs of keys first, each with all queries that see it, then what the tiles list.
+    void tiles(const QueryTiles& of, int64_t most, Gathered& gathered, RunningRows& running) {
+        gathered.sort(call_, of);
+        running.begin(of);
+        of.each([&](int64_t q_tile) {
+            for (int64_t i = q_tile * TILE; i < std::min((q_tile + 1) * TILE, call_.num_queries); ++i)
+                running.beside(i)[BASE] = -INFINITY;
+        });
+        gathered.each(most, [&](int64_t first, int64_t num_tiles, const int32_t* tokens, int64_t count) {
+            lanes_.gather(tokens, count);
+            begin(of.b, of.h, &running);
+            for_each_chunk_of_run(call_, first, num_tiles, [&](const Chunk& chunk) { join(chunk); });
+            keep(running);
+        });
+        of.each([&](int64_t q_tile) { tile(of.b, of.h, q_tile, most, &running); });
     }
 
     // Whether all that was written is finite.
     bool finite() const { return finite_.all_were(); }
 
   private:
+    static constexpr int BASE = 0, SUM = 1;  // beside a running row
+
+    // Of the lanes; what they have summed so far is in the running rows, or nothing.
+    void begin(int64_t b, int64_t h, const RunningRows* running) {
+        b_ = b, h_ = h;
+        vectors_ = (int)lanes_.vectors();
+        ld_ = vectors_ * LANES;
+        pack_queries();
+        softmax_.begin();
+        empty_ = !running;
+        if (empty_) return;
+        running->load(lanes_, space_.out, ld_, space_.out_rows);
+        for (int64_t i = 0; i < lanes_.count; ++i) {
+            const float* beside = running->beside(lanes_.token[i]);
+            softmax_.base[i] = beside[BASE], softmax_.sum[i] = beside[SUM];
+        }
+    }
+    void keep(const RunningRows& running) {
+        running.keep(lanes_, space_.out, ld_, space_.out_rows);
+        for (int64_t i = 0; i < lanes_.count; ++i) {
+            float* beside = running.beside(lanes_.token[i]);
+            beside[BASE] = softmax_.base[i], beside[SUM] = softmax_.sum[i];
+        }
+    }
+
     void pack_queries() {
         const int64_t dim = round_up(call_.dim, A::GRAIN_D), words = dim / A::PAIR;
-        read_queries<A>(call_, call_.q, b_, h_, first_, lanes_, call_.dim, dim, ld_, space_.rows);
+        read_queries<A>(call_, call_.q, b_, h_, lanes_, call_.dim, dim, ld_, space_.rows);
         transpose_words(space_.queries, ld_, space_.rows, words, ld_, words);
     }
 
@@ -90,13 +130,13 @@ template <class A> class Forward {
         empty_ = false;
         const auto v = values_.natural(b_, group_of(call_, call_.v, h_), chunk, space_.operand);
         SeenPairs seen;
-        seen.look(call_, chunk, first_, lanes_);
+        seen.look(call_, chunk, lanes_);
         seen.add_to_queries(call_.value_dim, v, (const float*)space_.weights, ld_, space_.out);
     }
 
     void weigh(const Chunk& chunk) {
         Scores scores{space_.scores, chunk.count, ld_, vectors_, 0};
-        const float* bias = space_.biases.of(b_, h_, first_, lanes_, ld_, chunk);
+        const float* bias = space_.biases.of(b_, h_, lanes_, ld_, chunk);
         bend(call_, scores, bias, nullptr);
         if (call_.kind == FOVEATE_SOFTMAX) {
             if (chunk.masked) hide(scores, chunk, -INFINITY);
@@ -116,7 +156,7 @@ template <class A> class Forward {
             scale_columns(space_.out, call_.value_dim, ld_, vectors_, softmax_.kept);
         }
         for (int64_t i = 0; i < call_.value_dim * ld_; i += LANES) finite_.look(load(space_.out + i));
-        write_queries(call_, call_.out, b_, h_, first_, lanes_, call_.value_dim, space_.out, ld_, space_.out_rows);
+        write_queries(call_, call_.out, b_, h_, lanes_, call_.value_dim, space_.out, ld_, space_.out_rows);
         if (call_.lse) write_lse(call_.lse + (b_ * call_.q.heads + h_) * call_.num_queries);
     }
 
@@ -125,8 +165,8 @@ template <class A> class Forward {
             const Floats sum = load(softmax_.sum + j);
             store(softmax_.kept + j, sum == 0.0f ? all(-INFINITY) : (sum == sum ? log2_of(sum) : sum));
         }
-        for (int64_t i = 0; i < lanes_; ++i) {
-            const int64_t token = query_at(call_, first_ + i);
+        for (int64_t i = 0; i < lanes_.count; ++i) {
+            const int64_t token = lanes_.token[i];
             if (token < 0) continue;
             const bool none = softmax_.sum[i] == 0;
             lse[token] = none ? -INFINITY : ((double)softmax_.base[i] + softmax_.kept[i]) * LN2_EXACT;
@@ -139,10 +179,35 @@ template <class A> class Forward {
     Softmax& softmax_;
     const bool careful_;
     Finite finite_;
-    int64_t b_ = 0, h_ = 0, first_ = 0, lanes_ = 0, ld_ = 0;
+    Lanes lanes_;
+    int64_t b_ = 0, h_ = 0, ld_ = 0;
     int vectors_ = 0;
     bool empty_ = true;
 };
+
+// The parts that a head's queries are cut into where they are gathered: the fewer, the more of them share a run.
+int64_t parts_of(const FoveateAttend& call) {
+    constexpr int64_t MOST_QUERIES = 1 << 18;  // whose sums are kept at a time
+    const int64_t heads = call.batch * call.q.heads;
+    const int64_t for_threads = call.threads == 1 ? 1 : (4 * call.threads + heads - 1) / heads;
+    return std::clamp<int64_t>(std::max(for_threads, call.num_queries / MOST_QUERIES), 1, num_q_tiles(call));
+}
+
+// Every head, part by part, where queries are gathered.
+template <class A, class MakeWork> bool forward_gathered(const FoveateAttend& call, int64_t lanes, MakeWork make_work) {
+    const int64_t heads = call.q.heads, tiles = num_q_tiles(call), parts = parts_of(call);
+    Queue queue(call.batch * heads * parts);
+    return on_threads(std::min(call.threads, call.batch * heads * parts), [&](int64_t) {
+        make_work([&](Forward<A>& work) {
+            Gathered gathered;
+            RunningRows running((tiles + parts - 1) / parts * TILE, call.value_dim);
+            queue.run([&](int64_t item) {
+                const int64_t head = item / parts;
+                work.tiles({head / heads, head % heads, item % parts, parts, tiles}, lanes, gathered, running);
+            });
+        });
+    });
+}
 
 // Sets `finite` to whether the result is.
 template <class A> int64_t forward(const FoveateAttend& call, bool careful, std::atomic<bool>& finite) {
@@ -154,17 +219,22 @@ template <class A> int64_t forward(const FoveateAttend& call, bool careful, std:
     if (packs && !values.pack(packed.get())) return FOVEATE_NO_MEMORY;
     const int64_t threads = std::min(call.threads, all);
     const int64_t lanes = num_slots(call) > TILE ? A::lanes(std::max(call.dim, call.value_dim)) : TILE;
-    Queue queue(all, std::max<int64_t>(all / (threads * 64 + 1), 1));
-    const bool done = on_threads(threads, [&](int64_t) {
+    const auto with_work = [&](auto run) {
         Forward<A> work(call, keys, values, scratch<Workspace<A>>(call), careful);
         A::begin();
-        queue.run([&](int64_t item) {
-            const int64_t tile = tiles - 1 - item % tiles;  // the longest rows of a causal call first
-            for (int64_t i = tile * TILE; i < (tile + 1) * TILE; i += lanes)
-                work.queries(item / tiles / heads, item / tiles % heads, i, lanes);
-        });
+        run(work);
         A::end();
         if (!work.finite()) finite = false;
+    };
+    if (call.selection.run_starts) return forward_gathered<A>(call, lanes, with_work) ? FOVEATE_OK : FOVEATE_NO_MEMORY;
+    Queue queue(all, std::max<int64_t>(all / (threads * 64 + 1), 1));
+    const bool done = on_threads(threads, [&](int64_t) {
+        with_work([&](Forward<A>& work) {
+            queue.run([&](int64_t item) {
+                const int64_t tile = tiles - 1 - item % tiles;  // the longest rows of a causal call first
+                work.tile(item / tiles / heads, item / tiles % heads, tile, lanes);
+            });
+        });
     });
     return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;
 }

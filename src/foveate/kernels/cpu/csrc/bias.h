@@ -96,12 +96,13 @@ class BiasTiles {
     }
 
     // (keys of the chunk, ld), or null without biases.
-    const float* of(int64_t b, int64_t h, int64_t first, int64_t lanes, int64_t ld, const Chunk& chunk) {
+    const float* of(int64_t b, int64_t h, const Lanes& lanes, int64_t ld, const Chunk& chunk) {
         if (!kept_) return nullptr;
         Tile& tile = tiles_[h % kept_];
-        const bool same = tile.h == h && tile.first == first && tile.key == chunk.first && tile.count == chunk.count;
-        if (shared_ && same && !chunk.columns) return tile.sum;
-        const Place place(*call_, b, h, first, lanes, chunk);
+        const bool same = tile.h == h && tile.first == lanes.first && tile.key == chunk.first && tile.count == chunk.count;
+        const bool keeps = lanes.first != Lanes::GATHERED && !chunk.columns;
+        if (shared_ && same && keeps) return tile.sum;
+        const Place place(*call_, b, h, lanes, chunk);
         std::fill(tile.sum, tile.sum + round_up(chunk.count, LANES) * ld, 0.0f);
         for (int64_t i = 0; i < call_->num_biases; ++i) {
             const FoveateBias& bias = call_->biases[i];
@@ -109,7 +110,7 @@ class BiasTiles {
             if (bias.kind == FOVEATE_RELATIVE) add_relative(bias, place, tile.sum, ld);
             if (bias.kind == FOVEATE_ALIBI) add_alibi(bias, place, tile.sum, ld);
         }
-        tile.h = chunk.columns ? -1 : h, tile.first = first, tile.key = chunk.first, tile.count = chunk.count;
+        tile.h = keeps ? h : -1, tile.first = lanes.first, tile.key = chunk.first, tile.count = chunk.count;
         return tile.sum;
     }
 

@@ -76,7 +76,7 @@ class ShortSums {
     static constexpr int64_t AT_MOST = 64, HEADS = 64;  // batch entries that float32 adds up; heads worth the memory
 
     static bool suit(const FoveateAttend& call, const FoveateBias& bias) {
-        const bool natural = !call.selection.q_slots && !call.selection.k_slots;
+        const bool natural = !call.selection.q_slots && !call.selection.k_slots && !call.selection.run_starts;
         return natural && bias.kind == FOVEATE_RELATIVE && call.q.heads <= HEADS && call.batch > 1 &&
                std::max(call.num_queries, call.num_keys) <= TILE;
     }
@@ -106,7 +106,9 @@ class ShortSums {
         all.first = 0;
         all.count = call_.num_keys;
         all.columns = nullptr;
-        add_relative_pairs(bias_, sums_, Place(call_, 0, h, 0, call_.num_queries, all), tile, TILE);
+        Lanes lanes;
+        lanes.take_slots(call_, 0, TILE);
+        add_relative_pairs(bias_, sums_, Place(call_, 0, h, lanes, all), tile, TILE);
         std::fill_n(tile, TILE * TILE, 0.0f);
         counts_.get()[h] = 0;
     }

@@ -21,6 +21,7 @@ inline bool is_refused(const FoveateAttend& call) {
     if (some && call.num_keys && (!call.k.data || (call.value_dim && !call.v.data))) return true;
     if (call.num_biases && !call.biases) return true;
     const FoveateSelection& seen = call.selection;
+    if (seen.run_starts && (!seen.tile_starts || seen.q_slots || seen.k_slots)) return true;
     if (!seen.tile_starts) return false;
     if (seen.batches < 1 || seen.heads < 1 || none(seen.num_q_tiles) || none(seen.num_k_slots)) return true;
     return (some && call.q.heads % seen.heads) || (seen.batches > 1 && seen.batches != call.batch);
@@ -36,7 +37,10 @@ inline double pairs_of(const FoveateAttend& call) {
     }
     const int64_t rows = seen.batches * seen.heads * seen.num_q_tiles;
     const double tiles = seen.tile_starts[rows], columns = seen.column_starts ? seen.column_starts[rows] : 0;
-    return heads / (double)(seen.batches * seen.heads) * (tiles * TILE + columns) * TILE;
+    double gathered = 0;
+    for (int64_t i = 0; seen.run_starts && i < seen.run_starts[rows]; ++i)
+        gathered += (double)__builtin_popcountll(seen.run_queries[i]) * seen.runs[2 * i + 1] * TILE;
+    return heads / (double)(seen.batches * seen.heads) * ((tiles * TILE + columns) * TILE + gathered);
 }
 
 // The call, on no more threads than are of use for so many multiply-adds a pair.

@@ -4,7 +4,6 @@
 #pragma once
 #include <atomic>
 
-#include "chunks.h"
 #include "operands.h"
 
 namespace foveate {
@@ -36,10 +35,10 @@ struct SeenPairs {
     uint64_t of[TILE];
     int64_t keys, vectors;
 
-    void look(const FoveateAttend& call, const Chunk& chunk, int64_t first, int64_t lanes) {
+    void look(const FoveateAttend& call, const Chunk& chunk, const Lanes& lanes) {
         uint64_t existing = 0;
-        for (int64_t i = 0; i < lanes; ++i) existing |= (uint64_t)(query_at(call, first + i) >= 0) << i;
-        keys = chunk.count, vectors = (lanes + LANES - 1) / LANES;
+        for (int64_t i = 0; i < lanes.count; ++i) existing |= (uint64_t)(lanes.token[i] >= 0) << i;
+        keys = chunk.count, vectors = lanes.vectors();
         for (int64_t k = 0; k < keys; ++k)
             of[k] = key_at(call, chunk.slot(k)) < 0 ? 0 : existing & (chunk.masked ? chunk.seen[k] : ~0ull);
     }

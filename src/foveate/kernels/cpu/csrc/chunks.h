@@ -78,12 +78,17 @@ static void for_each_chunk_of_band(const FoveateAttend& call, int64_t first_quer
     }
 }
 
+// The row of the lists that a tile of queries has.
+FOVEATE_INLINE int64_t list_of(const FoveateAttend& call, int64_t b, int64_t h, int64_t q_tile) {
+    const FoveateSelection& lists = call.selection;
+    const int64_t head = h / (call.q.heads / lists.heads), batch = lists.batches > 1 ? b : 0;
+    return (batch * lists.heads + head) * lists.num_q_tiles + q_tile;
+}
+
 template <class Visit>
 static void for_each_chunk_of_lists(const FoveateAttend& call, int64_t b, int64_t h, int64_t first, Visit visit) {
     const FoveateSelection& lists = call.selection;
-    const int64_t head = h / (call.q.heads / lists.heads), batch = lists.batches > 1 ? b : 0;
-    const int64_t row = (batch * lists.heads + head) * lists.num_q_tiles + first / TILE;
-    const int64_t shift = first % TILE;
+    const int64_t row = list_of(call, b, h, first / TILE), shift = first % TILE;
     Chunk chunk;
     chunk.columns = nullptr;
     for (int64_t t = lists.tile_starts[row]; t < lists.tile_starts[row + 1]; ++t) {

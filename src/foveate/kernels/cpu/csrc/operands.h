@@ -1,7 +1,7 @@
 // A call's queries, keys and values in the form that a product wants them.
 #pragma once
-#include "chunks.h"
 #include "gemm.h"
+#include "lanes.h"
 #include "threads.h"
 
 namespace foveate {
@@ -124,31 +124,24 @@ template <class A> class Operand {
     const Element* packed_ = nullptr;
 };
 
-// Rows of the queries from slot `first` on, (rows, padded): zeros beyond `lanes`, and where a slot is empty.
+// Rows of queries, (rows, padded): zeros beyond the lanes, and where there is no query.
 template <class A>
-static void read_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t first,
-                         int64_t lanes, int64_t dim, int64_t padded, int64_t rows, typename A::Element* to) {
+static void read_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, const Lanes& lanes,
+                         int64_t dim, int64_t padded, int64_t rows, typename A::Element* to) {
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t token = i < lanes ? query_at(call, first + i) : -1;
+        const int64_t token = i < lanes.count ? lanes.token[i] : -1;
         const void* from = at(x, call.dtype, b, h, std::max<int64_t>(token, 0));
         read_row(to + i * padded, from, call.dtype, x.stride[3], token < 0 ? 0 : dim, padded);
     }
 }
 
-// Queries among the `most` from slot `first` on, counted up to the last that exists.
-FOVEATE_INLINE int64_t lanes_of(const FoveateAttend& call, int64_t first, int64_t most) {
-    if (!call.selection.q_slots) return std::min<int64_t>(call.num_queries - first, most);
-    while (most > 0 && query_at(call, first + most - 1) < 0) --most;
-    return most;
-}
-
 // Writes x^T (dim, lanes) times a factor per lane as rows of a tensor, in its dtype.
-inline void write_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, int64_t first,
-                          int64_t lanes, int64_t dim, float* transposed, int64_t ld, float* rows) {
+inline void write_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, const Lanes& lanes,
+                          int64_t dim, float* transposed, int64_t ld, float* rows) {
     const int64_t padded = round_up(dim, LANES);
-    transpose_words(rows, padded, transposed, ld, dim, lanes);
-    for (int64_t i = 0; i < lanes; ++i) {
-        const int64_t token = query_at(call, first + i);
+    transpose_words(rows, padded, transposed, ld, dim, lanes.count);
+    for (int64_t i = 0; i < lanes.count; ++i) {
+        const int64_t token = lanes.token[i];
         if (token < 0) continue;
         write_row((void*)at(x, call.dtype, b, h, token), call.dtype, x.stride[3], rows + i * padded, dim);
     }

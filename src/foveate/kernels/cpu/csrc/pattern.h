@@ -32,8 +32,8 @@ class Pattern {
     virtual Bound bounds(const Box& box) const = 0;
     // What the 64 queries from q_low on see of the 64 keys from k_low on; rows and bits beyond the box mean nothing.
     virtual void fill(const Box& tile, Square& square) const = 0;
-    // Whether it is known that every query sees all keys of the tile or none; then bit i is query q_low + i, and
-    // bits beyond the box mean nothing.
+    // Whether it is known that each of up to 64 queries sees all keys of the box or none; then bit i is query
+    // q_low + i, and bits beyond the box mean nothing.
     virtual bool by_query(const Box&, uint64_t&) const { return false; }
 };
 

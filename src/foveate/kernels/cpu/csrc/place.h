@@ -1,6 +1,6 @@
 // Which tokens the pairs of a chunk belong to.
 #pragma once
-#include "chunks.h"
+#include "lanes.h"
 
 namespace foveate {
 
@@ -9,9 +9,9 @@ struct Place {
     int64_t b, h, lanes, count;
     int64_t query[TILE], key[TILE];
 
-    Place(const FoveateAttend& call, int64_t b, int64_t h, int64_t first, int64_t lanes, const Chunk& chunk)
-        : b(b), h(h), lanes(lanes), count(chunk.count) {
-        for (int64_t i = 0; i < lanes; ++i) query[i] = query_at(call, first + i);
+    Place(const FoveateAttend& call, int64_t b, int64_t h, const Lanes& queries, const Chunk& chunk)
+        : b(b), h(h), lanes(queries.count), count(chunk.count) {
+        std::copy(queries.token, queries.token + lanes, query);
         for (int64_t i = 0; i < count; ++i) key[i] = key_at(call, chunk.slot(i));
     }
     bool exists(int64_t key_index, int64_t lane) const { return key[key_index] >= 0 && query[lane] >= 0; }

@@ -16,19 +16,23 @@ constexpr int64_t GRAIN = 4;  // neighbouring rows that one thread takes
 
 // Where a selection's lists go.
 struct Lists {
-    int64_t *tile_starts, *column_starts;
-    int32_t *tiles, *numbers, *columns;
-    uint64_t* column_queries;
+    int64_t *tile_starts, *column_starts, *run_starts;
+    int32_t *tiles, *numbers, *columns, *runs;
+    uint64_t *column_queries, *run_queries;
 };
 
 class Selecting {
   public:
     Selecting(std::unique_ptr<Pattern> pattern, const Extent& extent, int64_t threads)
         : pattern_(std::move(pattern)), extent_(extent), candidates_(extent.rows()), tiles_(extent.rows()),
-          columns_(extent.rows()), shares_(threads, Share(*pattern_, extent_)) {}
+          columns_(extent.rows()), runs_(extent.rows()), shares_(threads, Share(*pattern_, extent_)) {}
 
     bool descend() {
-        return for_each_row([&](Share& share, int64_t row) { candidates_[row] = share.descend(row); });
+        return for_each_row([&](Share& share, int64_t row) {
+            const size_t runs = share.runs.size();
+            candidates_[row] = share.descend(row);
+            runs_[row] = (int32_t)(share.runs.size() - runs);
+        });
     }
     int64_t undecided() const {
         int64_t sum = 0;
@@ -55,12 +59,14 @@ class Selecting {
     int64_t num_masks() const { return shares_[0].index->size(); }
     int64_t num_tiles() const { return std::accumulate(tiles_.begin(), tiles_.end(), (int64_t)0); }
     int64_t num_columns() const { return std::accumulate(columns_.begin(), columns_.end(), (int64_t)0); }
+    int64_t num_runs() const { return std::accumulate(runs_.begin(), runs_.end(), (int64_t)0); }
 
     void write(const Lists& to) {
-        to.tile_starts[0] = to.column_starts[0] = 0;
+        to.tile_starts[0] = to.column_starts[0] = to.run_starts[0] = 0;
         for (int64_t row = 0; row < extent_.rows(); ++row) {
             to.tile_starts[row + 1] = to.tile_starts[row] + tiles_[row];
             to.column_starts[row + 1] = to.column_starts[row] + columns_[row];
+            to.run_starts[row + 1] = to.run_starts[row] + runs_[row];
         }
         for_each_row([&](Share& share, int64_t row) {
             for (int64_t i = to.tile_starts[row]; i < to.tile_starts[row + 1]; ++i, ++share.next_tile) {
@@ -70,6 +76,12 @@ class Selecting {
             for (int64_t i = to.column_starts[row]; i < to.column_starts[row + 1]; ++i, ++share.next_column) {
                 to.columns[i] = share.columns[share.next_column];
                 to.column_queries[i] = share.column_queries[share.next_column];
+            }
+            for (int64_t i = to.run_starts[row]; i < to.run_starts[row + 1]; ++i, ++share.next_run) {
+                const Run& run = share.runs[share.next_run];
+                to.runs[2 * i] = run.first;
+                to.runs[2 * i + 1] = run.tiles;
+                to.run_queries[i] = run.queries;
             }
         });
     }
@@ -110,7 +122,7 @@ class Selecting {
 
     const std::unique_ptr<Pattern> pattern_;
     const Extent extent_;
-    std::vector<int32_t> candidates_, tiles_, columns_;  // how many of each a row has
+    std::vector<int32_t> candidates_, tiles_, columns_, runs_;  // how many of each a row has
     std::vector<Share> shares_;
     std::vector<int32_t> place_;  // in the table, of the mask once found in a slot; empty where it has not moved
 };
@@ -120,11 +132,12 @@ class Selecting {
 
 using namespace foveate::selection;
 
-// What a pattern may show, to be evaluated; null where memory ran out. Sizes: batches, heads, queries, keys.
+// What a pattern may show, to be evaluated; null where memory ran out. Sizes: batches, heads, queries, keys;
+// and the keys of a visit.
 FOVEATE_API void* foveate_select_open(const int64_t* program, const int64_t* sizes, int64_t threads,
                                       int64_t* undecided) {
     try {
-        const Extent extent{sizes[0], sizes[1], sizes[2], sizes[3]};
+        const Extent extent{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
         auto selecting = std::make_unique<Selecting>(Program(program).pattern(), extent, threads);
         if (!selecting->descend()) return nullptr;
         *undecided = selecting->undecided();
@@ -134,19 +147,25 @@ FOVEATE_API void* foveate_select_open(const int64_t* program, const int64_t* siz
     }
 }
 
-// Fills a table of at least as many masks as there are undecided tiles. Totals: masks, tiles, columns.
+// Fills a table of at least as many masks as there are undecided tiles. Totals: masks, tiles, columns, runs.
 FOVEATE_API int64_t foveate_select_evaluate(void* handle, uint64_t* masks, int64_t* totals) {
     Selecting& selecting = *(Selecting*)handle;
     if (!selecting.evaluate((Square*)masks)) return FOVEATE_NO_MEMORY;
     totals[0] = selecting.num_masks();
     totals[1] = selecting.num_tiles();
     totals[2] = selecting.num_columns();
+    totals[3] = selecting.num_runs();
     return FOVEATE_OK;
 }
 
-FOVEATE_API void foveate_select_write(void* handle, int64_t* tile_starts, int32_t* tiles, int32_t* numbers,
-                                      int64_t* column_starts, int32_t* columns, uint64_t* column_queries) {
-    ((Selecting*)handle)->write({tile_starts, column_starts, tiles, numbers, columns, column_queries});
+// Into lists of their sizes: starts of tiles, columns and runs; tiles, numbers of their masks, columns, runs; the
+// queries of columns and of runs.
+FOVEATE_API void foveate_select_write(void* handle, void* const* lists) {
+    int64_t* const* starts = (int64_t* const*)lists;
+    int32_t* const* ids = (int32_t* const*)lists + 3;
+    uint64_t* const* queries = (uint64_t* const*)lists + 7;
+    ((Selecting*)handle)
+        ->write({starts[0], starts[1], starts[2], ids[0], ids[1], ids[2], ids[3], queries[0], queries[1]});
 }
 
 FOVEATE_API void foveate_select_close(void* handle) { delete (Selecting*)handle; }

@@ -13,6 +13,7 @@ constexpr int64_t SPARSE = 4;      // a tile that uses at most 1 / SPARSE of its
 
 struct Extent {
     int64_t batches, heads, num_queries, num_keys;
+    int64_t keys_of_visit;  // that take a query as long as to be gathered, and put back; 0: none are gathered
 
     int64_t q_tiles() const { return (num_queries + TILE - 1) / TILE; }
     int64_t k_tiles() const { return (num_keys + TILE - 1) / TILE; }
@@ -30,15 +31,22 @@ struct Extent {
     }
 };
 
+// Key tiles that these queries of a row see whole, and its others not at all.
+struct Run {
+    int32_t first, tiles;
+    uint64_t queries;
+};
+
 class Share {
   public:
     Share(const Pattern& pattern, const Extent& extent) : pattern_(pattern), extent_(extent) {
         while (widest_ < extent.k_tiles()) widest_ *= FAN;
     }
 
-    // Lists the tiles of a row that bounds do not show to be empty; returns how many.
+    // Lists the runs of a row, and its other tiles that bounds do not show to be empty; returns how many of these.
     int32_t descend(int64_t row) {
         const size_t before = candidates_.size();
+        first_run_ = runs.size();
         descend(extent_.queries(row), 0, widest_);
         return (int32_t)(candidates_.size() - before);
     }
@@ -71,13 +79,14 @@ class Share {
     std::vector<int32_t> tiles, numbers;  // in each row those with masks (numbers are slots), then full ones
     std::vector<int32_t> columns;
     std::vector<uint64_t> column_queries;
-    int64_t next_tile = 0, next_column = 0;  // to be written
+    std::vector<Run> runs;
+    int64_t next_tile = 0, next_column = 0, next_run = 0;  // to be written
 
   private:
     void descend(const Box& queries, int64_t first, int64_t width) {
         if (first >= extent_.k_tiles()) return;
         const Bound known = pattern_.bounds(extent_.with_keys(queries, first, width));
-        if (known == Bound::NONE) return;
+        if (known == Bound::NONE || (known == Bound::SOME && extent_.keys_of_visit && gather(queries, first, width))) return;
         if (known == Bound::SOME && width > 1) {
             for (int64_t child = first; child < first + width; child += width / FAN)
                 descend(queries, child, width / FAN);
@@ -88,6 +97,29 @@ class Share {
             candidates_.push_back((int32_t)(2 * tile + full));
             undecided_ += !full;
         }
+    }
+
+    // Whether each query sees all of these keys or none, and so few do that they are better gathered.
+    bool gather(const Box& queries, int64_t first, int64_t width) {
+        const Box box = extent_.with_keys(queries, first, width);
+        uint64_t seen;
+        if (!pattern_.by_query(box, seen)) return false;
+        seen &= low_bits(box.num_queries());
+        const int64_t keys = box.num_keys(), num_seen = __builtin_popcountll(seen);
+        if (num_seen * (keys + extent_.keys_of_visit) > box.num_queries() * keys) return false;
+        if (seen && !extend(queries, first, width, seen))
+            runs.push_back({(int32_t)first, (int32_t)std::min(width, extent_.k_tiles() - first), seen});
+        return true;
+    }
+    // Whether the row's last run goes on: not if its queries are the same by chance alone.
+    bool extend(const Box& queries, int64_t first, int64_t width, uint64_t seen) {
+        if (runs.size() == first_run_) return false;
+        Run& last = runs.back();
+        if (last.first + last.tiles != first || last.queries != seen) return false;
+        uint64_t both;
+        if (!pattern_.by_query(extent_.with_keys(queries, last.first, last.tiles + width), both)) return false;
+        last.tiles += (int32_t)std::min(width, extent_.k_tiles() - first);
+        return true;
     }
 
     void evaluate(const Box& box, int32_t tile) {
@@ -144,6 +176,7 @@ class Share {
     const Pattern& pattern_;
     const Extent& extent_;
     int64_t widest_ = 1, undecided_ = 0;
+    size_t first_run_ = 0;  // of the row
     std::vector<int32_t> candidates_, full_;  // candidates: twice the key tile, and one more if surely full
     const int32_t* next_ = nullptr;
     Square* table_ = nullptr;

@@ -66,7 +66,7 @@ class BlockTable : public Pattern {
     bool by_query(const Box& tile, uint64_t& queries) const override {
         const int64_t first = block(tile.k_low);
         for_queries(tile, [&](auto seen) { queries = seen(first); });
-        return first == block(tile.k_low + TILE - 1);
+        return first == block(tile.k_high);
     }
 
   private:
