@@ -14,7 +14,7 @@ from torch import Tensor
 
 TRIES = 64  # of moved inputs, before a disagreement is believed
 ULPS = 4.0  # of the sizes that were summed
-FLUSHED = 512  # summed terms below the least normal number, which kernels may take for 0
+FLUSHED = 2.0**18  # summed terms below the least normal number, which kernels may take for 0
 DOUBLE_ULPS = 2.0**14  # the same in float64, where nothing is wider: what logits and sums of rows lose stays lost
 
 Definition = Callable[..., Sequence[Tensor]]  # tensors in, tensors out, computed in the dtype of the tensors
