@@ -14,6 +14,7 @@ from foveate.kernels.cpu.processor import lacks
 from foveate.kernels.cpu.variants import SOURCES, VARIANTS
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 APART = {f"test_{name}.py" for name in ("build", "neon", "sanitized")}
 KERNEL_TESTS = [path for path in sorted(HERE.glob("test_*.py")) if path.name not in APART]
 RUNNABLE = [variant.name for variant in VARIANTS if lacks(variant) is None]
@@ -53,8 +54,8 @@ def runtimes() -> str | None:
 
 def sanitized(*command: str, isa: str) -> subprocess.CompletedProcess[str]:
     switches = {"FOVEATE_SANITIZE": "1", "FOVEATE_ISA": isa, "ASAN_OPTIONS": "detect_leaks=0"}
-    environment = os.environ | switches | {"LD_PRELOAD": str(runtimes()), "PYTHONPATH": str(HERE.parent / "src")}
-    return subprocess.run([sys.executable, *command], env=environment, cwd=HERE.parent, capture_output=True, text=True)
+    environment = os.environ | switches | {"LD_PRELOAD": str(runtimes()), "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 pytestmark = [
@@ -68,7 +69,7 @@ pytestmark = [
 def test_the_kernels_touch_nothing_they_should_not(isa: str) -> None:
     # Compiled before the sanitizers are in the process: the compiler would carry them too.
     build = [sys.executable, "-m", "foveate.kernels.cpu.build", "--isa", isa, "--sanitize"]
-    built = subprocess.run(build, cwd=HERE.parent / "src", capture_output=True, text=True)
+    built = subprocess.run(build, cwd=ROOT / "src", capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     run = sanitized("-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, KERNEL_TESTS), isa=isa)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-8000:]
