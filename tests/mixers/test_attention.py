@@ -22,7 +22,7 @@ from foveate.mixers.dynamic_sparse.moba import moba_core
 from foveate.mixers.exact_io.chunked import ChunkedCore
 from foveate.mixers.normalizer_sink.window import layer_windows, mswa_core, streaming_core
 from foveate.mixers.static_sparse.delta_attention import DeltaCore
-from foveate.mixers.static_sparse.power_attention import power_core
+from foveate.mixers.static_sparse.power_attention import PowerAttention
 from foveate.patterns import Pattern, Scene, Sequence, documents, full, sinks
 from foveate.patterns.part import Parts
 from foveate.patterns.rules.dynamic import topk_blocks
@@ -271,7 +271,13 @@ def test_power_attention_is_its_mask_whole_and_step_by_step(near: int, block: in
     for power in range(6):
         seen |= query // block - key // block == 2**power
     seen &= query >= key
-    agree(power_core(window=near, block=block, sinks=first)(q, k, v, within=causal), plain(q, k, v, seen), q, k, v)
+    agree(
+        PowerAttention.as_core(window=near, block=block, sinks=first)(q, k, v, within=causal),
+        plain(q, k, v, seen),
+        q,
+        k,
+        v,
+    )
     model = mixer("power_attention", 32, heads=4, kv_heads=2, window=near, block=block, sinks=first).double()
     x = heads(2, 41, 32)
     q, k, v = (
@@ -286,7 +292,7 @@ def test_power_attention_is_its_mask_whole_and_step_by_step(near: int, block: in
 def test_power_attention_reaches_the_last_two_to_the_d_blocks_in_d_layers() -> None:
     """Token by token: each carries what it is through layers whose weights are nowhere 0 by chance."""
     block, blocks = 3, 32
-    core, number = power_core(window=block, block=block, sinks=0), torch.arange(block * blocks)
+    core, number = PowerAttention.as_core(window=block, block=block, sinks=0), torch.arange(block * blocks)
     carried = torch.eye(block * blocks, dtype=torch.float64).expand(1, 1, -1, -1)
     apart = number.unsqueeze(1) // block - number // block
     for depth in range(1, 6):

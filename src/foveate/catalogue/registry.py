@@ -88,7 +88,7 @@ def register(
         family: one of the catalogue's.
         formula: what it computes, in a line.
         supports: what it claims, and `check_mixer` then tries.
-        core: builds the training-free form, if it has one.
+        core: builds the training-free form, if it has one; by default the class's ``as_core``.
         notes: anything else a user should know.
 
     Raises ValueError for an unknown paper, family or feature, and for a name that another class has.
@@ -101,7 +101,8 @@ def register(
 
     def add(mixer: type[Mixer]) -> type[Mixer]:
         _refuse_taken(name, mixer)
-        row = Row(name, found, family, formula, frozenset(supports), mixer, core, notes, reference)
+        made = core or getattr(mixer, "as_core", None)
+        row = Row(name, found, family, formula, frozenset(supports), mixer, made, notes, reference)
         mixer.row = row
         _ROWS[name] = row
         return mixer
