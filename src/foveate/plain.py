@@ -18,6 +18,8 @@ from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
+from foveate.counting import num_observers
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -58,7 +60,7 @@ def _watched() -> bool:
     return (
         forward_ad._current_level >= 0
         or _are_functorch_transforms_active()
-        or _len_torch_dispatch_stack() > 0
+        or _len_torch_dispatch_stack() > num_observers()
         or _get_tracing_state() is not None
     )
 

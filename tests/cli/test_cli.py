@@ -113,7 +113,7 @@ except SystemExit:
 def test_show_a_mechanism(name: str) -> None:
     result = foveate_command("show", name)
     assert result.exit_code == 0, result.output
-    assert "65,536" in result.stdout
+    assert "16,384" in result.stdout
 
 
 def test_show_draws_a_pattern(tmp_path: Path) -> None:

@@ -108,7 +108,9 @@ def test_attention_to_sampled_points_is_the_papers() -> None:
     x = torch.randn(1, 35, DIM, dtype=torch.float64)
     to_q, to_k, to_v = torch.randn(3, DIM, DIM, dtype=torch.float64)
     features, positions = sampling(x, x @ to_q, GRID)
-    q, k, v = (each.unflatten(-1, (heads, width)).transpose(1, 2) for each in (x @ to_q, features @ to_k, features @ to_v))
+    q, k, v = (
+        each.unflatten(-1, (heads, width)).transpose(1, 2) for each in (x @ to_q, features @ to_k, features @ to_v)
+    )
     out = attend(q, k, v, bias=bias(positions))
     points = points_of(sampling, (x @ to_q)[0], (5, 7))
     image = x[0].view(5, 7, DIM)

@@ -7,14 +7,14 @@ import math
 
 import pytest
 import torch
-from tests.support.counted_work import Made, largest
+from tests.support.counted_work import largest
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from foveate import Packed, alibi, attend, causal, key_padding, relative_table, sigmoid, softmax, window
 from foveate.catalogue.registry import mixer
+from foveate.counting import count_operations
 from foveate.layers.rotary import rotate
-from foveate.mixers.attention import pairs_of_width
 from foveate.mixers.base import split_heads
 from foveate.mixers.dynamic_sparse.minference import PATTERNS, minference_core
 from foveate.mixers.dynamic_sparse.minference_search import patterns_under, search_heads
@@ -214,7 +214,7 @@ def test_streaming_decodes_at_constant_memory() -> None:
     model = mixer("streaming_llm", 32, heads=4, sinks=2, window=6)
     state, kept, made = model.start(1), [], []
     for _ in range(60):
-        with torch.no_grad(), Made() as counted:
+        with torch.no_grad(), count_operations(inside=True) as counted:
             state = model.step(torch.randn(1, 1, 32), state).state
         leaves = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
         kept.append(
@@ -396,10 +396,3 @@ def test_delta_correction_keeps_packed_sequences_apart() -> None:
     q, k, v = torch.randn(3, 1, 2, 23, 8, dtype=torch.float64)
     parts = [core(*each, within=causal) for each in zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)]
     torch.testing.assert_close(core(q, k, v, within=causal, layout=Packed(lengths)), torch.cat(parts, 2))
-
-
-def test_pairs_of_width_counts_a_window() -> None:
-    for n, width in itertools.product((1, 5, 12), (1, 3, 20)):
-        seen = [min(width, i + 1) for i in range(n)]
-        assert pairs_of_width(width, n) == sum(seen)
-        assert pairs_of_width(width, n, causal=False) == n * min(width, n)

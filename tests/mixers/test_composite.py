@@ -158,7 +158,7 @@ def test_nsa_refuses_blocks_that_do_not_fit(wrong: dict[str, int]) -> None:
 
 
 def test_the_selector_counts_how_much_blocks_overlap() -> None:
-    overlap = BlockSelector(BLOCK, STRIDE, SIZE, COUNT, 1, 2).overlap(6, 3)
+    overlap = BlockSelector(BLOCK, STRIDE, SIZE, COUNT, 1, 2).importance(torch.eye(6), 3)  # of one block alone
     for c, s in itertools.product(range(6), range(3)):
         shared = set(range(c * STRIDE, c * STRIDE + BLOCK)) & set(range(s * SIZE, s * SIZE + SIZE))
         assert overlap[c, s] == len(shared) // STRIDE

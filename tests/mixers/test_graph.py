@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from foveate import Grid
 from foveate.layouts.graph import Graph, edge_attention, edges_of
 from foveate.mixers.base import join_heads, split_heads
+from foveate.mixers.costs import count_forward
 from foveate.mixers.linear.polynormer import Polynormer
 
 DIM, HEADS, NODES = 24, 3, 19
@@ -121,9 +122,13 @@ def test_it_runs_on_many_nodes_and_edges() -> None:
 
 def test_cost_is_linear_in_nodes_and_edges() -> None:
     mixer = Polynormer(64)
-    assert mixer.flops_on(2000, 10_000) == 2 * mixer.flops_on(1000, 5000)
-    assert mixer.flops_on(1000, 10_000) - mixer.flops_on(1000, 5000) == mixer.flops_on(0, 5000)
-    assert mixer.flops(1000) == mixer.flops_on(1000, 4000)
+
+    def counted(nodes: int, edges: int) -> int:
+        found = count_forward(mixer, nodes, Graph(torch.randint(nodes, (2, edges)), nodes))
+        return found.flops + found.elements
+
+    assert counted(2000, 10_000) == pytest.approx(2 * counted(1000, 5000), rel=0.01)
+    assert counted(1000, 15_000) - counted(1000, 10_000) == counted(1000, 10_000) - counted(1000, 5000) > 0
 
 
 def test_what_is_no_graph_is_refused() -> None:

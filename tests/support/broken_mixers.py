@@ -200,14 +200,14 @@ class TakesAnything(Sound):
 
 @broken("costs")
 class HidesItsWork(Sound):
-    def flops(self, n: int) -> int:
+    def flops(self, n: int, layout: Layout | None = None) -> int:
         return n
 
 
 @broken("costs")
-class WorksLessOnMore(Sound):
-    def flops(self, n: int) -> int:
-        return 10**12 // n
+class TellsOfHalfItsWork(Sound):
+    def flops(self, n: int, layout: Layout | None = None) -> int:
+        return super().flops(n, layout) // 2
 
 
 @broken("costs")

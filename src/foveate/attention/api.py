@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foveate.attention.biases import BiasLike
 from foveate.attention.call import Call, prepare
+from foveate.attention.cost import attend_cost, empty_heads, empty_partial
 from foveate.attention.impl import native, tiles
 from foveate.attention.impl.flex import FLEX
 from foveate.attention.impl.reference import REFERENCE
@@ -17,12 +18,14 @@ from foveate.attention.impl.selected import selected
 from foveate.attention.impl.short import attend_plain
 from foveate.attention.partial import Partial, lse_dtype, with_sink
 from foveate.attention.weights import Weights
+from foveate.counting import counted
 from foveate.dispatch import Facts, Operator
 from foveate.layouts.kinds import Layout
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.rules.sequence import full
 
 
+@counted("attend", attend_cost, empty_heads)
 def attend(
     q: Tensor,
     k: Tensor,
@@ -87,6 +90,7 @@ def attend(
     return _run(call, sink, impl).out
 
 
+@counted("attend", attend_cost, empty_partial)
 def attend_partial(
     q: Tensor,
     k: Tensor,

@@ -47,7 +47,7 @@ SHOW_HELP = """Show one mechanism, or draw a pattern.
   foveate show "blocks(8) & causal" --picture blocks.svg
 """
 DIM, HEADS = 512, 8
-LENGTHS = (1024, 8192, 65536)
+LENGTHS = (1024, 4096, 16384)
 DRAWN_TOKENS = 32
 
 

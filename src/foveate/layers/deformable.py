@@ -1,4 +1,4 @@
-"""Learned sampling positions: features read off a grid, bilinearly, where a small network points (deformable attention).
+"""Deformable attention's sampling: features read off a grid, bilinearly, where a small network points.
 
 Positions are (row, column) in tokens: (0, 0) is the centre of the first token, (h - 1, w - 1) that of the last, and
 what lies beyond the grid is zero.

@@ -12,7 +12,7 @@ from foveate.attention.bias import Dense
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
 from foveate.mixers.core import Core, PatternCore, joined
-from foveate.patterns import Layout, Pattern, causal, full, key_padding, window
+from foveate.patterns import Layout, Pattern, causal, key_padding, window
 from foveate.patterns.algebra import Boxes, Interval
 
 FARTHEST = 2**40  # a position beyond any sequence
@@ -134,14 +134,6 @@ class AttentionMixer(Mixer):
 
     # ---- costs ----------------------------------------------------------------------------------------------
 
-    def pairs(self, n: int) -> int:
-        """Pairs (query, key) attended over all heads, for one sequence; dynamic mechanisms say their budget."""
-        return visible_pairs(joined(self.core.pattern, causal if self.causal else full), n, self.heads)
-
-    def flops(self, n: int) -> int:
-        projections = sum(layer.weight.numel() for layer in (self.to_q, self.to_k, self.to_v, self.to_out))
-        return 2 * n * projections + 4 * self.pairs(n) * self.head_dim
-
     def state_bytes(self, n: int) -> int:
         kept = n
         if self.static_pattern is not None:
@@ -163,14 +155,6 @@ def seen_later(pattern: Pattern, positions: Tensor, now: int) -> Tensor:
     return keep
 
 
-def visible_pairs(pattern: Pattern, n: int, heads: int) -> int:
-    """Pairs a static pattern shows for n tokens, over all heads."""
-    if pattern.is_dynamic:
-        raise NotImplementedError(f"how many pairs {pattern} shows depends on the input")
-    token = torch.empty(1).expand(1, 1, n, 1)
-    return pattern.select(token, token).pairs * heads // pattern.heads
-
-
 def recent(size: int) -> Pattern:
     """The last ``size`` keys up to the query, itself included.
 
@@ -182,13 +166,3 @@ def recent(size: int) -> Pattern:
     if size < 1:
         raise ValueError(f"a window holds at least the query's own key; got {size}")
     return window(size - 1, 0)
-
-
-def pairs_of_width(width: int, n: int, *, causal: bool = True) -> int:
-    """Pairs where each of n queries sees ``width`` keys, or as many as there are.
-
-    >>> pairs_of_width(2, 4)
-    7
-    """
-    width = min(width, n)
-    return n * width - (width * (width - 1) // 2 if causal else 0)

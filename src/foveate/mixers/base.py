@@ -84,9 +84,15 @@ class Mixer(nn.Module):
         """Mix one more token x (B, 1, C)."""
         raise NotImplementedError(f"{self.row.name} does not decode token by token")
 
-    def flops(self, n: int) -> int:
-        """Floating-point operations (a multiply-add is two) of forward on one sequence of n tokens."""
-        raise NotImplementedError
+    def flops(self, n: int, layout: Layout | None = None) -> int:
+        """Floating-point operations (a multiply-add is two) of forward on one sequence of n tokens, counted.
+
+        Tokens lie on ``layout``, by default on the most nearly cubic grid where the mechanism lives on grids;
+        :func:`foveate.mixers.costs.count_forward` says of which operators they are.
+        """
+        from foveate.mixers.costs import count_forward  # which counts mixers
+
+        return count_forward(self, n, layout).flops
 
     def state_bytes(self, n: int) -> int:
         """Bytes a decoder keeps for one sequence after n tokens, at the parameters' precision."""

@@ -46,9 +46,6 @@ class GridMixer(AttentionMixer):
         bias = None if self.table is None else relative_table(self.table, layout.dims)
         return attend(q, k, v, joined(self.core.pattern, within), bias=bias, layout=layout)
 
-    def pairs(self, n: int) -> int:
-        return self.heads * n * min(self.keys, n)
-
 
 def sides_of(size: Size, axes: int) -> tuple[int, ...]:
     """One size for each axis."""

@@ -179,14 +179,6 @@ class RecurrentMixer(Mixer):
 
     # ---- costs -----------------------------------------------------------------------------------------
 
-    def flops(self, n: int) -> int:
-        """Matrix products: projections, convolutions, writes to each state, reads by each head."""
-        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        states, keys, values = self.state_shape
-        return 2 * n * (weights + (states * self.writes + self.heads) * keys * values)
-
-    writes = 1  # products of a key with a value or with the state, for each token and state
-
     def state_bytes(self, n: int) -> int:
         tails = sum(math.prod(shape) for shape in self.tail_shapes)
         state_size, tail_size = wide(self.weight.dtype).itemsize, self.weight.element_size()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from foveate.layouts.kinds import Layout, Sequence
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.compound import And
+from foveate.patterns.part import Part
 from foveate.patterns.rules.sequence import Causal, Full, Window
 
 UNBOUNDED = 2**40  # a distance beyond every length
@@ -38,6 +39,8 @@ def _band(pattern: Pattern) -> Band | None:
         return Band(0, UNBOUNDED)
     if isinstance(pattern, Window):
         return Band(-pattern.right, pattern.left)
+    if isinstance(pattern, Part):
+        return _shifted(_band(pattern.whole), pattern)
     if not isinstance(pattern, And):
         return None
     bands = [_band(part) for part in pattern.parts]
@@ -45,3 +48,11 @@ def _band(pattern: Pattern) -> Band | None:
         return None
     known = [band for band in bands if band is not None]
     return Band(max(band.low for band in known), min(band.high for band in known))
+
+
+def _shifted(band: Band | None, part: Part) -> Band | None:
+    """A band as consecutive queries of it see it, whose own first query and key count as 0."""
+    if band is None or part.step != 1:
+        return None
+    shift = part.offset - part.first_query + part.first_key
+    return Band(*(side if abs(side) >= UNBOUNDED else side + shift for side in band))

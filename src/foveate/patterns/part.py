@@ -96,7 +96,7 @@ class Parts:
         return [keys for keys in chunks if self._shows(queries, keys)] or chunks[:1]
 
     def _shows(self, queries: slice, keys: slice) -> bool:
-        if self.whole.needs_axes or traced():  # numbers that torch records cannot be looked at
+        if self.whole.needs_axes or traced(self.scene.q):  # numbers that are not there cannot be looked at
             return True
         device = None if self.scene.q is None else self.scene.q.device
         rows = torch.arange(self.whole.batches * self.whole.heads, device=device)

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import JUMPS, AttentionMixer, pairs_of_width, recent, visible_pairs
-from foveate.mixers.core import PatternCore, joined
-from foveate.patterns import Pattern, causal, per_head, sinks
-from foveate.patterns.compound import PerHead
-from foveate.patterns.rules.dynamic import BlockChoice, topk_blocks, vertical_slash
-from foveate.patterns.rules.dynamic import VerticalSlash as VerticalSlashPattern
+from foveate.mixers.attention import JUMPS, AttentionMixer, recent
+from foveate.mixers.core import PatternCore
+from foveate.patterns import Pattern, per_head, sinks
+from foveate.patterns.rules.dynamic import topk_blocks, vertical_slash
 
 AHEAD = "its choice for early queries looks at later ones"
 
@@ -92,9 +90,6 @@ class VerticalSlash(AttentionMixer):
         core = vertical_slash_core(vertical=vertical, slash=slash, last=last)
         super().__init__(dim, heads, core=core, **options)
 
-    def pairs(self, n: int) -> int:
-        return self.heads * most_pairs(self.core.pattern, n)
-
 
 @register(
     "minference_block_sparse",
@@ -113,9 +108,6 @@ class BlockSparse(AttentionMixer):
 
     def __init__(self, dim: int, heads: int = 8, *, block: int = 64, k: int = 16, **options: Any) -> None:
         super().__init__(dim, heads, core=block_sparse_core(block=block, k=k), **options)
-
-    def pairs(self, n: int) -> int:
-        return self.heads * most_pairs(self.core.pattern, n)
 
 
 PATTERNS: dict[str, Pattern] = {
@@ -180,22 +172,3 @@ class MInference(AttentionMixer):
         **options: Any,
     ) -> None:
         super().__init__(dim, heads, core=minference_core(assignment=assignment, patterns=patterns), **options)
-
-    def pairs(self, n: int) -> int:
-        pattern = self.core.pattern
-        parts = pattern.parts if isinstance(pattern, PerHead) else (pattern,)
-        return self.heads * sum(most_pairs(part, n) for part in parts) // len(parts)
-
-
-def most_pairs(pattern: Pattern, n: int) -> int:
-    """Most pairs that one head attends to, the scores that its choice takes included.
-
-    >>> most_pairs(topk_blocks(4, 2, per="block"), 8)
-    38
-    """
-    if isinstance(pattern, VerticalSlashPattern):
-        probed = min(pattern.last, n) * n // 2  # scores alone: half the work of attending
-        return pairs_of_width(pattern.vertical + pattern.slash, n) + probed
-    if isinstance(pattern, BlockChoice):
-        return pairs_of_width(int(pattern.block * pattern.budget), n) + (-(-n // pattern.block)) ** 2 // 2
-    return visible_pairs(joined(pattern, causal), n, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import JUMPS, AttentionMixer, pairs_of_width
+from foveate.mixers.attention import JUMPS, AttentionMixer
 from foveate.mixers.core import PatternCore
 from foveate.patterns import topk_blocks
 
@@ -46,10 +46,3 @@ class MoBA(AttentionMixer):
         core = moba_core(block=block, k=k, causal=causal)
         super().__init__(dim, heads, core=core, causal=causal, **options)
         self.block, self.k = block, k
-
-    def pairs(self, n: int) -> int:
-        return self.heads * pairs_of_width(self.block * self.k, n, causal=self.causal)
-
-    def flops(self, n: int) -> int:
-        scoring = 2 * n * -(-n // self.block) * self.heads * self.head_dim
-        return super().flops(n) + (scoring // 2 if self.causal else scoring)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from foveate.attention import attend
 from foveate.attention.partial import sum_of
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import JUMPS, pairs_of_width, recent
+from foveate.counting import lacks_numbers
+from foveate.mixers.attention import JUMPS, recent
 from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
 from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Compressor, Finished, num_blocks
 from foveate.patterns import Layout, boolean_mask
@@ -134,7 +135,7 @@ class NSA(Mixer):
         if count == 0:
             return torch.zeros_like(q)
         finished = Finished(self.selector.block, self.selector.stride, lead=num_keys - count)
-        if traced(q):  # a pattern that travels, into what torch records
+        if traced(q) and not lacks_numbers(q):  # a pattern that travels, into what torch records
             place = torch.arange(count - q.shape[2], count, device=q.device)
             seen = finished.visible(0, 0, place.unsqueeze(1), torch.arange(count, device=q.device))
             return attend(q, *compressed, boolean_mask(seen))
@@ -155,15 +156,6 @@ class NSA(Mixer):
         near = state.recent.then(to_window).last(self.window)
         out = self.attend(x, compressed, everything, near)
         return Stepped(out, NSAState(compressed, unfinished, everything, near, state.seen + 1))
-
-    def flops(self, n: int) -> int:
-        chosen = self.selector
-        count = num_blocks(n, chosen.block, chosen.stride)
-        dense = sum(layer.weight.numel() for layer in (self.to_q, *self.to_k, *self.to_v, self.to_gates, self.to_out))
-        compressing = sum(part.weight.numel() for part in (self.compress_k.up, self.compress_k.down))
-        near = pairs_of_width(chosen.size * chosen.count, n) + pairs_of_width(self.window, n)
-        pairs = self.heads * (near + 3 * n * count // 4)  # compressed blocks: half seen, and scored once more
-        return 2 * n * dense + 4 * count * self.kv_heads * compressing + 4 * pairs * self.head_dim
 
     def state_bytes(self, n: int) -> int:
         chosen = self.selector

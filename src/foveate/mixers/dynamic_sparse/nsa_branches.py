@@ -6,9 +6,10 @@ from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, pad
 
 from foveate import autodiff
+from foveate.counting import drawn
 from foveate.patterns import Pattern, block_mask, causal
 from foveate.patterns.algebra import Bounds, Boxes, Index
 from foveate.patterns.rules.choose import NEVER, Sought, choose_rows, score, shares, slices
@@ -94,6 +95,7 @@ class BlockSelector:
     @torch.no_grad()
     def choose(self, q: Tensor, compressed: Tensor, num_keys: int) -> Pattern:
         """The chosen blocks, up to the query, for the last queries (B, H, N, D) of ``num_keys`` tokens."""
+        q, compressed = drawn(q, compressed)
         if traced(q, compressed):
             table = _chosen_blocks(q, compressed, num_keys, list(astuple(self)))
             return block_mask(table, self.size, q_block=1) & causal
@@ -104,13 +106,12 @@ class BlockSelector:
         """The choices of all queries, packed."""
         offset, (batch, heads, num_queries, dim) = num_keys - q.shape[2], q.shape
         keys = to_accum(compressed) * dim**-0.5
-        overlap = self.overlap(keys.shape[2], -(-num_keys // self.size)).to(keys)
         shape = (batch, keys.shape[1], num_queries, -(-num_keys // self.size))
         words = no_rows(*shape, q_block=1, device=q.device)
         for part in slices(num_queries, batch * heads * keys.shape[2]):
             place = torch.arange(offset + part.start, offset + part.stop, device=q.device).unsqueeze(1)
             weights = self.weights(score(q[:, :, part], keys), place)
-            importance = weights.unflatten(1, (keys.shape[1], -1)).sum(2) @ overlap
+            importance = self.importance(weights.unflatten(1, (keys.shape[1], -1)).sum(2), shape[-1])
             choose_rows(self.ranked(importance, place), Sought(self.count), words_of(words, part, 1), 1)
         return words
 
@@ -125,12 +126,18 @@ class BlockSelector:
         kept = (block < self.initial) | (block > own - self.local)
         return importance.masked_fill(kept, float("inf")).masked_fill(block > own, NEVER)
 
-    def overlap(self, num_compressed: int, num_selected: int) -> Tensor:
-        """Strides that compressed block c shares with block s, (C, S): how often its weight counts for s."""
-        first = torch.arange(num_compressed, device="cpu").unsqueeze(1) * self.stride
-        start = torch.arange(num_selected, device="cpu") * self.size
-        shared = torch.minimum(first + self.block, start + self.size) - torch.maximum(first, start)
-        return shared.clamp_min(0) // self.stride
+    def importance(self, weights: Tensor, num_blocks: int) -> Tensor:
+        """Weights (..., C) of compressed blocks, times the strides that they share with each block: (..., blocks).
+
+        A block of ``size`` tokens meets but a few compressed ones, of which the first begins ``block - stride`` before.
+        """
+        taps, ahead = self.size // self.stride, self.block // self.stride - 1
+        padded = pad(weights, (ahead, num_blocks * taps - weights.shape[-1]))
+        total = torch.zeros_like(padded[..., : num_blocks * taps : taps])
+        for tap in range(taps + ahead):
+            shared = min(tap + 1, taps) - max(tap - ahead, 0)
+            total += shared * padded[..., tap : tap + (num_blocks - 1) * taps + 1 : taps]
+        return total
 
 
 def _table(q: Tensor, compressed: Tensor, num_keys: int, settings: list[int]) -> Tensor:

@@ -16,16 +16,10 @@ from foveate.patterns import Layout
 class AdditiveMixer(Mixer):
     """What both have: two projections, and costs that are their linear layers and a few products per channel."""
 
-    products = 8  # multiplications and additions per token and channel beside the linear layers
-
     def __init__(self, dim: int, *, causal: bool) -> None:
         super().__init__(dim, causal=causal)
         self.to_q = nn.Linear(dim, dim)
         self.to_k = nn.Linear(dim, dim)
-
-    def flops(self, n: int) -> int:
-        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        return n * (2 * weights + self.products * self.dim)
 
 
 @register(

@@ -36,8 +36,6 @@ class DeltaNet(RecurrentMixer):
     torch.Size([2, 50, 64])
     """
 
-    writes = 2  # what the key recalls is subtracted, the value added
-
     def __init__(self, dim: int, heads: int = 8, *, negative: bool = False, conv: int = 4, **options: Any) -> None:
         super().__init__(dim, heads, conv=conv, **options)
         self.strongest = 2.0 if negative else 1.0
@@ -176,7 +174,7 @@ class DeltaProduct(DeltaNet):
         super().__init__(dim, heads, negative=negative, conv=conv, **options)
         if steps < 1:
             raise ValueError(f"steps is how often a token writes, at least once; got {steps}")
-        self.steps, self.writes = steps, 2 * steps
+        self.steps = steps
         keys, values = (steps * self.kv_heads * width for width in (self.head_dim, self.value_dim))
         self.to_k, self.to_v = nn.Linear(dim, keys, bias=False), nn.Linear(dim, values, bias=False)
         self.to_strength = nn.Linear(dim, steps * self.kv_heads, bias=False)

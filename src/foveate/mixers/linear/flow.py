@@ -138,10 +138,6 @@ class FlowAttention(RecurrentMixer):
         width = self.head_dim
         return [(1, 1), *[(width, 1)] * 4, (1, 1), (width, self.value_dim)]
 
-    def flops(self, n: int) -> int:
-        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        return 2 * n * (weights + 2 * self.heads * sum(keys * values for keys, values in self.shapes))
-
     def state_bytes(self, n: int) -> int:
         size = wide(self.weight.dtype).itemsize
         return self.heads * sum(keys * values for keys, values in self.shapes) * size

@@ -99,8 +99,6 @@ class GatedDeltaNet(RecurrentMixer):
     torch.Size([2, 50, 64])
     """
 
-    writes = 2  # what the key recalls is subtracted, the value added
-
     def __init__(
         self,
         dim: int,

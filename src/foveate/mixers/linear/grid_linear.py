@@ -63,10 +63,6 @@ class GatedGridMixer(Mixer):
     def turn(self, x: Tensor, layout: Layout | None, first: int = 0) -> Tensor:
         return x if self.rotary is None else rotate_on(x, layout, self.rotary, first=first)
 
-    def flops(self, n: int) -> int:
-        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        return 2 * n * (weights + 2 * self.dim * self.head_dim)
-
 
 class Sums(NamedTuple):
     """Decoding state of MALA: sums of k v^T, k and (v, 1), the number of tokens seen, the convolution's tail."""

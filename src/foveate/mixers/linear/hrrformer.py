@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -78,9 +77,3 @@ class Hrrformer(Mixer):
         scores = cosine_similarity(values, found, dim=-1)  # (B, H, N)
         weights = softmax_over_tokens(scores, None if padding is None else padding.unsqueeze(1), dim=2)
         return self.to_out(join_heads(weights.unsqueeze(-1) * values).to(x.dtype))
-
-    def flops(self, n: int) -> int:
-        """Linear layers, and four Fourier transforms of D numbers, 2.5 D log2 D operations each, per head and token."""
-        weights = sum(p.numel() for p in self.parameters())
-        transforms = 10 * self.dim * math.ceil(math.log2(max(self.head_dim, 2)))
-        return n * (2 * weights + transforms + 12 * self.dim)

@@ -142,14 +142,3 @@ class Polynormer(Mixer):
         for layer in self.global_layers:
             x = layer(x)
         return x
-
-    def flops(self, n: int) -> int:
-        """Of a grid of n tokens, in which each has four neighbours."""
-        return self.flops_on(n, 4 * n)
-
-    def flops_on(self, nodes: int, edges: int) -> int:
-        """Of a graph."""
-        layers = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
-        width = self.dim // self.heads
-        sums = 2 * self.dim * (width + 1) * len(self.global_layers) + 2 * self.dim * len(self.local_layers)
-        return 2 * nodes * (layers + sums) + edges * len(self.local_layers) * (2 * self.dim + 6 * self.heads)

@@ -50,10 +50,6 @@ class ReluMixer(Mixer):
         q, k, v = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, 1)
         return q, k, v
 
-    def flops(self, n: int) -> int:
-        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        return 2 * n * (weights + 2 * self.heads * self.head_dim * (self.head_dim + 1))
-
 
 class LocalConcentration(nn.Module):
     """L2ViT's local concentration: a depthwise convolution, GELU, a batch norm, another depthwise convolution.

@@ -114,8 +114,5 @@ class RodimusPlus(Mixer):
         near, cache = self.window.step(self.norm(x + said), state.cache)
         return Stepped(said + near, PlusState(memory, cache))
 
-    def flops(self, n: int) -> int:
-        return self.recurrent.flops(n) + self.window.flops(n)
-
     def state_bytes(self, n: int) -> int:
         return self.recurrent.state_bytes(n) + self.window.state_bytes(n)

@@ -123,12 +123,6 @@ class SmallE(Mixer):
         tracked, tracker = self.tracker.step(seen, state.tracker)
         return Stepped(said + self.fetch(seen + tracked, state.text), Reading(decoder, tracker, state.text))
 
-    def flops(self, n: int, text_length: int = 4) -> int:
-        """Operations of forward on n tokens under a text of ``text_length`` tokens (the stand-in has 4)."""
-        attended = 4 * n * text_length * (self.dim + self.positions)
-        projected = 2 * self.dim**2 * (2 * n + 2 * text_length)
-        return self.decoder.flops(n) + self.tracker.flops(n) + attended + projected
-
     def state_bytes(self, n: int, text_length: int = 4) -> int:
         """Bytes kept after n tokens: two states of fixed size, and the text's keys and values."""
         text = 2 * text_length * self.dim * self.weight.element_size()

@@ -111,7 +111,3 @@ class SpikingSelfAttention(Mixer):
     def split(self, x: Tensor) -> Tensor:
         """(T, B, N, C) to (T * B, H, N, D)."""
         return x.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def flops(self, n: int) -> int:
-        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        return 2 * self.time * n * (weights + 2 * self.dim * self.head_dim)

@@ -139,9 +139,3 @@ class WERSA(Mixer):
         """Heads (B, H, N, D) with each scale multiplied by its filter."""
         parts = haar(x, self.levels)
         return unhaar([part * filters[:, level, None, None, None] for level, part in enumerate(parts)], x.shape[2])
-
-    def flops(self, n: int) -> int:
-        layers = 2 * n * (self.to_qkv.weight.numel() + self.to_out.weight.numel())
-        filters = sum(2 * layer.weight.numel() for layer in self.to_filters if isinstance(layer, nn.Linear))
-        features = len(self.planes) * self.heads * (4 * self.head_dim + 4 * (self.head_dim + 1))
-        return layers + filters + n * (features + 2 * self.dim * (4 * 2 + 1))

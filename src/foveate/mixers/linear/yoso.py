@@ -187,9 +187,3 @@ class YOSO(Mixer):
 
     def drawn(self, like: Tensor) -> Tensor:
         return (torch.randn_like(self.planes) if self.training else self.planes).to(like.dtype)
-
-    def flops(self, n: int) -> int:
-        weights = 2 * n * sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        if self.form == "expectation":
-            return weights + 4 * n * n * self.dim
-        return weights + n * self.hashes * self.dim * (4 * self.bits + 2)

@@ -138,10 +138,6 @@ class AgentAttention(Mixer):
         """Depthwise convolution of the values (B, N, C) as an image."""
         return self.detail(v.transpose(1, 2).unflatten(2, dims)).flatten(2).transpose(1, 2)
 
-    def flops(self, n: int) -> int:
-        linear = sum(layer.weight.numel() for layer in (self.to_q, self.to_kv, self.to_out, self.detail))
-        return 2 * n * linear + 8 * n * self.agents * self.heads * self.head_dim
-
 
 def resized(bias: Tensor, dims: tuple[int, int]) -> Tensor:
     """A bias image per head and agent (H, A, s, s), as (1, H, A, N) for an image of these sizes."""

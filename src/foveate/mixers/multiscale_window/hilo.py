@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -45,10 +44,6 @@ class Group(nn.Module):
         k, v = split_heads(self.to_kv(context), 2 * self.heads).chunk(2, 1)
         return self.to_out(join_heads(attend(q, k, v, pattern, layout=layout)))
 
-    def flops(self, n: int, m: int) -> int:
-        """Projections of n queries and m keys."""
-        return 2 * n * (self.to_q.weight.numel() + self.to_out.weight.numel()) + 2 * m * self.to_kv.weight.numel()
-
 
 @register(
     "hilo",
@@ -88,13 +83,3 @@ class HiLo(Mixer):
         if self.low is not None:
             groups.append(self.low(x, window_means(x, layout.dims, self.window), full, None))
         return torch.cat(groups, dim=-1)
-
-    def flops(self, n: int) -> int:
-        """Of a square image of n tokens."""
-        held, means = self.window**2, math.ceil(math.sqrt(n) / self.window) ** 2
-        total = 0
-        if self.high is not None:
-            total += self.high.flops(n, n) + 4 * n * held * self.high.heads * self.head_dim
-        if self.low is not None:
-            total += self.low.flops(n, means) + 4 * n * means * self.low.heads * self.head_dim
-        return total

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -93,7 +92,3 @@ class DualPathMamba(Mixer):
         across = self.norms[1](chunks + short).transpose(1, 2)  # (B, size, S, C)
         long = self.across(across.flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
         return overlap_add(short + long, length)
-
-    def flops(self, n: int) -> int:
-        tokens = segment(torch.empty(1, n, 1, device="meta"), self.chunk).numel()
-        return self.inside.flops(tokens) + self.across.flops(tokens)

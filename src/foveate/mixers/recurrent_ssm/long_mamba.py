@@ -98,11 +98,6 @@ class DeciMamba(Mamba):
         real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
         return real & (real.flip(1).cumsum(1).flip(1) <= self.last)
 
-    def flops(self, n: int) -> int:
-        ssm, scanned = self.branch.ssm, min(n, self.keep)
-        every = self.to_in.weight.numel() + self.branch.work - 3 * ssm.log_rate.numel()
-        return 2 * (n * every + scanned * (3 * ssm.log_rate.numel() + self.to_out.weight.numel()))
-
 
 def tokens_to_keep(layers: int, base: int, *, fade: float = 0.75, least: int = 1) -> list[int]:
     """How many tokens each of the decimating layers keeps: ``base``, falling by ``fade`` with depth.
@@ -283,15 +278,6 @@ class MemMamba(StatefulMixer):
 
     def empty(self, batch: int) -> tuple[LayerMemory, ...]:
         return tuple(layer.empty(batch) for layer in self.layers if isinstance(layer, NoteLayer))
-
-    def flops(self, n: int) -> int:
-        total = 0
-        for depth, layer in enumerate(self.layers):
-            assert isinstance(layer, NoteLayer)
-            total += layer.mamba.flops(n) + 2 * n * sum(each.weight.numel() for each in linears(layer))
-            pools = 1 + (depth + 1 if layer.from_layers is not None else 0)
-            total += 4 * n * pools * layer.slots * layer.to_note.out_features
-        return total
 
 
 def linears(layer: NoteLayer) -> list[nn.Linear]:

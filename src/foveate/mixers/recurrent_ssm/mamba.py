@@ -116,11 +116,6 @@ class SelectiveScan(nn.Module):
         """The state before the first token."""
         return self.log_rate.new_zeros(batch, *self.log_rate.shape, dtype=wide(self.log_rate.dtype))
 
-    @property
-    def work(self) -> int:
-        """Multiply-adds a token: projections, and for each number of the state fading, writing and reading."""
-        return self.to_choices.weight.numel() + self.to_step.weight.numel() + 3 * self.log_rate.numel()
-
 
 class Memory(NamedTuple):
     """State (B, C, S) of the scan, and the tail (B, C, width - 1) of the convolution."""
@@ -158,11 +153,6 @@ class Branch(nn.Module):
 
     def empty(self, batch: int) -> Memory:
         return Memory(self.ssm.empty(batch), self.conv.empty(batch))
-
-    @property
-    def work(self) -> int:
-        """Multiply-adds a token."""
-        return self.conv.weight.numel() + self.ssm.work
 
 
 @register(
@@ -219,6 +209,3 @@ class Mamba(StatefulMixer):
 
     def empty(self, batch: int) -> Memory:
         return self.branch.empty(batch)
-
-    def flops(self, n: int) -> int:
-        return 2 * n * (self.to_in.weight.numel() + self.branch.work + self.to_out.weight.numel())

@@ -131,8 +131,3 @@ class Mamba2(StatefulMixer):
     def empty(self, batch: int) -> Memory:
         shape = (batch, self.heads, self.states, self.head_dim)
         return Memory(self.weight.new_zeros(shape, dtype=wide(self.weight.dtype)), self.conv.empty(batch))
-
-    def flops(self, n: int) -> int:
-        """Matrix products: projections, the convolution, writes to each state and reads from it."""
-        weights = self.to_in.weight.numel() + self.to_out.weight.numel() + self.conv.weight.numel()
-        return 2 * n * (weights + 2 * self.heads * self.states * self.head_dim)

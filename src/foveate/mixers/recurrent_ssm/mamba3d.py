@@ -128,8 +128,3 @@ class Mamba3D(Mixer):
         else:
             turned = self.over_features(turned).out
         return turned.flip(-1)
-
-    def flops(self, n: int) -> int:
-        projections = self.pool.to_out.weight.numel() + self.to_in.weight.numel() + self.to_out.weight.numel()
-        scans = self.over_tokens.work + self.over_features.work * (self.to_out.in_features if self.over_channels else 1)
-        return 2 * n * (projections + scans + 4 * self.neighbours * self.dim)

@@ -97,8 +97,3 @@ class RestoreRWKV(Mixer):
     def paths(self, grid: Grid) -> list[Order]:
         """Along the rows, along the columns, and so on."""
         return [(raster, column_major)[number % 2](grid) for number in range(len(self.rates))]
-
-    def flops(self, n: int) -> int:
-        """The projections, the convolution, and a few operations a channel on either side of each token."""
-        projections = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return n * (2 * projections + 2 * self.dim * max(SIDES) ** 2 + 16 * self.dim * len(self.rates))

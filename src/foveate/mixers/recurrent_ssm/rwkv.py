@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,6 @@ class MatrixRWKV(StatefulMixer):
 
     ``initial`` gives the state before the first token a parameter, to be tuned with all others frozen.
     """
-
-    writes: ClassVar[int] = 1  # products of a key with a value or with the state, for each token and head
 
     def __init__(self, dim: int, heads: int = 8, *, initial: bool = False, causal: bool = True) -> None:
         super().__init__(dim, causal=causal)
@@ -97,10 +95,6 @@ class MatrixRWKV(StatefulMixer):
         dtype = wide(self.weight.dtype)
         state = self.weight.new_zeros(self.state_shape) if self.initial is None else self.initial
         return Memory(self.weight.new_zeros(batch, self.dim), state.to(dtype).expand(batch, -1, -1, -1))
-
-    def flops(self, n: int) -> int:
-        weights = sum(p.numel() for name, p in self.named_parameters() if p.dim() > 1 and name != "initial")
-        return 2 * n * (weights + (1 + self.writes) * math.prod(self.state_shape))
 
 
 @register(
@@ -169,8 +163,6 @@ class RWKV7(MatrixRWKV):
     >>> mixer(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])
     """
-
-    writes: ClassVar[int] = 3
 
     def __init__(self, dim: int, heads: int = 8, *, rank: int = 64, **options: Any) -> None:
         super().__init__(dim, heads, **options)

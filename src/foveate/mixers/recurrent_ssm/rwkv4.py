@@ -77,9 +77,6 @@ class RWKV4(StatefulMixer):
         last = self.weight.new_zeros(batch, self.dim)
         return Memory(last, Averages(zeros, torch.full_like(zeros[:, : self.dim], NOTHING)))
 
-    def flops(self, n: int) -> int:
-        return 2 * n * (4 * self.dim**2 + 4 * self.dim)
-
 
 def weighed_average(
     k: Tensor,

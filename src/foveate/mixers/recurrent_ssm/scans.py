@@ -76,10 +76,6 @@ class ScanMixer(Mixer):
         lengths = lengths[::-1] if lengths is not None and backwards else lengths
         return run(u, lengths=lengths, real=None if real is None else order.apply(real)).out
 
-    def flops(self, n: int) -> int:
-        work = sum(each.work for each in self.passes if isinstance(each, Branch | SelectiveScan))
-        return 2 * n * (self.to_in.weight.numel() + work + self.to_out.weight.numel())
-
 
 @register(
     "audio_mamba",
@@ -228,9 +224,6 @@ class VMamba(ScanMixer):
         assert isinstance(layout, Grid)
         return cross_scan(layout)
 
-    def flops(self, n: int) -> int:
-        return super().flops(n) + 2 * n * self.conv.weight.numel()
-
 
 @register(
     "zigma",
@@ -296,9 +289,6 @@ class ZigMa(Mixer):
         spatial = self.layer - self.layer // 3
         return each_frame(zigzag(Grid(*image))[spatial % 8], frames), frames
 
-    def flops(self, n: int) -> int:
-        return self.mamba.flops(n)
-
 
 def each_frame(order: Order, frames: int) -> Order:
     """An order of an image, for all images of a video one after another."""
@@ -344,6 +334,3 @@ class SMamba(Mixer):
             seen = None if real is None else order.apply(real)
             out = out + order.undo(mamba.run(order.apply(flat), None, ahead, seen).out)
         return out.reshape(x.shape)
-
-    def flops(self, n: int) -> int:
-        return self.forwards.flops(n) + self.backwards.flops(n)

@@ -73,11 +73,6 @@ class DiagonalSSM(nn.Module):
         """The state before the first token."""
         return as_complex(self.read).new_zeros(batch, *self.read.shape[:2])
 
-    @property
-    def work(self) -> int:
-        """Multiply-adds a token, as a recurrence: fading, writing and reading complex numbers."""
-        return 3 * 4 * self.dynamics.frequency.numel()
-
 
 class State(NamedTuple):
     """The complex numbers of a state space."""
@@ -128,9 +123,6 @@ class S4D(StatefulMixer):
     def empty(self, batch: int) -> State:
         return State(self.ssm.empty(batch))
 
-    def flops(self, n: int) -> int:
-        return 2 * n * (self.ssm.work + self.to_out.weight.numel())
-
 
 @register(
     "s5",
@@ -176,11 +168,6 @@ class S5(StatefulMixer):
 
     def empty(self, batch: int) -> State:
         return State(as_complex(self.write).new_zeros(batch, self.write.shape[0]))
-
-    def flops(self, n: int) -> int:
-        """As a recurrence: complex numbers take four real products."""
-        pairs, dim = self.write.shape[:2]
-        return 2 * n * (4 * pairs * (1 + 2 * dim) + self.to_gate.weight.numel())
 
 
 class Shifted(NamedTuple):
@@ -256,10 +243,6 @@ class H3(StatefulMixer):
     def empty(self, batch: int) -> Shifted:
         state = self.ssm.empty(batch * self.head_dim**2)
         return Shifted(state, self.shift.new_zeros(batch, self.dim, self.shift.shape[1] - 1))
-
-    def flops(self, n: int) -> int:
-        weights = 4 * self.to_q.weight.numel() + self.shift.numel()
-        return 2 * n * (weights + self.head_dim**2 * (self.ssm.work + 2 * self.heads))
 
 
 def complex_parameter(*shape: int, scale: float = 1.0) -> nn.Parameter:

@@ -113,12 +113,6 @@ class TaughtMixer(Mixer):
 
     # ---- costs ---------------------------------------------------------------------------------------------
 
-    def flops(self, n: int) -> int:
-        """Matrix products: projections; each inner layer run for k and q, differentiated, and moved."""
-        projections = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        moves = sum(4 * ins * outs + self.mini_batch * (ins + outs) for ins, outs in self.layers)
-        return 2 * n * (projections + self.heads * moves)
-
     def state_bytes(self, n: int) -> int:
         size = sum((ins + 1) * outs for ins, outs in self.layers)
         return 2 * self.heads * size * wide(self.weight.dtype).itemsize

@@ -62,6 +62,3 @@ class TTTVideo(Mixer):
         near = self.attention(x, layout=layout)
         ahead = near + torch.tanh(self.forwards) * self.ttt(near)
         return ahead + torch.tanh(self.backwards) * self.ttt(ahead.flip(1)).flip(1)
-
-    def flops(self, n: int) -> int:
-        return self.attention.flops(n) + 2 * self.ttt.flops(n)

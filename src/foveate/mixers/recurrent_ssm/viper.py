@@ -116,10 +116,3 @@ class ViperScan(Mixer):
         widths = [each.shape[-1] for each in chosen]
         step, b, c = self.dynamics(torch.cat(chosen, dim=-1), matched).split(widths, dim=-1)
         return Chosen(step if real is None else step.masked_fill(~real.unsqueeze(-1), NO_STEP), b, c)
-
-    def flops(self, n: int) -> int:
-        """With as many patches as tokens."""
-        linear = sum(each.weight.numel() for each in self.modules() if isinstance(each, nn.Linear))
-        match = self.to_value.out_features
-        scan = 3 * self.ssm.log_rate.numel()
-        return 2 * n * (linear + scan + (n + min(self.top, n)) * match)

@@ -12,9 +12,9 @@ from foveate.attention import Weights, attend
 from foveate.attention.bias_part import part_of_bias
 from foveate.attention.biases import BiasLike, placed, split_bias
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import AttentionMixer, KeyValues, visible_pairs
+from foveate.mixers.attention import AttentionMixer, KeyValues
 from foveate.mixers.base import Stepped, join_heads
-from foveate.mixers.core import Core, PatternCore, joined, one_by_one
+from foveate.mixers.core import Core, one_by_one
 from foveate.mixers.normalizer_sink.window import streaming_core
 from foveate.patterns import Layout, Pattern, Scene, Sequence, causal, full
 from foveate.patterns.part import Parts
@@ -137,12 +137,6 @@ class DeltaAttention(AttentionMixer):
         if state.cache.seen % self.stride == 0:
             delta = attend(q, cache.k, cache.v) - out
         return Stepped(self.to_out(join_heads(out + delta)), DeltaState(cache, delta))
-
-    def pairs(self, n: int) -> int:
-        exact = sum(range(1, n + 1, self.stride))
-        if not isinstance(self.base, PatternCore):
-            raise NotImplementedError("how many pairs the base core attends to is not known")
-        return self.heads * exact + visible_pairs(joined(self.base.pattern, causal), n, self.heads)
 
     def state_bytes(self, n: int) -> int:
         return super().state_bytes(n) + self.heads * self.head_dim * self.weight.element_size()

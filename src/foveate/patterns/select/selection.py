@@ -67,7 +67,7 @@ class Selection:
     @cached_property
     def pairs(self) -> int:
         """Number of visible (batch entry, head, query, key) pairs."""
-        in_mask = self.unpacked_masks.flatten(1).sum(1)
+        in_mask = count_bits(self.masks)
         valid_q = self._valid_queries()
         partial = in_mask[self.mask_ids[self.mask_ids != FULL].long()].sum()
         rows_of_full = self.tile_rows[self.mask_ids == FULL] % self.num_q_tiles
@@ -176,3 +176,12 @@ def unpack_bits(packed: Tensor) -> Tensor:
     """Bytes (..., n) to booleans (..., 8 n); the inverse of :func:`pack_bits`."""
     shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
     return (packed.unsqueeze(-1) >> shifts & 1).bool().flatten(-2)
+
+
+def count_bits(masks: Tensor) -> Tensor:
+    """How many bits of each mask (U, tile, tile / 8) are on, (U,), eight bytes at a time."""
+    words = masks.flatten(1).contiguous().view(torch.int64)
+    counts = words - (words >> 1 & 0x5555555555555555)  # in each two bits, four, eight
+    counts = (counts & 0x3333333333333333) + (counts >> 2 & 0x3333333333333333)
+    counts = counts + (counts >> 4) & 0x0F0F0F0F0F0F0F0F
+    return (counts * 0x0101010101010101 >> 56).sum(1)

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.counting import counted
 from foveate.counts import whole_numbers
 from foveate.dispatch import Facts, Operator
 from foveate.precision import accum_dtype, no_autocast
+from foveate.recurrence.cost import empty_recurrence, recur_cost
 from foveate.recurrence.linear.checks import check_call, check_chunk, check_state
 from foveate.recurrence.linear.impl.chunks import CHUNKS
 from foveate.recurrence.linear.impl.native import NATIVE
@@ -26,6 +28,7 @@ class Recurrent(NamedTuple):
     state: Tensor  # (B, S, D, Dv), or (len(lengths), S, D, Dv) of packed sequences
 
 
+@counted("recur", recur_cost, lambda *args, **options: Recurrent(*empty_recurrence(*args, **options)))
 def recur(
     q: Tensor,
     k: Tensor,

@@ -9,9 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.counting import counted
 from foveate.counts import whole_numbers
 from foveate.dispatch import Facts, Operator
 from foveate.precision import no_autocast
+from foveate.recurrence.cost import conv_cost, empty_conv, empty_linear_scan, empty_scan, linear_scan_cost, scan_cost
 from foveate.recurrence.selective.checks import (
     check_conv,
     check_lengths,
@@ -41,6 +43,7 @@ class Convolved(NamedTuple):
     tail: Tensor  # (B, C, width - 1), in x's dtype: the inputs that later tokens still read
 
 
+@counted("scan", scan_cost, lambda *args, **options: Scanned(*empty_scan(*args, **options)))
 def scan(
     x: Tensor,
     dt: Tensor,
@@ -130,6 +133,7 @@ def scan_step(
     return scan(x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, softplus=softplus, state=state, impl=impl)
 
 
+@counted("linear_scan", linear_scan_cost, lambda *args, **options: Scanned(*empty_linear_scan(*args, **options)))
 def linear_scan(
     x: Tensor,
     decay: Tensor,
@@ -162,6 +166,7 @@ def linear_scan(
     return Scanned(*_run(LINEAR_SCAN, Call(inputs, state, lengths), impl))
 
 
+@counted("causal_conv", conv_cost, lambda *args, **options: Convolved(*empty_conv(*args, **options)))
 def causal_conv(
     x: Tensor,
     weight: Tensor,

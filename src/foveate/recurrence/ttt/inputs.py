@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from foveate.counting import counted_times, lacks_numbers
 
 EPS = 1e-6  # of the layer norm inside the inner network
 
@@ -67,10 +69,16 @@ def by_mini_batch(teach: Callable[[Lesson, Learner], tuple[Tensor, Learner]], ca
     """Outputs (B, H, N, D), and the inner network after the last token."""
     lesson, learner = call
     outs = [lesson.q[:, :, :0]]
-    for first, end in call.mini_batches:
-        out, learner = teach(lesson.part(first, end), learner)
-        outs.append(out)
+    for alike in _standing_for(call.mini_batches) if lacks_numbers(lesson.q) else [[one] for one in call.mini_batches]:
+        with counted_times(len(alike)):
+            out, learner = teach(lesson.part(*alike[0]), learner)
+        outs += [out] * len(alike)
     return torch.cat(outs, 2), learner
+
+
+def _standing_for(ranges: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Runs of ranges of one length, of which the first stands for all where only shapes count."""
+    return [list(run) for _, run in groupby(ranges, key=lambda each: each[1] - each[0])]
 
 
 def beginner(weights: tuple[Tensor, ...], batch: int) -> Learner:

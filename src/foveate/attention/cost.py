@@ -1,0 +1,98 @@
+"""What a call of attend takes: the pairs that its pattern shows, and the choices that it makes to know them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.attention.partial import Partial, lse_dtype
+from foveate.attention.weights import Weights, as_weights
+from foveate.counting import Cost, drawn, named
+from foveate.layouts.kinds import Layout
+from foveate.patterns.algebra import LINE, Pattern, Scene, resolve
+from foveate.patterns.band import Band, band_of
+from foveate.patterns.rules.sequence import full
+
+TILE = 64
+
+
+class NeedsNumbers(NotImplementedError):
+    """Which pairs are visible cannot be told of tensors without numbers."""
+
+
+def attend_cost(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = full,
+    *,
+    layout: Layout | None = None,
+    scale: float | Tensor | None = None,
+    **_: Any,
+) -> Cost:
+    """Operations of attend: a product of D and one of Dv channels for each visible pair."""
+    pairs, computed = count_pairs(q, k, pattern, layout or LINE, scale if isinstance(scale, float) else None)
+    return Cost(2 * (q.shape[3] + v.shape[3]) * pairs, pairs, computed)
+
+
+def count_pairs(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float | None) -> tuple[int, int]:
+    """Visible pairs over all batch entries and heads, and those in the tiles and columns that hold them."""
+    batch, heads, num_queries, num_keys = *q.shape[:3], k.shape[2]
+    if 0 in (batch, heads, num_queries, num_keys):
+        return 0, 0
+    band = band_of(pattern, layout)
+    if band is not None:
+        pairs, computed = band_pairs(band, num_queries, num_keys)
+        return batch * heads * pairs, batch * heads * computed
+    if any(x.is_meta for x in pattern.tensors):
+        raise NeedsNumbers(f"how many pairs {pattern} shows depends on numbers that a meta tensor does not hold")
+    times = 1
+    if pattern.is_dynamic and q.is_meta:
+        q, k, times = _random_like(q, k, pattern)
+    with named("choose", times) if pattern.is_dynamic else nullcontext():
+        resolved = resolve(pattern, Scene(num_queries, num_keys, layout, q.detach(), k.detach(), scale))
+    token = torch.empty(1, device="cpu" if q.is_meta else q.device)
+    q, k = (token.expand(*x.shape[:3], 1) for x in (q, k))
+    selection = resolved.select(q, k, layout, tile=TILE)
+    alike = batch * heads // (selection.batches * selection.heads)
+    computed = selection.num_tiles * TILE**2 + selection.num_columns * TILE
+    return alike * selection.pairs, alike * computed
+
+
+def _random_like(q: Tensor, k: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor, int]:
+    """Random queries and keys, of one group of heads in place of all that are alike; and how many are alike."""
+    (batch, heads), groups = q.shape[:2], k.shape[1]
+    alone = pattern.batches == pattern.heads == 1
+    times = batch * groups if alone else 1
+    if alone:
+        batch, heads, groups = 1, heads // groups, 1
+    q, k = drawn(q[:batch, :heads], k[:batch, :groups])
+    return q, k, times
+
+
+def band_pairs(band: Band, num_queries: int, num_keys: int) -> tuple[int, int]:
+    """Pairs of a band, and those in the tiles of 64 x 64 that it touches.
+
+    >>> band_pairs(Band(0, 2), 100, 100)
+    (297, 12288)
+    """
+    place = torch.arange(num_queries) + num_keys - num_queries
+    first, last = (place - band.high).clamp_min(0), (place - band.low).clamp_max(num_keys - 1)
+    top = torch.arange(0, num_queries, TILE)
+    bottom = (top + TILE - 1).clamp_max(num_queries - 1)
+    tiles = (last[bottom] // TILE - first[top] // TILE + 1).where(last[bottom] >= first[top], 0)
+    return int((last - first + 1).clamp_min(0).sum()), int(tiles.sum()) * TILE**2
+
+
+def empty_heads(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What attend returns, without its numbers."""
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+def empty_partial(q: Tensor, k: Tensor, v: Tensor, *_: Any, weights: Weights | str = "softmax", **__: Any) -> Partial:
+    """What attend_partial returns, without its numbers."""
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q)) if as_weights(weights).kind == "softmax" else None
+    return Partial(empty_heads(q, k, v), lse)
