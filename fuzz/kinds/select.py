@@ -46,7 +46,7 @@ def select(draw: Draw) -> None:
     demand(not len(wrong), f"{pattern} on {layout}: {len(wrong)} pairs, first {wrong[:1].tolist()}")
     demand(found.pairs == int(expected.sum()), f"{pattern} counts {found.pairs} pairs of {int(expected.sum())}")
     if tile == 64 and draw.chance(0.1):
-        with mock.patch.object(native, "select", lambda *_: None):
+        with mock.patch.object(native, "select", lambda *_, **__: None):
             torch_built = pattern.select(q.clone(), k.clone(), layout, scale=scale)
         if pattern.is_dynamic or pattern.tensors:  # others come from a cache
             alike(found, torch_built)
