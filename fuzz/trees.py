@@ -153,6 +153,15 @@ def _blocks(draw: Draw, place: Place, shared: bool = False) -> Pattern:
     return fv.topk_blocks(block, draw.whole(1, 6), **rest)  # type: ignore[arg-type]
 
 
+def of_whole_tiles(draw: Draw) -> Pattern:
+    """Each query chooses tiles of keys for itself: what kernels gather queries for."""
+    choice = fv.topk_blocks(draw.one((64, 64, 128)), draw.whole(1, 2), causal=draw.chance(0.5))
+    beside = draw.one((fv.full, fv.causal, fv.window(draw.whole(1, 90)), fv.sinks(3) | fv.window(9)))
+    if draw.chance(0.5):
+        return choice
+    return choice & beside if draw.chance(0.5) else choice | beside & fv.causal
+
+
 def _shared(draw: Draw, place: Place) -> Pattern:
     return _blocks(draw, place, shared=True)
 

@@ -19,6 +19,7 @@ from fuzz.judge import Judge, demand
 from fuzz.settings import anything
 
 PAIRS = 16_000  # of queries and keys over all heads; more in one case of a hundred
+WIDE = 0.08  # share of cases in which queries choose among whole tiles of keys
 NAN, INF = float("nan"), float("inf")
 
 
@@ -45,10 +46,13 @@ class Problem:
 def problem(draw: Draw, n: int, m: int, *, plain: bool = False, finite: bool = False) -> Problem:
     """A call of about n queries and m keys."""
     dtype, contents = draw.one(DTYPES), draw.contents()
+    wide = not plain and draw.chance(WIDE)
     n, m, layout = (n, m, None) if plain else trees.layout(draw, n, m)
+    if wide:
+        n, m, layout = draw.whole(65, 200), draw.whole(129, 260), None
     heads = draw.one((1, 1, 2, 2, 3, 4, 6))
     batch = draw.batch()
-    most = PAIRS if draw.chance(0.99) else 16 * PAIRS
+    most = PAIRS if draw.chance(0.99) and not wide else 16 * PAIRS
     while batch * heads * n * m > most:
         batch, heads = max(1, batch - 1), max(1, heads // 2)
         if batch == heads == 1:
@@ -65,7 +69,7 @@ def problem(draw: Draw, n: int, m: int, *, plain: bool = False, finite: bool = F
     )
     scale = draw.one((None, None, None, 0.3, 1.0))
     place = trees.Place(batch, heads, groups, n, m, layout)
-    pattern = band(draw) if plain else tree(draw, place)
+    pattern = band(draw) if plain else trees.of_whole_tiles(draw) if wide else tree(draw, place)
     factor = dim**-0.5 if scale is None else scale
     mask = mask_of(pattern, Scene(n, m, layout or fv.Sequence(), q, k, factor))
     mask = mask.repeat_interleave(heads // mask.shape[1], 1) if mask.shape[1] > 1 else mask
