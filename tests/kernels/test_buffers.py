@@ -39,6 +39,7 @@ from foveate.patterns.algebra import Pattern
 SOURCES = Path(foveate.__file__).parent
 CHOKE_POINTS = {
     "kernels/cpu/call.py",
+    "kernels/cpu/short.py",
     "attention/impl/short.py",
     "recurrence/linear/impl/short.py",
     "recurrence/selective/impl/short.py",

@@ -85,7 +85,7 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     softmax = plan.kind == "softmax"
     lse = (q.new_empty if softmax else q.new_zeros)(q.shape[:3], dtype=torch.float64)
     arguments, held = _arguments(plan, q, k, v, out, lse if softmax else None)
-    c.check(_library().foveate_attend_forward(ctypes.byref(arguments)))
+    c.check(c.kernels("attend", c.AttendArgument).foveate_attend_forward(ctypes.byref(arguments)))
     del held
     return out, lse
 
@@ -105,15 +105,9 @@ def backward(
     arguments.grad_out = c.tensor(grad_out, q.dtype, *out.shape)
     arguments.grad_lse = c.pointer(grad_lse, torch.float32, *q.shape[:3])
     arguments.dq, arguments.dk, arguments.dv = (c.tensor(x, q.dtype, *x.shape) for x in (dq, dk, dv))
-    c.check(_library().foveate_attend_backward(ctypes.byref(arguments)))
+    c.check(c.kernels("attend", c.AttendArgument).foveate_attend_backward(ctypes.byref(arguments)))
     parameters = (grad.to(bias.parameter.dtype) for bias, grad in zip(plan.biases, grads, strict=True))
     return (dq, dk, dv, *parameters)
-
-
-def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "refuse() lets no call through without a library"
-    return c.declared(found)
 
 
 class _Held:

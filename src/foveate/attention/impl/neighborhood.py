@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import POINTER, Structure, byref, c_int64
-from functools import lru_cache
+from ctypes import Structure, byref, c_int64
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveate.kernels.cpu import call as c
-from foveate.kernels.cpu.loader import library, num_threads, status
+from foveate.kernels.cpu.loader import num_threads, status
 from foveate.layouts.kinds import Grid, Layout, patch_shape
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.rules.axes import Near
@@ -82,7 +81,7 @@ def forward(windows: Windows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
     """Heads out (B, H, N, Dv) and log row sums (B, H, N) in float64."""
     out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float64)
     call = _argument(windows, q, k, v, out, lse, scale)
-    c.check(_library().foveate_neighborhood_forward(byref(call), byref(_windows(windows))))
+    c.check(_kernels().foveate_neighborhood_forward(byref(call), byref(_windows(windows))))
     return out, lse
 
 
@@ -104,23 +103,12 @@ def backward(
     call.grad_out = c.tensor(grad_out, q.dtype, *out.shape)
     call.grad_lse = c.pointer(grad_lse, torch.float32, *q.shape[:3])
     call.dq, call.dk, call.dv = (c.tensor(x, q.dtype, *x.shape) for x in (dq, dk, dv))
-    c.check(_library().foveate_neighborhood_backward(byref(call), byref(_windows(windows))))
+    c.check(_kernels().foveate_neighborhood_backward(byref(call), byref(_windows(windows))))
     return dq, dk, dv
 
 
-def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "whoever asks for these kernels looks first whether there are any"
-    return _declared(found)
-
-
-@lru_cache(maxsize=1)
-def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    for name in ("foveate_neighborhood_forward", "foveate_neighborhood_backward"):
-        function = getattr(library, name)
-        function.argtypes, function.restype = (POINTER(c.AttendArgument), POINTER(WindowsArgument)), c_int64
-    assert library.foveate_neighborhood_size() == ctypes.sizeof(WindowsArgument), "csrc/neighborhood.h has changed"
-    return c.declared(library)
+def _kernels() -> ctypes.CDLL:
+    return c.kernels("neighborhood", c.AttendArgument, WindowsArgument)
 
 
 def _windows(windows: Windows) -> WindowsArgument:

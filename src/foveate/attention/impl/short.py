@@ -6,9 +6,6 @@ Whatever is not plain, or not right, gets None and goes the long way, which says
 
 from __future__ import annotations
 
-import ctypes
-import struct
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -16,22 +13,18 @@ from torch import Tensor
 
 from foveate.attention.impl.plan import WIDEST
 from foveate.kernels.cpu import call as c
-from foveate.kernels.cpu.loader import library, num_threads
+from foveate.kernels.cpu.loader import num_threads
+from foveate.kernels.cpu.short import entry, head_of, readable
 from foveate.layouts.kinds import Sequence
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band, band_of
-from foveate.plain import is_plain
 
-TENSORS = "q" * 6 * 4  # q, k, v, out: address, heads, strides
-HEAD = struct.Struct(f"{TENSORS}q{'q' * 8}dd{'q' * 2}")
-TAIL = bytes(ctypes.sizeof(c.AttendArgument) - HEAD.size)  # no lists, no biases, no gradients
-
-Kernel = Callable[[bytes], int]
+HEAD, REST = head_of(c.AttendArgument, before="selection.batches")  # no lists, no biases, no gradients
 
 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor | None:
     """Heads out (B, H, N, Dv) of a plain call; None if it is none."""
-    kernel, band = _kernel(), _band(pattern) if _may_be_band(pattern) else None
+    kernel, band = entry("foveate_attend_forward"), _band(pattern) if _may_be_band(pattern) else None
     if kernel is None or band is None or not _is_served(q, k, v):
         return None
     batch, heads, num_queries, dim = q.shape
@@ -41,28 +34,21 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float
     if not (fits and k_heads and v_heads and value_dim <= WIDEST) or heads % k_heads or heads % v_heads:
         return None
     out = torch.empty((batch, heads, num_queries, value_dim), dtype=q.dtype, device="cpu")
-    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    if not all(addresses) or (addresses[0] | addresses[1] | addresses[2]) % q.element_size():
-        return None
     head = HEAD.pack(
-        addresses[0], heads, *q.stride(),
-        addresses[1], k_heads, *k.stride(),
-        addresses[2], v_heads, *v.stride(),
+        q.data_ptr(), heads, *q.stride(),
+        k.data_ptr(), k_heads, *k.stride(),
+        v.data_ptr(), v_heads, *v.stride(),
         out.data_ptr(), heads, *out.stride(),
         0, c.DTYPES[q.dtype], 0, num_threads(), batch, num_queries, num_keys, dim, value_dim,
         dim**-0.5 if scale is None else scale, 0.0,
         *band,
     )  # fmt: skip
-    c.check(kernel(head + TAIL))
+    c.check(kernel(head + REST))
     return out
 
 
 def _is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if not is_plain(q, k, v):
-        return False
-    if q.dtype not in c.DTYPES or not q.dtype is k.dtype is v.dtype or not q.dim() == k.dim() == v.dim() == 4:
-        return False
-    return not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+    return readable(q, k, v) and q.dtype is k.dtype is v.dtype and q.dim() == k.dim() == v.dim() == 4
 
 
 def _may_be_band(pattern: object) -> bool:
@@ -72,11 +58,3 @@ def _may_be_band(pattern: object) -> bool:
 @lru_cache(maxsize=256)
 def _band(pattern: Pattern) -> Band | None:
     return band_of(pattern, Sequence())
-
-
-@lru_cache(maxsize=1)
-def _kernel() -> Kernel | None:
-    found = library()
-    if found is None:
-        return None
-    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(("foveate_attend_forward", found))

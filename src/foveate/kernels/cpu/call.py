@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Collection, Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from foveate.kernels.cpu.loader import library
 from foveate.plain import is_plain
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,6 +25,18 @@ class TensorArgument(Structure):
     """(batch, heads, tokens, channels) of any strides."""
 
     _fields_ = (("data", c_void_p), ("heads", c_int64), ("stride", Four))
+
+
+class RowsArgument(Structure):
+    """(sequences, heads, tokens, channels) of any strides and dtype; no data: not given."""
+
+    _fields_ = (("data", c_void_p), ("dtype", c_int64), ("heads", c_int64), ("stride", Four))
+
+
+class StreamArgument(Structure):
+    """(batch, tokens, channels) or (batch, tokens, groups, states) of any dtype and strides; null: absent."""
+
+    _fields_ = (("data", c_void_p), ("dtype", c_int64), ("stride", Four))
 
 
 class BiasArgument(Structure):
@@ -102,6 +115,20 @@ def tensor(x: Tensor, dtype: torch.dtype, *shape: int) -> TensorArgument:
     return TensorArgument(strided(x, (dtype,), shape), x.shape[1], Four(*x.stride()))
 
 
+def rows(x: Tensor, *shape: int) -> RowsArgument:
+    """Describe a tensor (batch, heads, tokens, channels), sizes of 1 as spread; the caller keeps it alive."""
+    wanted = [1 if have == 1 else want for have, want in zip(x.shape, shape, strict=True)]
+    stride = (step if size > 1 else 0 for size, step in zip(x.shape, x.stride(), strict=True))
+    return RowsArgument(strided(x, DTYPES, wanted), DTYPES[x.dtype], x.shape[1], Four(*stride))
+
+
+def stream(x: Tensor | None, *shape: int) -> StreamArgument:
+    """Describe a tensor with tokens before channels; the caller keeps it alive."""
+    if x is None:
+        return StreamArgument()
+    return StreamArgument(strided(x, DTYPES, shape), DTYPES[x.dtype], Four(*x.stride()))
+
+
 def pointer(x: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
     """The address of a contiguous tensor's first entry; the caller keeps it alive."""
     if x is None:
@@ -148,11 +175,18 @@ def check(status: int) -> None:
         raise MemoryError("a native kernel could not allocate its working memory")
 
 
-@lru_cache(maxsize=1)
-def declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library, with the types of its entry points."""
-    for name in ("foveate_attend_forward", "foveate_attend_backward"):
-        function = getattr(library, name)
-        function.argtypes, function.restype = (POINTER(AttendArgument),), c_int64
-    assert library.foveate_attend_size() == ctypes.sizeof(AttendArgument), "csrc/abi.h and call.py differ"
-    return library
+def kernels(name: str, *arguments: type[Structure]) -> ctypes.CDLL:
+    """The library, with the types of a family's entry points ``foveate_{name}_forward`` and ``..._backward``."""
+    found = library()
+    assert found is not None, "refuse() lets no call through without a library"
+    return _declared(found, name, *arguments)
+
+
+@cache
+def _declared(found: ctypes.CDLL, name: str, *arguments: type[Structure]) -> ctypes.CDLL:
+    for way in ("forward", "backward"):
+        function = getattr(found, f"foveate_{name}_{way}")
+        function.argtypes, function.restype = tuple(map(POINTER, arguments)), c_int64
+    size = getattr(found, f"foveate_{name}_size")()
+    assert size == ctypes.sizeof(arguments[-1]), f"{arguments[-1].__name__} is not what csrc has"
+    return found

@@ -5,24 +5,16 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
-from functools import lru_cache
+from ctypes import Structure, c_double, c_int64, c_void_p
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from foveate.kernels.cpu.call import DTYPES, OUT_OF_RANGE, Four, check, pointer, strided
-from foveate.kernels.cpu.loader import library, num_threads
+from foveate.kernels.cpu.call import OUT_OF_RANGE, RowsArgument, check, kernels, pointer, rows
+from foveate.kernels.cpu.loader import num_threads
 from foveate.plain import remembered
-
-
-class RowsArgument(Structure):
-    """(sequences, heads, tokens, channels) of any strides and dtype; no data: not given."""
-
-    _fields_ = (("data", c_void_p), ("dtype", c_int64), ("heads", c_int64), ("stride", Four))
-
 
 _ROWS, _GATES = ("q", "k", "v", "out"), ("decay", "beta", "a", "b")
 _SIZES = ("sequences", "states", "tokens", "dim", "value_dim", "decay_channels", "reads_before", "threads")
@@ -82,7 +74,7 @@ def forward(
     call.out = rows(out, *q.shape[:3], v.shape[3])
     call.initial, call.final = (pointer(x, torch.float32, *_states(inputs, lengths)) for x in (state, final))
     call.checkpoints = pointer(checkpoints, torch.float32, *checkpoints.shape) if keeps else None
-    checked(_library().foveate_recur_forward(ctypes.byref(call)))
+    checked(_kernels().foveate_recur_forward(ctypes.byref(call)))
     return out, final, checkpoints
 
 
@@ -107,7 +99,7 @@ def backward(
             setattr(call, name, rows(grad, *grad.shape))
     grad_state = grad_state.contiguous()
     call.grad_final, call.dinitial = (pointer(x, torch.float32, *state.shape) for x in (grad_state, grads[-1]))
-    checked(_library().foveate_recur_backward(ctypes.byref(call)))
+    checked(_kernels().foveate_recur_backward(ctypes.byref(call)))
     return grads
 
 
@@ -120,13 +112,6 @@ def gradients(inputs: Inputs, state: Tensor) -> tuple[Tensor, ...]:
         for x, width in zip(inputs[1:], widths, strict=True)
     )
     return state.new_empty(inputs.q.shape), *per_state, state.new_empty(state.shape)
-
-
-def rows(x: Tensor, *shape: int) -> RowsArgument:
-    """Describe a tensor (batch, heads, tokens, channels), sizes of 1 as spread; the caller keeps it alive."""
-    wanted = [1 if have == 1 else want for have, want in zip(x.shape, shape, strict=True)]
-    stride = (step if size > 1 else 0 for size, step in zip(x.shape, x.stride(), strict=True))
-    return RowsArgument(strided(x, DTYPES, wanted), DTYPES[x.dtype], x.shape[1], Four(*stride))
 
 
 def _states(inputs: Inputs, lengths: Sequence[int] | None) -> tuple[int, int, int, int]:
@@ -167,16 +152,5 @@ def num_checkpoints(q: Tensor, lengths: Sequence[int] | None) -> int:
     return q.shape[2] // segment + len(lengths) + 1
 
 
-def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "refuse() lets no call through without a library"
-    return _declared(found)
-
-
-@lru_cache(maxsize=1)
-def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
-    for function in (found.foveate_recur_forward, found.foveate_recur_backward):
-        function.argtypes, function.restype = (POINTER(RecurArgument),), c_int64
-    assert found.foveate_recur_segment() == SEGMENT, "recur.h and native_call.py differ"
-    assert found.foveate_recur_size() == ctypes.sizeof(RecurArgument), "recur_abi.h and native_call.py differ"
-    return found
+def _kernels() -> ctypes.CDLL:
+    return kernels("recur", RecurArgument)

@@ -6,28 +6,20 @@ plain, or not right, gets None and goes the long way, which says what is wrong.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import struct
-from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from foveate.kernels.cpu.call import DTYPES
-from foveate.kernels.cpu.loader import library, num_threads
-from foveate.plain import is_plain
+from foveate.kernels.cpu.loader import num_threads
+from foveate.kernels.cpu.short import entry, head_of, readable
 from foveate.recurrence.linear.impl.abi import RecurArgument
 from foveate.recurrence.linear.impl.native import WIDEST
 
-TENSORS = "q" * 7 * 8  # q, k, v, out, decay, beta, a, b: address, dtype, heads, strides
-HEAD = struct.Struct(f"{TENSORS}q{'q' * 8}d{'q' * 3}")
-TAIL = bytes(ctypes.sizeof(RecurArgument) - HEAD.size)  # no gradients
+HEAD, REST = head_of(RecurArgument, before="grad_out")  # no gradients
 GATES = ("decay", "beta", "a", "b")
 ABSENT = (0,) * 7
-
-Kernel = Callable[[bytes], int]
 
 
 def recur_plain(
@@ -41,7 +33,7 @@ def recur_plain(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Out and the last state of a plain call; None if it is none."""
-    kernel, gates = _kernel(), (decay, beta, *(low_rank or (None, None)))
+    kernel, gates = entry("foveate_recur_forward"), (decay, beta, *(low_rank or (None, None)))
     if len(gates) != len(GATES) or kernel is None or not _is_served(q, k, v, *gates, state):
         return None
     batch, heads, length, dim = q.shape
@@ -71,26 +63,15 @@ def recur_plain(
         dim**-0.5 if scale is None else scale,
         0 if state is None else state.data_ptr(), final.data_ptr(), 0,
     )  # fmt: skip
-    return (out, final) if kernel(head + TAIL) == 0 else None
+    return (out, final) if kernel(head + REST) == 0 else None
 
 
-def _is_served(*tensors: Tensor | None) -> bool:
-    """Whether all are plain tensors of dtypes that kernels read, and none wants a gradient; the state comes last."""
-    if not is_plain(*tensors):
+def _is_served(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels read all of them as they are; the state comes last."""
+    if not (readable(q, k, v, *others) and q.dim() == k.dim() == v.dim() == 4):
         return False
-    wants = torch.is_grad_enabled()
-    for x in tensors:
-        if x is None:
-            continue
-        if x.dtype not in DTYPES or (wants and x.requires_grad):
-            return False
-        address = x.data_ptr()
-        if not address or address % x.element_size():
-            return False
-    state = tensors[-1]
-    if state is not None and not (state.dtype is torch.float32 and state.is_contiguous()):
-        return False
-    return all(x is not None and x.dim() == 4 for x in tensors[:3])
+    state = others[-1]
+    return state is None or (state.dtype is torch.float32 and state.is_contiguous())
 
 
 def _gate(x: Tensor | None, name: str, batch: int, length: int, dim: int) -> tuple[int, ...] | None:
@@ -107,11 +88,3 @@ def _gate(x: Tensor | None, name: str, batch: int, length: int, dim: int) -> tup
     if name == "beta" or len(shape) != 4 or shape[3] != dim:
         return None
     return (x.data_ptr(), DTYPES[x.dtype], shape[1], *stride)
-
-
-@lru_cache(maxsize=1)
-def _kernel() -> Kernel | None:
-    found = library()
-    if found is None:
-        return None
-    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(("foveate_recur_forward", found))

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_int64, c_void_p
-from functools import lru_cache
+from ctypes import Structure, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from foveate.kernels.cpu.call import DTYPES, Four, strided
-from foveate.kernels.cpu.loader import library
+from foveate.kernels.cpu.call import StreamArgument
 
 SEGMENT = 64  # tokens from one mark to the next
-
-
-class Stream(Structure):
-    """(batch, tokens, channels) or (batch, tokens, groups, states) of any dtype and strides; null: absent."""
-
-    _fields_ = (("data", c_void_p), ("dtype", c_int64), ("stride", Four))
 
 
 class ScanArgument(Structure):
     """A call of the scan's kernels."""
 
     _fields_ = (
-        *((name, Stream) for name in ("x", "dt", "z", "b", "c", "out")),
+        *((name, StreamArgument) for name in ("x", "dt", "z", "b", "c", "out")),
         *((name, c_void_p) for name in ("rates", "skip", "bias", "first", "last", "marks", "starts")),
         *((name, c_int64) for name in ("sequences", "length", "channels", "states", "groups_b", "groups_c")),
         *((name, c_int64) for name in ("softplus", "threads")),
-        *((name, Stream) for name in ("grad_out", "dx", "ddt", "dz", "db", "dc")),
+        *((name, StreamArgument) for name in ("grad_out", "dx", "ddt", "dz", "db", "dc")),
         *((name, c_void_p) for name in ("grad_last", "d_rates", "d_skip", "d_bias", "d_first")),
     )
 
@@ -39,19 +30,12 @@ class ConvArgument(Structure):
     """A call of the convolution's kernels."""
 
     _fields_ = (
-        *((name, Stream) for name in ("x", "out")),
+        *((name, StreamArgument) for name in ("x", "out")),
         *((name, c_void_p) for name in ("weight", "bias", "first", "last", "starts")),
         *((name, c_int64) for name in ("sequences", "length", "channels", "width", "silu", "threads")),
-        *((name, Stream) for name in ("grad_out", "dx")),
+        *((name, StreamArgument) for name in ("grad_out", "dx")),
         *((name, c_void_p) for name in ("grad_last", "d_weight", "d_bias", "d_first")),
     )
-
-
-def stream(x: Tensor | None, *shape: int) -> Stream:
-    """Describe a tensor; the caller keeps it alive."""
-    if x is None:
-        return Stream()
-    return Stream(strided(x, DTYPES, shape), DTYPES[x.dtype], Four(*x.stride()))
 
 
 def plain(x: Tensor | None) -> Tensor | None:
@@ -77,22 +61,3 @@ def num_marks(x: Tensor, state: Tensor) -> int:
 def like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     """A gradient in its parameter's dtype."""
     return None if grad is None or parameter is None else grad.to(parameter.dtype)
-
-
-def kernels() -> ctypes.CDLL:
-    """The library, once `refuse` has let a call through."""
-    found = library()
-    assert found is not None
-    return declared(found)
-
-
-@lru_cache(maxsize=1)
-def declared(found: ctypes.CDLL) -> ctypes.CDLL:
-    """The library, with the types of its entry points."""
-    for name, argument in (("scan", ScanArgument), ("conv", ConvArgument)):
-        for way in ("forward", "backward"):
-            function = getattr(found, f"foveate_{name}_{way}")
-            function.argtypes, function.restype = (POINTER(argument),), c_int64
-        size = getattr(found, f"foveate_{name}_size")()
-        assert size == ctypes.sizeof(argument), "csrc/scan_abi.h and scan_abi.py differ"
-    return found

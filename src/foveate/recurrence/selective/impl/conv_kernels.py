@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.kernels.cpu.call import check, pointer
+from foveate.kernels.cpu.call import check, kernels, pointer, stream
 from foveate.kernels.cpu.loader import num_threads
 from foveate.recurrence.selective.chunked import definition
 from foveate.recurrence.selective.impl import abi as c
@@ -23,8 +23,8 @@ def forward(
     """Out and the last tail, both in x's dtype."""
     argument, held = _argument(x, weight, bias, tail, silu, lengths)
     out, last = x.new_empty(x.shape), c.buffer(x, *tail.shape)
-    argument.out, argument.last = c.stream(out, *x.shape), pointer(last, torch.float32, *tail.shape)
-    check(c.kernels().foveate_conv_forward(ctypes.byref(argument)))
+    argument.out, argument.last = stream(out, *x.shape), pointer(last, torch.float32, *tail.shape)
+    check(kernels("conv", c.ConvArgument).foveate_conv_forward(ctypes.byref(argument)))
     del held
     return out, last.to(x.dtype)
 
@@ -44,11 +44,11 @@ def backward(
     last, dx = c.plain(grad_last), x.new_empty(x.shape)
     d_weight, d_tail = c.buffer(x, *weight.shape), c.buffer(x, *tail.shape)
     d_bias = None if bias is None else c.buffer(x, *bias.shape)
-    argument.grad_out, argument.dx = c.stream(grad_out, *x.shape), c.stream(dx, *x.shape)
+    argument.grad_out, argument.dx = stream(grad_out, *x.shape), stream(dx, *x.shape)
     argument.grad_last = pointer(last, torch.float32, *tail.shape)
     addresses = (None if t is None else pointer(t, torch.float32, *t.shape) for t in (d_weight, d_bias, d_tail))
     argument.d_weight, argument.d_bias, argument.d_first = addresses
-    check(c.kernels().foveate_conv_backward(ctypes.byref(argument)))
+    check(kernels("conv", c.ConvArgument).foveate_conv_backward(ctypes.byref(argument)))
     del held
     return dx, d_weight.to(weight.dtype), c.like(d_bias, bias), d_tail.to(tail.dtype)
 
@@ -63,7 +63,7 @@ def _argument(
     taps, added, first = (pointer(t, torch.float32, *wanted) for t, wanted in zip(held, shapes, strict=False))
     starts = pointer(held[-1], torch.int64, sequences + 1)
     sizes = (sequences, length, channels, width, silu, num_threads())
-    return c.ConvArgument(c.stream(x, *x.shape), c.Stream(), taps, added, first, None, starts, *sizes), held
+    return c.ConvArgument(stream(x, *x.shape), stream(None), taps, added, first, None, starts, *sizes), held
 
 
 class Conv(NamedTuple):

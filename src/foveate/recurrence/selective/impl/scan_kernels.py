@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveate.kernels.cpu.call import check, pointer
+from foveate.kernels.cpu.call import check, kernels, pointer, stream
 from foveate.kernels.cpu.loader import num_threads
 from foveate.recurrence.selective.chunked import definition
 from foveate.recurrence.selective.impl import abi as c
@@ -50,9 +50,9 @@ def forward(call: KernelCall, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     out, last = call.x.new_empty(call.x.shape), c.buffer(call.x, *call.state.shape)
     marks = c.buffer(call.x, *call.marks_shape(keep)).zero_()  # packed sequences leave some places unused
     argument, held = _argument(call)
-    argument.out, argument.last = c.stream(out, *call.x.shape), pointer(last, torch.float32, *last.shape)
+    argument.out, argument.last = stream(out, *call.x.shape), pointer(last, torch.float32, *last.shape)
     argument.marks = pointer(marks, torch.float32, *marks.shape) if keep else None
-    check(c.kernels().foveate_scan_forward(ctypes.byref(argument)))
+    check(kernels("scan", c.ScanArgument).foveate_scan_forward(ctypes.byref(argument)))
     del held
     return out, last.to(call.state.dtype), marks
 
@@ -68,13 +68,13 @@ def backward(call: KernelCall, marks: Tensor, grad_out: Tensor, grad_last: Tenso
     sums = [None if t is None else c.buffer(call.x, *t.shape) for t in parameters]
     d_state, grad_last = c.buffer(call.x, *call.state.shape), grad_last.contiguous()
     argument.marks = pointer(marks, torch.float32, *call.marks_shape(True))
-    argument.grad_out = c.stream(grad_out, *call.x.shape)
-    described = [c.Stream() if t is None else c.stream(t, *t.shape) for t in grads]
+    argument.grad_out = stream(grad_out, *call.x.shape)
+    described = [stream(None) if t is None else stream(t, *t.shape) for t in grads]
     argument.dx, argument.ddt, argument.dz, argument.db, argument.dc = described
     addresses = (None if t is None else pointer(t, torch.float32, *t.shape) for t in (*sums, d_state))
     argument.d_rates, argument.d_skip, argument.d_bias, argument.d_first = addresses
     argument.grad_last = pointer(grad_last, torch.float32, *call.state.shape)
-    check(c.kernels().foveate_scan_backward(ctypes.byref(argument)))
+    check(kernels("scan", c.ScanArgument).foveate_scan_backward(ctypes.byref(argument)))
     del held
     (dx, ddt, dz, dB, dC), (dA, dD, d_bias) = grads, map(c.like, sums, parameters)
     return dx, ddt, dA, dB, dC, dD, dz, d_bias, d_state
@@ -92,11 +92,11 @@ def _argument(call: KernelCall) -> tuple[c.ScanArgument, list[Tensor | None]]:
     )
     starts = pointer(parameters[-1], torch.int64, sequences + 1)
     groups = [1 if t is None else t.shape[2] for t in (call.B, call.C)]
-    streams = [c.stream(t, *shape) for t in (call.x, call.dt, call.z)]
+    streams = [stream(t, *shape) for t in (call.x, call.dt, call.z)]
     pairs = zip((call.B, call.C), groups, strict=True)
-    streams += [c.stream(t, batch, length, count, states) for t, count in pairs]
+    streams += [stream(t, batch, length, count, states) for t, count in pairs]
     sizes = (sequences, length, channels, states, *groups, call.softplus, num_threads())
-    return c.ScanArgument(*streams, c.Stream(), rates, skip, bias, first, None, None, starts, *sizes), parameters
+    return c.ScanArgument(*streams, stream(None), rates, skip, bias, first, None, None, starts, *sizes), parameters
 
 
 class Scan(NamedTuple):

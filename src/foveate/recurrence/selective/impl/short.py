@@ -6,21 +6,15 @@ plain, or not right, gets None and goes the long way, which says what is wrong.
 
 from __future__ import annotations
 
-import ctypes
-import struct
-from collections.abc import Callable
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from foveate.kernels.cpu import call as c
-from foveate.kernels.cpu.loader import library, num_threads
-from foveate.plain import is_plain
+from foveate.kernels.cpu.loader import num_threads
+from foveate.kernels.cpu.short import entry, head_of, readable
 from foveate.recurrence.selective.impl.abi import ScanArgument
 
-HEAD = struct.Struct("q" * (6 * 6 + 7 + 8))  # x, dt, z, B, C, out: address, dtype, strides; parameters; sizes
-TAIL = bytes(ctypes.sizeof(ScanArgument) - HEAD.size)  # no gradients
+HEAD, REST = head_of(ScanArgument, before="grad_out")  # no gradients
 ABSENT = (0,) * 6
 
 
@@ -38,7 +32,7 @@ def scan_token(
 ) -> tuple[Tensor, Tensor] | None:
     """Out and state of a plain call; None if it is none."""
     streams, parameters = (x, dt, B, C) if z is None else (x, dt, B, C, z), (A, D, dt_bias, state)
-    served = is_plain(*streams, *parameters) and all(map(_is_stream, streams)) and all(map(_is_parameter, parameters))
+    served = readable(*streams, *parameters) and all(map(_is_parameter, parameters))
     if not (served and _are_tokens(x, dt, z) and A.dim() == 2):
         return None
     batch, _, channels = x.shape
@@ -46,7 +40,7 @@ def scan_token(
     groups = _groups(B, batch, channels, states), _groups(C, batch, channels, states)
     shapes = ((channels, states), (channels,), (channels,), (batch, channels, states))
     fits = all(p is None or p.shape == shape for p, shape in zip(parameters, shapes, strict=True))
-    kernel = _kernel()
+    kernel = entry("foveate_scan_step")
     if not (fits and batch and channels and states and all(groups)) or kernel is None:
         return None
     first = torch.zeros(shapes[-1], dtype=torch.float32, device="cpu") if state is None else state
@@ -56,7 +50,7 @@ def scan_token(
     addresses = (0 if p is None else p.data_ptr() for p in (A, D, dt_bias, first))
     sizes = (batch, 1, channels, states, *groups, softplus, num_threads())
     head = HEAD.pack(*(number for one in described for number in one), *addresses, last.data_ptr(), 0, 0, *sizes)
-    found = kernel(head + TAIL)
+    found = kernel(head + REST)
     if found == c.OUT_OF_RANGE:  # a rate above 0, or a step below it
         return None
     c.check(found)
@@ -67,16 +61,8 @@ def _are_tokens(x: Tensor, dt: Tensor, z: Tensor | None) -> bool:
     return x.dim() == 3 and x.shape[1] == 1 and dt.shape == x.shape and (z is None or z.shape == x.shape)
 
 
-def _is_stream(x: Tensor) -> bool:
-    """Whether a plain tensor is one that the kernel reads and no gradient is wanted of."""
-    if x.dtype not in c.DTYPES or (x.requires_grad and torch.is_grad_enabled()):
-        return False
-    address = x.data_ptr()
-    return address != 0 and address % x.element_size() == 0
-
-
 def _is_parameter(x: Tensor | None) -> bool:
-    return x is None or (_is_stream(x) and x.dtype == torch.float32 and x.is_contiguous())
+    return x is None or (x.dtype == torch.float32 and x.is_contiguous())
 
 
 def _groups(x: Tensor, batch: int, channels: int, states: int) -> int:
@@ -93,11 +79,3 @@ def _described(x: Tensor | None) -> tuple[int, ...]:
     if len(stride) == 3:  # channels of x, or states of B and C without groups
         stride = (stride[0], stride[1], stride[2], stride[2])
     return (x.data_ptr(), c.DTYPES[x.dtype], *stride)
-
-
-@lru_cache(maxsize=1)
-def _kernel() -> Callable[[bytes], int] | None:
-    found = library()
-    if found is None:
-        return None
-    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(("foveate_scan_step", found))
