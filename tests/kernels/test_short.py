@@ -11,7 +11,7 @@ import torch
 
 from foveate.kernels.cpu.call import AttendArgument
 from foveate.kernels.cpu.loader import library
-from foveate.kernels.cpu.short import entry, head_of, readable
+from foveate.kernels.cpu.short import addresses, entry, head_of
 from foveate.recurrence.linear.impl.abi import SEGMENT, RecurArgument
 from foveate.recurrence.selective.impl.abi import ScanArgument
 
@@ -63,13 +63,14 @@ def test_a_field_nobody_has_is_refused() -> None:
 
 def test_only_plain_readable_memory_goes_the_short_way() -> None:
     x = torch.randn(3, 4)
-    assert readable(x, None, x.half(), x.bfloat16(), x.mT)
+    given = x, None, x.half(), x.bfloat16(), x[1:].mT
+    assert addresses(*given) == [0 if y is None else y.data_ptr() for y in given]
     raw = torch.zeros(4 * 5 + 2, dtype=torch.uint8)
     misaligned = torch.frombuffer(raw.numpy(), dtype=torch.float32, count=4, offset=2)
     for other in (x.double(), x[:0], x.to("meta"), x.clone().requires_grad_(), misaligned):
-        assert not readable(x, other)
+        assert addresses(x, other) is None
     with torch.no_grad():
-        assert readable(x.clone().requires_grad_())
+        assert addresses(x.clone().requires_grad_()) is not None
 
 
 @pytest.mark.skipif(library() is None, reason="there are no native kernels here")

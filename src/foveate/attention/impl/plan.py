@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -107,11 +107,14 @@ def facts(selected: Selected) -> dict[str, Any]:
         return {"distances": " to ".join(ends)}
     if isinstance(selected, Windows):
         return {"windows": "x".join(map(str, selected.size)), "grid": "x".join(map(str, selected.dims))}
-    lists = (x for x in vars(selected).values() if isinstance(x, Tensor))
+    values = (getattr(selected, field.name) for field in fields(selected))
+    lists = [x for x in values if isinstance(x, Tensor)]
+    gathered = {} if selected.runs is None else {"gathered_runs": len(selected.runs)}
     return {
         "tiles": selected.num_tiles,
         "masked": int((selected.mask_ids != FULL).sum()),
         "columns": selected.num_columns,
+        **gathered,
         "computed": f"{selected.computed:.1%}",
         "list_bytes": sum(x.numel() * x.element_size() for x in lists),
     }

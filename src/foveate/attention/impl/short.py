@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.attention.impl.plan import WIDEST
 from foveate.kernels.cpu import call as c
 from foveate.kernels.cpu.loader import num_threads
-from foveate.kernels.cpu.short import entry, head_of, readable
+from foveate.kernels.cpu.short import addresses, entry, head_of
 from foveate.layouts.kinds import Sequence
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.band import Band, band_of
@@ -25,7 +25,10 @@ HEAD, REST = head_of(c.AttendArgument, before="selection.batches")  # no lists, 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor | None:
     """Heads out (B, H, N, Dv) of a plain call; None if it is none."""
     kernel, band = entry("foveate_attend_forward"), _band(pattern) if _may_be_band(pattern) else None
-    if kernel is None or band is None or not _is_served(q, k, v):
+    if kernel is None or band is None:
+        return None
+    at = addresses(q, k, v)
+    if at is None or not (q.dtype is k.dtype is v.dtype and q.dim() == k.dim() == v.dim() == 4):
         return None
     batch, heads, num_queries, dim = q.shape
     k_batch, k_heads, num_keys, k_dim = k.shape
@@ -35,9 +38,9 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float
         return None
     out = torch.empty((batch, heads, num_queries, value_dim), dtype=q.dtype, device="cpu")
     head = HEAD.pack(
-        q.data_ptr(), heads, *q.stride(),
-        k.data_ptr(), k_heads, *k.stride(),
-        v.data_ptr(), v_heads, *v.stride(),
+        at[0], heads, *q.stride(),
+        at[1], k_heads, *k.stride(),
+        at[2], v_heads, *v.stride(),
         out.data_ptr(), heads, *out.stride(),
         0, c.DTYPES[q.dtype], 0, num_threads(), batch, num_queries, num_keys, dim, value_dim,
         dim**-0.5 if scale is None else scale, 0.0,
@@ -45,10 +48,6 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float
     )  # fmt: skip
     c.check(kernel(head + REST))
     return out
-
-
-def _is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return readable(q, k, v) and q.dtype is k.dtype is v.dtype and q.dim() == k.dim() == v.dim() == 4
 
 
 def _may_be_band(pattern: object) -> bool:

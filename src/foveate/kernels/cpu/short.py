@@ -1,7 +1,7 @@
 """Calls of a microsecond: a kernel's structure packed at once, where ctypes takes ten to fill in its fields.
 
 An operator's short way packs the fields that a plain call has, in the order of the structure, and calls with zeros for
-the rest. It looks at its tensors itself (`readable`), and leaves to the general way whatever is not plain.
+the rest. It looks at its tensors itself (`addresses`), and leaves to the general way whatever is not plain.
 """
 
 from __future__ import annotations
@@ -59,17 +59,22 @@ def _flat(kind: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, "d" if kind is c_double else "q"
 
 
-def readable(*tensors: Tensor | None) -> bool:
-    """Whether all are plain tensors of dtypes that kernels read, aligned in memory, and none wants a gradient."""
+def addresses(*tensors: Tensor | None) -> list[int] | None:
+    """Where tensors lie, 0 for one that is not given; None unless kernels may read each as it is.
+
+    That is, all are plain tensors of dtypes that kernels read, aligned in memory, and none wants a gradient.
+    """
     if not is_plain(*tensors):
-        return False
-    wants = torch.is_grad_enabled()
+        return None
+    found, wants = [], torch.is_grad_enabled()
     for x in tensors:  # a loop without calls, since decoding steps come by here
         if x is None:
+            found.append(0)
             continue
         if x.dtype not in DTYPES or (wants and x.requires_grad):
-            return False
+            return None
         address = x.data_ptr()
         if not address or address % x.element_size():
-            return False
-    return True
+            return None
+        found.append(address)
+    return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.kernels.cpu.call import DTYPES
 from foveate.kernels.cpu.loader import num_threads
-from foveate.kernels.cpu.short import entry, head_of, readable
+from foveate.kernels.cpu.short import addresses, entry, head_of
 from foveate.recurrence.linear.impl.abi import RecurArgument
 from foveate.recurrence.linear.impl.native import WIDEST
 
@@ -34,7 +34,12 @@ def recur_plain(
 ) -> tuple[Tensor, Tensor] | None:
     """Out and the last state of a plain call; None if it is none."""
     kernel, gates = entry("foveate_recur_forward"), (decay, beta, *(low_rank or (None, None)))
-    if len(gates) != len(GATES) or kernel is None or not _is_served(q, k, v, *gates, state):
+    if len(gates) != len(GATES) or kernel is None:
+        return None
+    at = addresses(q, k, v, *gates, state)
+    if at is None or not q.dim() == k.dim() == v.dim() == 4:
+        return None
+    if state is not None and not (state.dtype is torch.float32 and state.is_contiguous()):
         return None
     batch, heads, length, dim = q.shape
     k_batch, k_heads, k_length, k_dim = k.shape
@@ -42,7 +47,7 @@ def recur_plain(
     fits = batch == k_batch == v_batch and length == k_length == v_length and dim == k_dim and 0 < dim <= WIDEST
     if not (fits and heads and length and value_dim and k_heads and v_heads):
         return None
-    described = [_gate(gate, name, batch, length, dim) for name, gate in zip(GATES, gates, strict=True)]
+    described = [_gate(x, at[3 + i], GATES[i], batch, length, dim) for i, x in enumerate(gates)]
     fitting = [gate for gate in described if gate is not None]
     if len(fitting) < len(GATES) or (beta is not None and low_rank is not None):
         return None
@@ -54,37 +59,29 @@ def recur_plain(
     out = torch.empty((batch, heads, length, value_dim), dtype=v.dtype, device="cpu")
     final = torch.empty((batch, states, dim, value_dim), dtype=torch.float32, device="cpu")
     head = HEAD.pack(
-        q.data_ptr(), DTYPES[q.dtype], heads, *q.stride(),
-        k.data_ptr(), DTYPES[k.dtype], k_heads, *k.stride(),
-        v.data_ptr(), DTYPES[v.dtype], v_heads, *v.stride(),
+        at[0], DTYPES[q.dtype], heads, *q.stride(),
+        at[1], DTYPES[k.dtype], k_heads, *k.stride(),
+        at[2], DTYPES[v.dtype], v_heads, *v.stride(),
         out.data_ptr(), DTYPES[v.dtype], heads, *out.stride(),
         *fitting[0], *fitting[1], *fitting[2], *fitting[3],
         0, batch, states, length, dim, value_dim, channels, 0, num_threads(),
         dim**-0.5 if scale is None else scale,
-        0 if state is None else state.data_ptr(), final.data_ptr(), 0,
+        at[7], final.data_ptr(), 0,
     )  # fmt: skip
     return (out, final) if kernel(head + REST) == 0 else None
 
 
-def _is_served(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
-    """Whether kernels read all of them as they are; the state comes last."""
-    if not (readable(q, k, v, *others) and q.dim() == k.dim() == v.dim() == 4):
-        return False
-    state = others[-1]
-    return state is None or (state.dtype is torch.float32 and state.is_contiguous())
-
-
-def _gate(x: Tensor | None, name: str, batch: int, length: int, dim: int) -> tuple[int, ...] | None:
+def _gate(x: Tensor | None, at: int, name: str, batch: int, length: int, dim: int) -> tuple[int, ...] | None:
     """How a gate is described to the kernel: address, dtype, heads, strides; None if it does not fit."""
     if x is None:
         return ABSENT
     shape, stride = x.shape, x.stride()
     if name == "decay" and len(shape) == 1:
-        return (x.data_ptr(), DTYPES[x.dtype], shape[0], 0, stride[0], 0, 0)
+        return (at, DTYPES[x.dtype], shape[0], 0, stride[0], 0, 0)
     if len(shape) < 3 or shape[0] != batch or shape[2] != length:
         return None
     if name in ("decay", "beta") and len(shape) == 3:
-        return (x.data_ptr(), DTYPES[x.dtype], shape[1], *stride, 0)
+        return (at, DTYPES[x.dtype], shape[1], *stride, 0)
     if name == "beta" or len(shape) != 4 or shape[3] != dim:
         return None
-    return (x.data_ptr(), DTYPES[x.dtype], shape[1], *stride)
+    return (at, DTYPES[x.dtype], shape[1], *stride)

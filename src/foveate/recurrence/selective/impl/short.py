@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.kernels.cpu import call as c
 from foveate.kernels.cpu.loader import num_threads
-from foveate.kernels.cpu.short import entry, head_of, readable
+from foveate.kernels.cpu.short import addresses, entry, head_of
 from foveate.recurrence.selective.impl.abi import ScanArgument
 
 HEAD, REST = head_of(ScanArgument, before="grad_out")  # no gradients
@@ -31,9 +31,9 @@ def scan_token(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
     """Out and state of a plain call; None if it is none."""
-    streams, parameters = (x, dt, B, C) if z is None else (x, dt, B, C, z), (A, D, dt_bias, state)
-    served = readable(*streams, *parameters) and all(map(_is_parameter, parameters))
-    if not (served and _are_tokens(x, dt, z) and A.dim() == 2):
+    streams, parameters = (x, dt, z, B, C), (A, D, dt_bias, state)
+    at = addresses(*streams, *parameters)
+    if at is None or not (all(map(_is_parameter, parameters)) and _are_tokens(x, dt, z) and A.dim() == 2):
         return None
     batch, _, channels = x.shape
     states = A.shape[-1]
@@ -46,10 +46,11 @@ def scan_token(
     first = torch.zeros(shapes[-1], dtype=torch.float32, device="cpu") if state is None else state
     out = torch.empty((batch, 1, channels), dtype=x.dtype, device="cpu")
     last = torch.empty((batch, channels, states), dtype=torch.float32, device="cpu")
-    described = (_described(t) for t in (x, dt, z, B, C, out))
-    addresses = (0 if p is None else p.data_ptr() for p in (A, D, dt_bias, first))
+    described = (_described(*pair) for pair in zip((*streams, out), (*at[:5], out.data_ptr()), strict=True))
     sizes = (batch, 1, channels, states, *groups, softplus, num_threads())
-    head = HEAD.pack(*(number for one in described for number in one), *addresses, last.data_ptr(), 0, 0, *sizes)
+    head = HEAD.pack(
+        *(number for one in described for number in one), *at[5:8], first.data_ptr(), last.data_ptr(), 0, 0, *sizes
+    )
     found = kernel(head + REST)
     if found == c.OUT_OF_RANGE:  # a rate above 0, or a step below it
         return None
@@ -72,10 +73,10 @@ def _groups(x: Tensor, batch: int, channels: int, states: int) -> int:
     return groups if x.shape == shape and groups and channels % groups == 0 else 0
 
 
-def _described(x: Tensor | None) -> tuple[int, ...]:
+def _described(x: Tensor | None, at: int) -> tuple[int, ...]:
     if x is None:
         return ABSENT
     stride = x.stride()
     if len(stride) == 3:  # channels of x, or states of B and C without groups
         stride = (stride[0], stride[1], stride[2], stride[2])
-    return (x.data_ptr(), c.DTYPES[x.dtype], *stride)
+    return (at, c.DTYPES[x.dtype], *stride)
