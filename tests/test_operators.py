@@ -384,8 +384,8 @@ def test_from_api_to_kernel_seven_files_at_most_and_no_way_back(call: str) -> No
         CALLED[call](q)
     finally:
         sys.setprofile(None)
-    deepest = max(stacks, key=len)
-    assert deepest[0] == "api.py" and deepest[-1] in ("native.py", "tiles.py")
+    deepest = max((stack[stack.index("api.py") :] for stack in stacks), key=len)  # without what only counts
+    assert deepest[-1] in ("native.py", "tiles.py")
     assert len(deepest) == len(set(deepest)) <= 7, f"the way of the call goes back: {deepest}"
 
 

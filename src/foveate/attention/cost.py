@@ -54,7 +54,7 @@ def count_pairs(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: f
         q, k, times = _random_like(q, k, pattern)
     with named("choose", times) if pattern.is_dynamic else nullcontext():
         resolved = resolve(pattern, Scene(num_queries, num_keys, layout, q.detach(), k.detach(), scale))
-    token = torch.empty(1, device="cpu" if q.is_meta else q.device)
+    token = torch.empty(1, dtype=torch.float32, device="cpu" if q.is_meta else q.device)
     q, k = (token.expand(*x.shape[:3], 1) for x in (q, k))
     selection = resolved.select(q, k, layout, tile=TILE)
     alike = batch * heads // (selection.batches * selection.heads)
@@ -79,9 +79,9 @@ def band_pairs(band: Band, num_queries: int, num_keys: int) -> tuple[int, int]:
     >>> band_pairs(Band(0, 2), 100, 100)
     (297, 12288)
     """
-    place = torch.arange(num_queries) + num_keys - num_queries
+    place = torch.arange(num_queries, device="cpu") + num_keys - num_queries
     first, last = (place - band.high).clamp_min(0), (place - band.low).clamp_max(num_keys - 1)
-    top = torch.arange(0, num_queries, TILE)
+    top = torch.arange(0, num_queries, TILE, device="cpu")
     bottom = (top + TILE - 1).clamp_max(num_queries - 1)
     tiles = (last[bottom] // TILE - first[top] // TILE + 1).where(last[bottom] >= first[top], 0)
     return int((last - first + 1).clamp_min(0).sum()), int(tiles.sum()) * TILE**2
