@@ -19,8 +19,8 @@ _HOMES = {
     ),
     "foveate.dispatch": "Explanation Implementation Operator explain",
     "foveate.layouts": (
-        "Grid Order Packed Points Sequence bidirectional column_major cross_scan raster reverse scan_orders"
-        " spatio_temporal windows zigzag"
+        "Graph Grid Order Packed Points Sequence bidirectional by_score column_major cross_scan morton raster reverse"
+        " scan_orders spatio_temporal windows zigzag"
     ),
     "foveate.recurrence": "Convolved Recurrent Scanned causal_conv linear_scan recur scan scan_step",
     "foveate.patterns": (

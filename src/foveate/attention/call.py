@@ -90,6 +90,8 @@ def prepare(
         raise ValueError(f"softcap must be a positive finite number; got {softcap}")
     weights, layout, heads = as_weights(weights), layout or Sequence(), q.shape[1]
     layout.check(k.shape[2])
+    if layout.batches not in (1, q.shape[0]):
+        raise ValueError(f"{layout} is for a batch of {layout.batches}, but q has {q.shape[0]}")
     added, functions = split_bias(bias)
     biases = tuple(checked(added, weights, q, k, pattern, layout))
     if weights.normalise is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.attention.partial import Partial, lse_dtype
 from foveate.attention.weights import Weights, as_weights
 from foveate.counting import Cost, drawn, named
-from foveate.layouts.kinds import Layout
+from foveate.layouts.kinds import Layout, Points
 from foveate.patterns.algebra import LINE, Pattern, Scene, resolve
 from foveate.patterns.band import Band, band_of
 from foveate.patterns.rules.sequence import full
@@ -43,6 +43,10 @@ def count_pairs(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: f
     batch, heads, num_queries, num_keys = *q.shape[:3], k.shape[2]
     if 0 in (batch, heads, num_queries, num_keys):
         return 0, 0
+    if isinstance(layout, Points) and layout.is_batched and pattern.batches == 1:
+        entries = range(batch)
+        each = [count_pairs(q[b : b + 1], k[b : b + 1], pattern, layout.entry(b), scale) for b in entries]
+        return sum(pairs for pairs, _ in each), sum(computed for _, computed in each)
     band = band_of(pattern, layout)
     if band is not None:
         pairs, computed = band_pairs(band, num_queries, num_keys)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.counts import whole_numbers
 from foveate.layouts.kinds import Grid, Layout
 from foveate.plain import remembered
 
@@ -15,17 +16,31 @@ from foveate.plain import remembered
 class Graph(Layout):
     """Tokens at the nodes of a graph: ``edges`` (2, E) holds the source and the target of each edge.
 
-    This is the edge_index of PyTorch Geometric. Several graphs are one with no edges between them.
+    This is the edge_index of PyTorch Geometric.
 
     >>> Graph(torch.tensor([[0, 1, 2], [1, 2, 0]]), 5).length
     5
+
+    A list of edges gives each batch entry a graph of its own, of as many nodes; with ``lengths`` graphs of so many
+    nodes lie end to end in N, and no token sees another graph:
+
+    >>> several = Graph([torch.tensor([[0, 1], [1, 2]]), torch.tensor([[4], [0]])], 5)
+    >>> several.batches, Graph(torch.tensor([[0, 4], [1, 3]]), 5, lengths=[2, 3]).packed_lengths
+    (2, (2, 3))
     """
 
-    edges: Tensor
+    edges: Tensor | list[Tensor] | tuple[Tensor, ...]
     num_nodes: int
+    lengths: tuple[int, ...] | list[int] | None = None
 
     def __post_init__(self) -> None:
-        edges = self.edges
+        for edges in self.each:
+            self._check(edges)
+        if self.lengths is not None:
+            object.__setattr__(self, "lengths", whole_numbers("lengths of graphs", self.lengths))
+            self._check_apart(self.lengths)
+
+    def _check(self, edges: Tensor) -> None:
         if edges.dim() != 2 or edges.shape[0] != 2 or edges.is_floating_point() or edges.dtype == torch.bool:
             raise ValueError(
                 f"edges are whole numbers (2, E), sources and targets; got {edges.dtype} {tuple(edges.shape)}"
@@ -35,12 +50,37 @@ class Graph(Layout):
                 f"edges join nodes 0 to {self.num_nodes - 1}; got {int(edges.min())} to {int(edges.max())}"
             )
 
+    def _check_apart(self, lengths: tuple[int, ...] | list[int]) -> None:
+        if not isinstance(self.edges, Tensor) or sum(lengths) != self.num_nodes:
+            raise ValueError(
+                f"lengths of graphs laid end to end add up to the {self.num_nodes} nodes of one edges (2, E); got "
+                f"{list(lengths)}"
+            )
+        ends = torch.tensor(lengths, device=self.edges.device).cumsum(0)
+        source, target = torch.bucketize(self.edges.contiguous(), ends, right=True)
+        if not torch.equal(source, target):
+            first, last = self.edges[:, source != target][:, 0].tolist()
+            raise ValueError(f"graphs of {list(lengths)} nodes share no edge; got one from node {first} to {last}")
+
+    @property
+    def each(self) -> tuple[Tensor, ...]:
+        """The edges of each batch entry, or the only ones."""
+        return (self.edges,) if isinstance(self.edges, Tensor) else tuple(self.edges)
+
     @property
     def length(self) -> int:
         return self.num_nodes
 
+    @property
+    def packed_lengths(self) -> tuple[int, ...] | None:
+        return None if self.lengths is None else tuple(self.lengths)
+
+    @property
+    def batches(self) -> int:
+        return len(self.each)
+
     def __str__(self) -> str:
-        return f"Graph({self.num_nodes} nodes, {self.edges.shape[1]} edges)"
+        return f"Graph({self.num_nodes} nodes, {', '.join(str(edges.shape[1]) for edges in self.each)} edges)"
 
 
 def edges_of(layout: Layout | None, device: torch.device) -> Tensor:
@@ -48,6 +88,8 @@ def edges_of(layout: Layout | None, device: torch.device) -> Tensor:
 
     >>> edges_of(Grid(1, 3), torch.device("cpu")).tolist()
     [[0, 1, 1, 2], [1, 2, 0, 1]]
+
+    Of graphs that differ by batch entry, those of one graph of B N nodes.
     """
     if isinstance(layout, Grid):
         return neighbours(layout.dims).to(device)
@@ -55,7 +97,7 @@ def edges_of(layout: Layout | None, device: torch.device) -> Tensor:
         raise ValueError(
             f"the tokens are nodes of a graph: pass layout=Graph(edges, num_nodes) or a grid; got {layout}"
         )
-    return layout.edges.to(device)
+    return torch.cat([edges.to(device) + entry * layout.num_nodes for entry, edges in enumerate(layout.each)], dim=1)
 
 
 @remembered(32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,6 +39,16 @@ class Layout:
     def slots(self, tile: int, device: torch.device | str = "cpu") -> Tensor | None:
         """Token at each slot of the tile order (-1: empty slot), or None for the natural order."""
         return None
+
+    @property
+    def packed_lengths(self) -> tuple[int, ...] | None:
+        """How many tokens each of several sequences, clouds or graphs has, of those laid end to end."""
+        return None
+
+    @property
+    def batches(self) -> int:
+        """Number of batch entries it tells apart (1: the same for all)."""
+        return 1
 
     def inverted(self) -> Layout:
         """This layout for what lies inside ``~``."""
@@ -128,6 +139,10 @@ class Packed(Layout):
     def length(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def packed_lengths(self) -> tuple[int, ...]:
+        return self.lengths
+
     def __str__(self) -> str:
         return f"Packed({list(self.lengths)})"
 
@@ -138,41 +153,96 @@ class Points(Layout):
 
     >>> Points(torch.rand(10, 3)).length
     10
+
+    With coords (B, N, axes) every batch entry has a cloud of its own; with ``lengths`` clouds lie end to end in N, as
+    the sequences of ``Packed`` do, and no token sees another cloud:
+
+    >>> Points(torch.rand(4, 10, 3)).batches, Points(torch.rand(10, 3), lengths=[3, 7]).packed_lengths
+    (4, (3, 7))
     """
 
     coords: Tensor
+    lengths: tuple[int, ...] | list[int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.coords, Tensor):
             raise TypeError(f"Points takes a tensor of coordinates (N, axes); got {type(self.coords).__name__}")
-        if self.coords.dim() != 2 or not self.coords.is_floating_point():
-            raise ValueError(f"Points takes float coordinates (N, axes); got {tuple(self.coords.shape)}")
+        shape = tuple(self.coords.shape)
+        if len(shape) not in (2, 3) or not self.coords.is_floating_point():
+            raise ValueError(f"Points takes float coordinates (N, axes) or (B, N, axes); got {shape}")
+        if self.lengths is not None:
+            object.__setattr__(self, "lengths", whole_numbers("lengths of clouds", self.lengths))
+            if len(shape) != 2 or sum(self.lengths) != shape[0]:
+                raise ValueError(
+                    f"lengths of clouds laid end to end add up to N of coordinates (N, axes); got {list(self.lengths)}"
+                    f" for {shape}"
+                )
         if traced(self.coords):
             return
         if not bool(self.coords.isfinite().all()):
-            wrong = int((~self.coords.isfinite()).any(1).sum())
-            raise ValueError(f"Points takes finite coordinates; {wrong} of {len(self.coords)} points have NaN or inf")
+            wrong = int((~self.coords.isfinite()).any(-1).sum())
+            count = math.prod(shape[:-1])
+            raise ValueError(f"Points takes finite coordinates; {wrong} of {count} points have NaN or inf")
 
     @property
     def length(self) -> int:
-        return self.coords.shape[0]
+        return self.coords.shape[-2]
 
     @property
     def num_axes(self) -> int:
-        return self.coords.shape[1]
+        return self.coords.shape[-1]
+
+    @property
+    def packed_lengths(self) -> tuple[int, ...] | None:
+        return None if self.lengths is None else tuple(self.lengths)
+
+    @property
+    def batches(self) -> int:
+        return self.coords.shape[0] if self.is_batched else 1
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether every batch entry has a cloud, and an order, of its own."""
+        return self.coords.dim() == 3
 
     @property
     def tiles_alike(self) -> bool:
         return False
 
+    def entry(self, batch: int) -> Points:
+        """The cloud of one batch entry."""
+        return Points(self.coords[batch if self.batches > 1 else 0]) if self.is_batched else self
+
     def coordinates(self, positions: Tensor) -> tuple[Tensor, ...]:
-        return tuple(axis[positions] for axis in self.coords.to(positions.device).unbind(1))
+        """Of one cloud; a position has no coordinates where clouds differ by batch entry: see :meth:`place_of`."""
+        return () if self.is_batched else self.place_of(0, positions)
+
+    def place_of(self, batch: Tensor | int, positions: Tensor) -> tuple[Tensor, ...]:
+        """Coordinates along each axis of positions of batch entries (broadcasting)."""
+        axes = self.coords.to(positions.device).unbind(-1)
+        if not self.is_batched:
+            return tuple(axis[positions] for axis in axes)
+        return tuple(axis[batch if self.batches > 1 else 0, positions] for axis in axes)
 
     def slots(self, tile: int, device: torch.device | str = "cpu") -> Tensor | None:
-        return pad_slots(morton_order(self.coords.cpu()), tile).to(device)
+        if self.is_batched:
+            return None
+        return pad_slots(morton_index(self), tile).to(device)
 
     def __str__(self) -> str:
-        return f"Points({self.length} x {self.num_axes})"
+        clouds = "" if self.lengths is None else f", lengths={list(self.lengths)}"
+        return f"Points({' x '.join(map(str, self.coords.shape))}{clouds})"
+
+
+def morton_index(points: Points) -> Tensor:
+    """Tokens along a Morton curve, cloud after cloud: (N,), or (B, N) of clouds that differ by batch entry."""
+    coords = points.coords.detach().cpu()
+    if coords.dim() == 3:
+        clouds = [morton_order(cloud) for cloud in coords]
+        return torch.stack(clouds) if clouds else torch.zeros(coords.shape[:2], dtype=torch.long)
+    clouds = coords.split(list(points.packed_lengths or (len(coords),)))
+    firsts = [0, *accumulate(map(len, clouds))]
+    return torch.cat([first + morton_order(cloud) for first, cloud in zip(firsts, clouds, strict=False)])
 
 
 def pad_slots(slots: Tensor, tile: int) -> Tensor:
@@ -207,6 +277,8 @@ def _patch_slots(dims: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
 
 def morton_order(coords: Tensor, bits: int = 16) -> Tensor:
     """Order of points along a Morton (Z) curve: near in the order is near in space."""
+    if not len(coords):
+        return torch.zeros(0, dtype=torch.long, device="cpu")
     low, high = coords.amin(0), coords.amax(0)
     cells = ((coords - low) / (high - low).clamp_min(1e-12) * (2**bits - 1)).long()
     num_axes = coords.shape[1]

@@ -9,7 +9,7 @@ from itertools import permutations, product
 import torch
 from torch import Tensor
 
-from foveate.layouts.kinds import Grid, Layout
+from foveate.layouts.kinds import Grid, Layout, Points, morton_index
 from foveate.plain import remembered, traced
 
 Run = Callable[[Tensor], Tensor]
@@ -26,10 +26,12 @@ class Order:
     >>> torch.equal(order.undo(order.apply(x)), x)
     True
 
+    An index (B, N) orders each batch entry's tokens for itself. Gradients flow through both ways, to the tokens.
+
     Raises ValueError for an index that is no permutation.
     """
 
-    index: Tensor  # (N,)
+    index: Tensor  # (N,) or (B, N)
     inverse: Tensor = field(init=False, repr=False)
     is_identity: bool = field(init=False, repr=False)
     _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
@@ -40,18 +42,34 @@ class Order:
 
     def _checked(self) -> bool:
         """Whether every token is at its own place; a graph being compiled holds no numbers to look at."""
-        places = torch.arange(self.index.numel(), device=self.index.device)
-        if self.index.dim() != 1 or not torch.equal(self.index.sort().values, places):
+        if self.index.dim() not in (1, 2):
+            raise ValueError(f"an order is (N,), or (B, N) of batch entries each; got {tuple(self.index.shape)}")
+        places = torch.arange(len(self), device=self.index.device).expand_as(self.index)
+        if not torch.equal(self.index.sort().values, places):
             raise ValueError(f"an order names each token once, 0 to N - 1; got {self.index.tolist()}")
         return torch.equal(self.index, places)
 
     def apply(self, x: Tensor, dim: int = 1) -> Tensor:
         """Tokens along ``dim`` in this order."""
-        return x if self.is_identity else x.index_select(dim, self._on(x.device)[0])
+        return self._taken(x, dim, 0)
 
     def undo(self, y: Tensor, dim: int = 1) -> Tensor:
         """Tokens of this order back at their own places."""
-        return y if self.is_identity else y.index_select(dim, self._on(y.device)[1])
+        return self._taken(y, dim, 1)
+
+    def _taken(self, x: Tensor, dim: int, way: int) -> Tensor:
+        if self.is_identity:
+            return x
+        index = self._on(x.device)[way]
+        if index.dim() == 1:
+            return x.index_select(dim, index)
+        dim = dim % x.dim()
+        if dim == 0 or x.shape[0] != index.shape[0]:
+            raise ValueError(
+                f"an order of {index.shape[0]} batch entries does not fit {tuple(x.shape)} along dim {dim}"
+            )
+        shape = [index.shape[0], *(index.shape[1] if axis == dim else 1 for axis in range(1, x.dim()))]
+        return x.gather(dim, index.view(shape).expand_as(x))
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device == self.index.device:
@@ -61,7 +79,7 @@ class Order:
         return self._moved[device]
 
     def __len__(self) -> int:
-        return self.index.numel()
+        return self.index.shape[-1]
 
 
 def scan_orders(run: Run | Sequence[Run], x: Tensor, orders: Sequence[Order]) -> Tensor:
@@ -81,6 +99,30 @@ def scan_orders(run: Run | Sequence[Run], x: Tensor, orders: Sequence[Order]) ->
             raise ValueError(f"an order of {len(order)} tokens does not fit x {tuple(x.shape)}, which has {x.shape[1]}")
     outs = [order.undo(each(order.apply(x))) for each, order in zip(runs, orders, strict=True)]
     return torch.stack(outs).sum(0) if len(outs) > 1 else outs[0]
+
+
+def by_score(scores: Tensor) -> Order:
+    """Tokens by their scores (N,) or (B, N), lowest first: an order that a network says.
+
+    A permutation has no slope: scores learn from what is weighted by them, such as ``x * scores.sigmoid()``.
+
+    >>> scores = torch.tensor([[0.5, -1.0, 2.0], [3.0, 2.0, 1.0]])
+    >>> by_score(scores).index.tolist()
+    [[1, 0, 2], [2, 1, 0]]
+    >>> x = torch.ones(2, 3, 1) * scores.unsqueeze(2)
+    >>> scan_orders(lambda tokens: tokens.cumsum(1), x, [by_score(scores)])[0, :, 0].tolist()
+    [-0.5, -1.0, 1.5]
+    """
+    return Order(scores.detach().argsort(dim=-1, stable=True))
+
+
+def morton(points: Points) -> Order:
+    """Points along a Morton (Z) curve, by which neighbours in the order are near in space; clouds each for itself.
+
+    >>> morton(Points(torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]))).index
+    tensor([0, 3, 2, 1])
+    """
+    return Order(morton_index(points))
 
 
 @remembered(256)

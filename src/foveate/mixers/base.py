@@ -112,6 +112,8 @@ class Mixer(nn.Module):
         keys = x if context is None else context
         if layout is not None:
             layout.check(keys.shape[1])
+            if layout.batches not in (1, keys.shape[0]):
+                raise ValueError(f"{layout} is for a batch of {layout.batches}; got {tuple(keys.shape)}")
         if padding is not None and "padding" not in supports:
             raise ValueError(f"{name} does not take padding: pass sequences of one length")
         if padding is not None and (padding.dtype != torch.bool or padding.shape != keys.shape[:2]):

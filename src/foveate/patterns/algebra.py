@@ -270,12 +270,11 @@ class Pattern:
 
 def resolve(pattern: Pattern, scene: Scene) -> Pattern:
     """Resolve a pattern on a scene; a packed layout keeps its documents apart by itself."""
-    from foveate.layouts.kinds import Packed
     from foveate.patterns.rules.listed import documents
 
     scene.layout.check(scene.num_keys)
-    if isinstance(scene.layout, Packed):
-        pattern = pattern & documents(scene.layout.lengths)
+    if scene.layout.packed_lengths is not None:
+        pattern = pattern & documents(scene.layout.packed_lengths)
     return pattern.resolve(scene)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from foveate.layouts.kinds import Layout, Packed
+from foveate.layouts.kinds import Layout
 from foveate.layouts.place import NOWHERE, Document, Place, Slots
 from foveate.patterns.algebra import Bounds, Boxes, Index, Interval, Pattern, Scene, mix_hash
 
@@ -224,7 +224,8 @@ def split(pattern: Pattern, layout: Layout, num_keys: int) -> tuple[Pattern, Pla
     from foveate.patterns.rules.listed import place_of_lengths
     from foveate.patterns.rules.sequence import full
 
-    places = [place_of_lengths(layout.lengths, num_keys)] if isinstance(layout, Packed) else []
+    lengths = layout.packed_lengths
+    places = [] if lengths is None else [place_of_lengths(lengths, num_keys)]
     rest: list[Pattern] = []
     for part in pattern.parts if isinstance(pattern, And) else (pattern,):
         place = part.places_tokens(num_keys)

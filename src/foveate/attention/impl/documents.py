@@ -19,7 +19,7 @@ from foveate.attention.impl.definition import definition, with_parameters
 from foveate.attention.impl.plan import ByDocument, Kernels, Piece, Plan
 from foveate.attention.partial import sums_dtype
 from foveate.attention.weights import Kind
-from foveate.layouts.kinds import Layout
+from foveate.layouts.kinds import Layout, Points
 from foveate.layouts.place import Document, Place, Slots
 from foveate.patterns.algebra import LINE, Pattern, Scene
 from foveate.patterns.compound import And, leaves, reach_of
@@ -43,6 +43,9 @@ def plan(
     scene = Scene(q.shape[2], k.shape[2], layout, q, k, scale)
     rest, place = split(pattern, layout, scene.num_keys)
     plain = kind == "softmax" and not biases and softcap is None
+    if isinstance(layout, Points) and layout.is_batched and _runs_by_cloud(rest, place, biases, dropout is not None):
+        clouds = _clouds(kernels, q, k, rest, place, layout, scale, plain)
+        return Plan(ByDocument(tuple(clouds)), biases, kind, scale, softcap, dropout)
     if place is None or not _runs_by_document(pattern, rest, place, biases, dropout is not None, scene):
         selected = kernels.select(q, k, pattern, layout, scale, plain=plain)
     else:
@@ -60,6 +63,37 @@ def _pieces(
             inside = _at_positions(rest, document, own_q, own_k, scale)
             selected = kernels.select(own_q, own_k, inside, LINE, scale, plain=plain)
             yield Piece(document.batch, queries, document.slots, selected)
+
+
+def _runs_by_cloud(rest: Pattern, place: Place | None, biases: Sequence[Bias], drops: bool) -> bool:
+    """Whether each batch entry's cloud, with an order of its own, is attended as if it were alone."""
+    if rest.batches > 1 or any(leaf.depends_on == "slot" for leaf in leaves(rest)):
+        return False
+    if place is None:
+        return True
+    whole = place.is_consecutive and all(document.first == 0 for document in place.documents)
+    return whole and all(bias.in_documents(place) for bias in biases) and not drops
+
+
+def _clouds(
+    kernels: Kernels,
+    q: Tensor,
+    k: Tensor,
+    rest: Pattern,
+    place: Place | None,
+    layout: Points,
+    scale: float,
+    plain: bool,
+) -> Iterator[Piece]:
+    every = Document(slice(None), slice(0, k.shape[2]), 0, True)
+    for document in [every] if place is None else place.documents:
+        for entry in range(*document.batch.indices(q.shape[0])):
+            batch, queries = slice(entry, entry + 1), document.queries(k.shape[2] - q.shape[2])
+            own_q, own_k = q[batch, :, queries], k[batch, :, document.slots]
+            if own_q.shape[2]:
+                cloud = Points(layout.entry(entry).coords[document.slots])
+                selected = kernels.select(own_q, own_k, rest, cloud, scale, plain=plain)
+                yield Piece(batch, queries, document.slots, selected)
 
 
 def _runs_by_document(

@@ -12,7 +12,6 @@ from foveate.attention.call import Call
 from foveate.attention.gaps import by_distance
 from foveate.attention.partial import Partial
 from foveate.dispatch import Facts, Implementation
-from foveate.layouts.kinds import Packed
 from foveate.plain import differentiated, traced
 
 
@@ -50,8 +49,8 @@ def plan(call: Call) -> Planned:
     from foveate.patterns.select.flex import to_block_mask
 
     pattern = call.pattern
-    if isinstance(call.layout, Packed):
-        pattern = pattern & documents(call.layout.lengths)
+    if call.layout.packed_lengths is not None:
+        pattern = pattern & documents(call.layout.packed_lengths)
     return Planned(
         call, to_block_mask(pattern, call.num_queries, call.num_keys, layout=call.layout, device=call.q.device)
     )

@@ -14,7 +14,6 @@ from foveate.attention.call import Call
 from foveate.attention.impl import ops
 from foveate.attention.partial import Partial
 from foveate.dispatch import Facts, Implementation
-from foveate.layouts.kinds import Packed
 from foveate.patterns.algebra import Scene, resolve
 from foveate.patterns.rules.sequence import causal, full
 from foveate.patterns.select.dense import dense_mask
@@ -100,7 +99,7 @@ def _facts(planned: Planned) -> Facts:
 
 
 def _needs_mask(call: Call) -> bool:
-    if isinstance(call.layout, Packed):
+    if call.layout.packed_lengths is not None:
         return True
     if call.pattern == causal:
         return not (call.num_queries == call.num_keys and not call.biases) and call.num_queries != 1

@@ -131,14 +131,22 @@ class Polynormer(Mixer):
         self.heads = heads
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
-        edges = edges_of(layout, x.device)
-        total = torch.zeros_like(x)
+        edges, nodes = edges_of(layout, x.device), x
+        if layout is not None and layout.batches > 1:  # one graph of all nodes, whose parts no edge joins
+            nodes = x.flatten(0, 1).unsqueeze(0)
+        total = torch.zeros_like(nodes)
         for layer in self.local_layers:
-            x = layer(x, edges)
-            total = total + x
+            nodes = layer(nodes, edges)
+            total = total + nodes
+        total = total.view_as(x)
         if not self.global_layers:
             return total
-        x = layer_norm(total, (self.dim,))
+        graphs = total.split(list(layout.packed_lengths or (x.shape[1],)) if layout is not None else x.shape[1], dim=1)
+        return torch.cat([self.over_all(graph) for graph in graphs], dim=1)
+
+    def over_all(self, x: Tensor) -> Tensor:
+        """The global layers, on all nodes of one graph."""
+        x = layer_norm(x, (self.dim,))
         for layer in self.global_layers:
             x = layer(x)
         return x

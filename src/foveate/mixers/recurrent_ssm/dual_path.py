@@ -16,6 +16,7 @@ from foveate.patterns import Layout
 def segment(x: Tensor, size: int) -> Tensor:
     """Tokens x (B, N, C) in chunks (B, S, size, C) that overlap by half, so that each token is in two.
 
+    >>> import torch
     >>> segment(torch.arange(1.0, 6.0).view(1, 5, 1), 4)[0, :, :, 0]
     tensor([[0., 0., 1., 2.],
             [1., 2., 3., 4.],
@@ -32,6 +33,7 @@ def segment(x: Tensor, size: int) -> Tensor:
 def overlap_add(chunks: Tensor, length: int) -> Tensor:
     """The inverse of :func:`segment`: of each of ``length`` tokens, the mean of what its two chunks say.
 
+    >>> import torch
     >>> x = torch.randn(2, 37, 3)
     >>> torch.equal(overlap_add(segment(x, 8), 37), x)
     True
@@ -59,6 +61,7 @@ class DualPathMamba(Mixer):
 
     Both passes are residual blocks behind an RMS norm; returned is what they add to x.
 
+    >>> import torch
     >>> mixer = DualPathMamba(64, chunk=16)
     >>> mixer(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])

@@ -19,13 +19,15 @@ CHUNK = 4096  # points whose distances to all others are computed at once
 
 @remembered(64)
 def nearest(layout: Points | Grid, count: int) -> Tensor:
-    """The ``count`` points nearest to each, itself among them: (N, count), nearest first.
+    """The ``count`` points nearest to each, itself among them: (N, count), or (B, N, count), nearest first.
 
     >>> nearest(Points(torch.tensor([[0.0], [1.0], [3.0]])), 2)
     tensor([[0, 1],
             [1, 0],
             [2, 1]])
     """
+    if isinstance(layout, Points) and layout.is_batched:
+        return torch.stack([nearest(layout.entry(entry), count) for entry in range(layout.batches)])
     at = torch.stack(layout.coordinates(torch.arange(layout.length)), dim=1)
     at = at.float() if at.device.type == "mps" else at.double()
     count, exact = min(count, len(at)), "donot_use_mm_for_euclid_dist"  # products cancel far from the origin
@@ -48,8 +50,9 @@ class LocalNormPooling(nn.Module):
         self.to_out = nn.Linear(2 * dim, dim)
 
     def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
-        """From features x (B, N, C) and the neighbours (N, K) of each."""
-        relative = x[:, neighbours] - x.unsqueeze(2)  # (B, N, K, C)
+        """From features x (B, N, C) and the neighbours (N, K), or (B, N, K), of each."""
+        entry = slice(None) if neighbours.dim() == 2 else torch.arange(len(neighbours), device=x.device).view(-1, 1, 1)
+        relative = x[entry, neighbours] - x.unsqueeze(2)  # (B, N, K, C)
         squares = relative.square().mean((1, 2, 3), keepdim=True)
         spread = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)  # equal points: the root has no slope at 0
         own = x.unsqueeze(2).expand_as(relative)
@@ -115,6 +118,15 @@ class Mamba3D(Mixer):
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         assert isinstance(layout, Points | Grid)
+        if layout.packed_lengths is not None:
+            lengths = list(layout.packed_lengths)
+            assert isinstance(layout, Points)
+            clouds = zip(x.split(lengths, dim=1), map(Points, layout.coords.split(lengths)), strict=True)
+            return torch.cat([x[:, :0], *(self._alone(*cloud) for cloud in clouds if cloud[1].length)], dim=1)
+        return self._alone(x, layout)
+
+    def _alone(self, x: Tensor, layout: Points | Grid) -> Tensor:
+        """Of one cloud, or of one in each batch entry."""
         local = self.pool(self.norms[0](x), nearest(layout, self.neighbours).to(x.device))
         u, gate = self.to_in(self.norms[1](x + local)).chunk(2, dim=-1)
         y = self.over_tokens(u).out + self.backward_scan(u)

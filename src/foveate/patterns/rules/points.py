@@ -26,6 +26,10 @@ class Within(Pattern):
     def text(self) -> str:  # type: ignore[override]
         return f"within({self.radius})"
 
+    @property
+    def batches(self) -> int:  # type: ignore[override]
+        return 1 if self.points is None else self.points.batches
+
     def resolve(self, scene: Scene) -> Pattern:
         require_layout(self, scene, Points, "Points(coords)")
         assert isinstance(scene.layout, Points)
@@ -34,11 +38,13 @@ class Within(Pattern):
     def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
         if self.points is None:
             raise ValueError(f"{self} lives on points: pass layout=Points(coords) and resolve it first")
-        axes = zip(self.points.coordinates(q), self.points.coordinates(k), strict=True)
+        axes = zip(self.points.place_of(batch, q), self.points.place_of(batch, k), strict=True)
         return self.reaches([at_q - at_k for at_q, at_k in axes])
 
     def bounds(self, boxes: Boxes) -> Bounds:
         """By the least and greatest distance of bounding boxes; sound, as rounding keeps order."""
+        if not boxes.axes:  # clouds that differ by batch entry, which no order of tokens suits all of
+            return super().bounds(boxes)
         gaps, spans = [], []
         for at in boxes.axes:
             nearest, farthest = at.q_lo - at.k_hi, at.q_hi - at.k_lo
