@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from foveate.precision import accum_dtype
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -203,9 +205,7 @@ def drawn(*tensors: Tensor) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     with _ACTIVE.counter.unseen():
         return [
-            torch.randn(x.shape, generator=generator, dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
-            if x.is_meta
-            else x
+            torch.randn(x.shape, generator=generator, dtype=accum_dtype(x), device="cpu") if x.is_meta else x
             for x in tensors
         ]
 

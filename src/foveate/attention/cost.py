@@ -15,8 +15,7 @@ from foveate.layouts.kinds import Layout, Points
 from foveate.patterns.algebra import LINE, Pattern, Scene, resolve
 from foveate.patterns.band import Band, band_of
 from foveate.patterns.rules.sequence import full
-
-TILE = 64
+from foveate.patterns.select.selection import TILE
 
 
 class NeedsNumbers(NotImplementedError):

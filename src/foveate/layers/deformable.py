@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, grid_sample
 
 from foveate.patterns import Grid
+from foveate.precision import accum_dtype, to_accum
 
 
 class Sampled(NamedTuple):
@@ -47,7 +48,7 @@ def sample_bilinear(x: Tensor, positions: Tensor, grid: Grid) -> Tensor:
 
 def _read(images: Tensor, positions: Tensor) -> Tensor:
     """Images (n, c, h, w) at positions (n, S, 2): (n, c, S) in their dtype."""
-    wide = torch.promote_types(torch.promote_types(images.dtype, positions.dtype), torch.float32)
+    wide = accum_dtype(images, positions)
     sides = torch.tensor(images.shape[2:], dtype=wide, device=images.device)
     places = ((2 * positions.to(wide) + 1) / sides - 1).flip(-1).unsqueeze(1)  # x before y, edges at -1 and 1
     return grid_sample(images.to(wide), places, align_corners=False).squeeze(2).to(images.dtype)
@@ -111,7 +112,7 @@ class DeformableSampling(nn.Module):
         moved = self.conv(images)  # (B G, C / G, rows, columns)
         dims = tuple(moved.shape[2:])
         offset = self.to_offset(gelu(self.norm(moved.flatten(2).mT))).unflatten(0, (batch, self.groups))
-        offset = offset.to(torch.promote_types(offset.dtype, torch.float32))  # positions have more digits than bfloat16
+        offset = to_accum(offset)  # positions have more digits than bfloat16
         start, step, last = reference_points(dims, grid, offset)
         if self.offset_range is None:
             return (start + offset * last / 2).clamp_min(0).minimum(last)

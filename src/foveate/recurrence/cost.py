@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.counting import Cost
+from foveate.precision import accum_dtype
 
 
 def recur_cost(
@@ -88,7 +89,7 @@ def empty_conv(
 
 
 def _empty(x: Tensor, state: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(state, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), x.new_empty(state, dtype=accum_dtype(x))
 
 
 def _num_states(*shared: Tensor | None) -> int:

@@ -41,7 +41,7 @@ def linear_by_chunk(inputs: LinearInputs, state: Tensor) -> tuple[Tensor, Tensor
 
 def conv_by_torch(inputs: ConvInputs, tail: Tensor) -> tuple[Tensor, Tensor]:
     """Return out (B, N, C) and the tail (B, C, W - 1) after the last token."""
-    wide, length = inputs.widened(), inputs.x.shape[1]
+    wide, length = inputs.to_accum(), inputs.x.shape[1]
     seen = torch.cat([tail.to(wide.x.dtype), wide.x.mT], 2)  # (B, C, W - 1 + N)
     out = conv1d(seen, wide.weight.unsqueeze(1), groups=wide.x.shape[2]).mT
     return wide.finished(out).to(inputs.x.dtype), seen[:, :, length:].to(inputs.x.dtype)
@@ -87,7 +87,7 @@ def _by_chunk(run: Form, inputs: Inputs, state: Tensor, *, keep: bool = False) -
 
 
 def _scan_chunk(inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
-    wide = inputs.widened()
+    wide = inputs.to_accum()
     dt, B, C = wide.steps(), wide.per_channel(wide.B), wide.per_channel(wide.C)
     states = states_after(dt.unsqueeze(-1) * wide.A, (dt * wide.x).unsqueeze(-1) * B, state)
     read = (states.unsqueeze(-2) @ C.unsqueeze(-1)).flatten(-3) if C.shape[2] > 1 else (states @ C.mT).squeeze(-1)
@@ -95,6 +95,6 @@ def _scan_chunk(inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _linear_chunk(inputs: LinearInputs, state: Tensor) -> tuple[Tensor, Tensor]:
-    wide = inputs.widened()
+    wide = inputs.to_accum()
     states = states_after(wide.decay, wide.x, state)
     return states.to(inputs.x.dtype), states[:, -1]

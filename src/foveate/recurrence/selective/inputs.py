@@ -32,7 +32,7 @@ class Inputs:
         """What the arithmetic and the state are held in."""
         return accum_dtype(*self.tensors().values())
 
-    def widened(self) -> Self:
+    def to_accum(self) -> Self:
         """The same in the arithmetic's dtype."""
         dtype = self.dtype
         return replace(self, **{name: x.to(dtype) for name, x in self.tensors().items()})

@@ -19,7 +19,7 @@ from foveate.recurrence.selective.inputs import (
 
 def scan_by_token(inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return out (B, N, C) and the state (B, C, S) after the last token."""
-    wide = inputs.widened()
+    wide = inputs.to_accum()
     dt, B, C = wide.steps(), wide.per_channel(wide.B), wide.per_channel(wide.C)
     outs = []
     for t in range(dt.shape[1]):
@@ -31,7 +31,7 @@ def scan_by_token(inputs: ScanInputs, state: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_by_token(inputs: LinearInputs, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return out (B, N, C) and the state (B, C) after the last token."""
-    wide = inputs.widened()
+    wide = inputs.to_accum()
     outs = []
     for x, decay in zip(wide.x.unbind(1), wide.decay.unbind(1), strict=True):
         state = torch.exp(decay) * state + x
@@ -41,7 +41,7 @@ def linear_by_token(inputs: LinearInputs, state: Tensor) -> tuple[Tensor, Tensor
 
 def conv_by_tap(inputs: ConvInputs, tail: Tensor) -> tuple[Tensor, Tensor]:
     """Return out (B, N, C) and the tail (B, C, W - 1) after the last token."""
-    wide, length = inputs.widened(), inputs.x.shape[1]
+    wide, length = inputs.to_accum(), inputs.x.shape[1]
     seen = torch.cat([tail.mT.to(wide.x.dtype), wide.x], 1)  # (B, W - 1 + N, C)
     taps = wide.weight.unbind(1)
     out = sum((seen[:, i : i + length] * tap for i, tap in enumerate(taps)), torch.zeros_like(wide.x))
