@@ -1,10 +1,10 @@
-"""Decoding token by token: a state that does not grow, the same outputs as over the whole sequence."""
+"""A prompt read at once, then token by token: states that grow or do not, outputs as over the whole sequence."""
 
 import torch
 
 from foveate.catalogue.registry import mixer
 
-DIM, HEADS, LENGTH = 64, 4, 100
+DIM, HEADS, PROMPT, LENGTH = 64, 4, 70, 100
 
 torch.manual_seed(0)
 tokens = torch.randn(1, LENGTH, DIM)
@@ -12,9 +12,10 @@ print(f"{'mechanism':20s} {'kept after 100':>15s} {'after 100,000':>15s}   step 
 for name in ("flash_attention", "streaming_llm", "linear_transformer", "gated_deltanet"):
     attention = mixer(name, DIM, heads=HEADS, **({"window": 64} if name == "streaming_llm" else {}))
     with torch.no_grad():
-        state, outs = attention.start(batch=1), []
-        for t in range(LENGTH):
-            out, state = attention.step(tokens[:, t : t + 1], state)
+        out, state = attention.prefill(tokens[:, :PROMPT], attention.init_state(batch=1, capacity=LENGTH))
+        outs = [out]
+        for t in range(PROMPT, LENGTH):
+            out, state = attention.decode(tokens[:, t : t + 1], state)
             outs.append(out)
         error = (torch.cat(outs, dim=1) - attention(tokens)).abs().max().item()
     kept = [f"{attention.state_bytes(n) / 1024:,.0f} KiB" for n in (LENGTH, 100_000)]

@@ -128,18 +128,18 @@ def backward(draw: Draw) -> None:
 def decode(draw: Draw) -> None:
     """Token by token, after a prompt where the mixer takes one at once."""
     found = drawn(draw, "decode")
-    exempt(found.low.row, "step", "chunks")
+    exempt(found.low.row, "decode", "prefill in chunks")
     length = draw.whole(1, 12)
     x = tokens(draw, draw.one((1, 2, 3)), length)
     mixer: Any = found.low
     with torch.no_grad(), anything(draw, devices=False):
-        state, outs, first = mixer.start(x.shape[0]), [], 0
-        if hasattr(mixer, "advance") and draw.chance(0.5):
+        state, outs, first = mixer.init_state(x.shape[0], draw.one((None, draw.whole(0, length)))), [], 0
+        if draw.chance(0.5):
             first = draw.whole(0, length - 1)
-            out, state = mixer.advance(x[:, :first], state)
+            out, state = mixer.prefill(x[:, :first], state)
             outs.append(out)
         for t in range(first, length):
-            out, state = mixer.step(draw.placed(x[:, t : t + 1]), state)
+            out, state = mixer.decode(draw.placed(x[:, t : t + 1]), state)
             outs.append(out)
     found.judge(x, Place(length, None))([f"{mixer.row.name} step by step"], [torch.cat(outs, 1)])
 

@@ -209,8 +209,8 @@ def test_sigmoid_attention_takes_alibi_beside_its_log_n() -> None:
     out = torch.where(at[:, None] >= at, torch.sigmoid(logits), 0) @ v
     expected = mixer.to_out(out.transpose(1, 2).reshape(2, 11, 12))
     torch.testing.assert_close(mixer(x), expected)
-    state, steps = mixer.start(2), []
+    state, steps = mixer.init_state(2), []
     for token in x.unbind(1):
-        out, state = mixer.step(token.unsqueeze(1), state)
+        out, state = mixer.decode(token.unsqueeze(1), state)
         steps.append(out)
     torch.testing.assert_close(torch.cat(steps, 1), expected)

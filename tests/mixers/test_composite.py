@@ -136,11 +136,11 @@ def test_nsa_with_every_block_selected_attends_to_everything() -> None:
 
 def test_nsa_keeps_only_finished_blocks_of_what_it_compresses() -> None:
     model, x = nsa(), torch.randn(1, 31, 32, dtype=torch.float64)
-    state = model.start(1)
+    state = model.init_state(1)
     for token in x.split(1, dim=1):
-        state = model.step(token, state).state
-    assert state.compressed.k.shape[2] == (31 - BLOCK) // STRIDE + 1
-    assert state.unfinished.k.shape[2] < BLOCK and state.recent.k.shape[2] == WINDOW
+        state = model.decode(token, state).state
+    assert state.compressed.length == (31 - BLOCK) // STRIDE + 1
+    assert state.everything.seen == state.everything.k.shape[2] == 31
 
 
 def test_finished_blocks_are_bounded_as_they_are_visible() -> None:

@@ -77,11 +77,11 @@ def test_the_strongest_step_reflects_or_overwrites(negative: bool) -> None:
     """At full strength what the key recalls is replaced by the value; with negative=True it turns its sign, too."""
     mixer, x = make(DeltaNet, negative=negative), tokens(1)
     mixer.to_strength.weight.data.copy_(1e3 * x[0].expand_as(mixer.to_strength.weight))
-    start, before = mixer.start(2), torch.randn(2, HEADS, 6, 6, dtype=torch.float64)
-    _, after = mixer.advance(x, start._replace(state=before))
+    start, before = mixer.init_state(2), torch.randn(2, HEADS, 6, 6, dtype=torch.float64)
+    _, after = mixer.prefill(x, start._replace(recurrent=before))
     _, k, v = convolved(mixer, x)
     key = unit(k)[0, :, 0].unsqueeze(-2)
-    recalled, wanted = key @ after.state[0], v[0, :, 0].unsqueeze(-2)
+    recalled, wanted = key @ after.recurrent[0], v[0, :, 0].unsqueeze(-2)
     assert_close(recalled, 2 * wanted - key @ before[0] if negative else wanted)
 
 
@@ -223,8 +223,8 @@ def test_an_earlier_state_goes_on() -> None:
         x = tokens(70)
         with reference_only():
             whole = mixer(x)
-        first, state = mixer.advance(x[:, :33], mixer.start(2))
-        assert_close(torch.cat([first, mixer.advance(x[:, 33:], state).out], 1), whole)
+        first, state = mixer.prefill(x[:, :33], mixer.init_state(2))
+        assert_close(torch.cat([first, mixer.prefill(x[:, 33:], state).out], 1), whole)
 
 
 def test_refusals() -> None:

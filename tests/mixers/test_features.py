@@ -56,11 +56,11 @@ def test_jrt_knows_its_prefix_and_reads_the_rest_causally(prefix: int) -> None:
 @pytest.mark.parametrize("prompt", [1, 12, 30])
 def test_jrt_decodes_after_any_prompt(prompt: int) -> None:
     mixer, x = make(JRT, heads=HEADS, head_dim=3, prefix=9), tokens()
-    out, state = mixer.prefill(x[:, :prompt])
-    bytes_before = state.state.nbytes
+    out, state = mixer.read_prompt(x[:, :prompt])
+    bytes_before = state.recurrent.nbytes
     rest, state = decoded(mixer, x[:, prompt:], state)
     assert_close(torch.cat([out, rest], 1), jrt_formula(mixer, x, prompt))
-    assert state.state.nbytes == bytes_before == 2 * mixer.state_bytes(prompt)
+    assert state.recurrent.nbytes == bytes_before == 2 * mixer.state_bytes(prompt)
 
 
 @pytest.mark.paper("JRT-RNN", "works_when")
@@ -70,8 +70,8 @@ def test_jrt_reads_a_batch_of_padded_prompts(side: str) -> None:
     at = torch.arange(20)
     real = at < lengths[:, None] if side == "right" else at >= 20 - lengths[:, None]
     broken = x.masked_fill(~real.unsqueeze(-1), torch.nan)
-    out, state = mixer.prefill(broken, padding=real)
-    following, _ = mixer.step(one := tokens(1, batch=3), state)
+    out, state = mixer.read_prompt(broken, padding=real)
+    following, _ = mixer.decode(one := tokens(1, batch=3), state)
     for row, keep in enumerate(real):
         alone = torch.cat([x[row : row + 1, keep], one[row : row + 1]], 1)
         expected = jrt_formula(mixer, alone, int(lengths[row]))
@@ -81,7 +81,7 @@ def test_jrt_reads_a_batch_of_padded_prompts(side: str) -> None:
 
 def test_jrt_takes_a_prefix_for_each_sequence() -> None:
     mixer, x = make(JRT, heads=HEADS, head_dim=3), tokens(20)
-    out = mixer.prefill(x, prefix=torch.tensor([5, 13])).out
+    out = mixer.read_prompt(x, prefix=torch.tensor([5, 13])).out
     for row, prefix in enumerate((5, 13)):
         assert_close(out[row : row + 1], jrt_formula(mixer, x[row : row + 1], prefix))
 
@@ -128,10 +128,10 @@ def test_linearized_attention_adds_a_convolution_of_the_values() -> None:
 def test_a_tree_of_drafts_is_verified_in_one_pass(prompt: int, kv_heads: int) -> None:
     mixer = make(LinearizedLLM, heads=HEADS, kv_heads=kv_heads, width=4)
     drafts = tokens(len(TREE))
-    _, state = mixer.advance(tokens(prompt), mixer.start(2))
-    kept = state.state.clone()
+    _, state = mixer.prefill(tokens(prompt), mixer.init_state(2))
+    kept = state.recurrent.clone()
     out = mixer.verify(drafts, TREE, state)
-    assert_close(state.state, kept, rtol=0, atol=0)
+    assert_close(state.recurrent, kept, rtol=0, atol=0)
     for token in range(len(TREE)):
         stepped, _ = decoded(mixer, drafts[:, path_to(token, TREE)], state)
         assert_close(out[:, token : token + 1], stepped[:, -1:])
@@ -141,11 +141,11 @@ def test_a_tree_of_drafts_is_verified_in_one_pass(prompt: int, kv_heads: int) ->
 def test_accepting_a_branch_goes_on_from_it() -> None:
     mixer = make(LinearizedLLM, heads=HEADS, width=4)
     prompt, drafts, following = tokens(10), tokens(len(TREE)), tokens(1)
-    _, state = mixer.advance(prompt, mixer.start(2))
+    _, state = mixer.prefill(prompt, mixer.init_state(2))
     branch = path_to(5, TREE)
-    _, state = mixer.advance(drafts[:, branch], state)
+    _, state = mixer.prefill(drafts[:, branch], state)
     whole = torch.cat([prompt, drafts[:, branch], following], 1)
-    assert_close(mixer.step(following, state).out, mixer(whole)[:, -1:])
+    assert_close(mixer.decode(following, state).out, mixer(whole)[:, -1:])
 
 
 def test_a_tree_names_ancestors() -> None:
@@ -158,7 +158,7 @@ def test_a_tree_names_ancestors() -> None:
         ancestry([0])
     mixer = make(LinearizedLLM, heads=HEADS)
     with pytest.raises(ValueError, match="one parent"):
-        mixer.verify(tokens(3), [-1, 0], mixer.start(2))
+        mixer.verify(tokens(3), [-1, 0], mixer.init_state(2))
 
 
 # ---- speech that reads a text ------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_small_e_decodes_a_text_at_constant_memory() -> None:
     mixer, x, text = make(SmallE, heads=HEADS, positions=8), tokens(), tokens(11)
     real = torch.arange(11) < torch.tensor([[11], [6]])
     whole = mixer(x, text=text, text_padding=real)
-    out, state = decoded(mixer, x, mixer.start(2, text=text, text_padding=real))
+    out, state = decoded(mixer, x, mixer.init_state(2, text=text, text_padding=real))
     assert_close(out, whole)
     assert mixer.state_bytes(10) == mixer.state_bytes(10_000)
     assert_close(whole[1:], mixer(x[1:], text=text[1:, :6]))

@@ -88,9 +88,9 @@ def test_mixers_in_float64_have_all_digits(row: Row) -> None:
                 mixer(x, layout=layout)
             if "decode" in row.supports and mixer.causal and layout is None:
                 with all_digits():
-                    state = mixer.start(2)
+                    state = mixer.init_state(2)
                     for token in x[:, :3].unbind(1):
-                        out, state = mixer.step(token.unsqueeze(1), state)
+                        out, state = mixer.decode(token.unsqueeze(1), state)
                 assert out.dtype == torch.float64
 
 

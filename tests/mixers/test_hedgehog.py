@@ -53,7 +53,7 @@ def test_hedgehog_weighs_by_exponential_features(causal: bool, rotary: float | N
 def test_rotary_positions_count_in_documents_and_decoders() -> None:
     mixer, x, lengths = make(Hedgehog, heads=HEADS, rotary=100.0), tokens(20, batch=1), [7, 0, 13]
     assert_close(mixer(x, layout=Packed(lengths)), torch.cat([mixer(x[:, :7]), mixer(x[:, 7:])], 1))
-    out, state = mixer.advance(x[:, :9], mixer.start(1))
+    out, state = mixer.prefill(x[:, :9], mixer.init_state(1))
     assert_close(torch.cat([out, decoded(mixer, x[:, 9:], state)[0]], 1), mixer(x))
     real = torch.arange(20)[None] < 15
     assert_close(mixer(x, padding=real)[:, :15], mixer(x[:, :15]))
@@ -127,7 +127,7 @@ def test_a_linearised_layer_says_what_its_attention_says() -> None:
         if name in frozen:
             assert_close(parameter, frozen[name], rtol=0, atol=0)
     with torch.no_grad():
-        out, _ = decoded(mixer, x[:2], mixer.start(2))
+        out, _ = decoded(mixer, x[:2], mixer.init_state(2))
         assert_close(out, mixer(x[:2]), rtol=1e-4, atol=1e-4)
 
 

@@ -174,9 +174,9 @@ def test_a_hidden_token_neither_writes_nor_fades() -> None:
 @pytest.mark.parametrize("kind", [Mamba, Mamba2])
 def test_half_precision_states_are_float32(kind: Any) -> None:
     mixer = kind(16).bfloat16()
-    out, memory = mixer.advance(torch.randn(2, 9, 16).bfloat16(), mixer.start(2))
-    assert out.dtype == memory.tail.dtype == torch.bfloat16
-    assert memory.state.dtype == torch.float32
+    out, state = mixer.prefill(torch.randn(2, 9, 16).bfloat16(), mixer.init_state(2))
+    assert out.dtype == state.tail.dtype == torch.bfloat16
+    assert state.scan.dtype == torch.float32
 
 
 # ---- DeciMamba -----------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_decoding_goes_on_from_a_decimated_prompt() -> None:
     mixer = decimated(9, mamba)
     outs, state = [], mixer.prefill(x[:, :35]).state
     for t in range(35, 40):
-        out, state = mixer.step(x[:, t : t + 1], state)
+        out, state = mixer.decode(x[:, t : t + 1], state)
         outs.append(out)
     u, gate = mamba.to_in(x).chunk(2, -1)
     u = convolved(mamba.branch.conv, u)  # of all tokens: only the scan is decimated
@@ -234,7 +234,7 @@ def test_decoding_goes_on_from_a_decimated_prompt() -> None:
         y = scanned(mamba.branch.ssm, u[row, seen].unsqueeze(0))[:, -5:] * silu(gate[row, 35:])
         assert_close(torch.cat(outs, 1)[row], mamba.to_out(y)[0])
     with pytest.raises(NotImplementedError, match="does not decode"):
-        mixer.start(1)
+        mixer.init_state(1)
 
 
 def test_deeper_layers_of_a_decimated_stack_are_shorter() -> None:
@@ -295,8 +295,8 @@ def by_hand(mixer: MemMamba, x: Tensor) -> Tensor:
 
 def test_the_pool_has_a_fixed_size() -> None:
     mixer = MemMamba(16, slots=6, width=4)
-    _, early = mixer.advance(torch.randn(2, 10, 16), mixer.start(2))
-    _, state = mixer.advance(torch.randn(2, 50, 16), mixer.start(2))
+    _, early = mixer.prefill(torch.randn(2, 10, 16), mixer.init_state(2))
+    _, state = mixer.prefill(torch.randn(2, 50, 16), mixer.init_state(2))
     assert held(state) == held(early)
     assert state[0].notes.pool.shape == (2, 6, 4)
     assert int(state[0].notes.filled.max()) <= 6

@@ -75,9 +75,9 @@ def test_linear_transformer_takes_any_positive_features(causal: bool) -> None:
     weights = weights.tril() if causal else weights
     assert_close(mixer(x), mixer.to_out(joined(weights / weights.sum(-1, keepdim=True) @ v)))
     if causal:
-        state, outs = mixer.start(2), []
+        state, outs = mixer.init_state(2), []
         for token in x.split(1, dim=1):
-            out, state = mixer.step(token, state)
+            out, state = mixer.decode(token, state)
             outs.append(out)
         assert_close(torch.cat(outs, 1), mixer(x))
 
@@ -193,12 +193,12 @@ def convolved(mixer: RecurrentMixer, which: int, flat: Tensor) -> Tensor:
 @every_row
 def test_a_sequence_in_chunks_is_the_sequence(name: str) -> None:
     mixer, x = make(name, kv_heads=2), tokens(70)
-    state, outs = mixer.start(2), []
+    state, outs = mixer.init_state(2), []
     for chunk in x.split([1, 0, 37, 2, 30], dim=1):
-        out, state = mixer.advance(chunk, state)
+        out, state = mixer.prefill(chunk, state)
         outs.append(out)
     assert_close(torch.cat(outs, 1), mixer(x))
-    assert mixer.state_bytes(70) * 2 == sum(t.nbytes for t in (state.state, *state.tails))
+    assert mixer.state_bytes(70) * 2 == sum(t.nbytes for t in (state.recurrent, *state.tails))
 
 
 @every_row
@@ -240,9 +240,9 @@ def test_padding_of_a_context_may_even_be_nan() -> None:
 def test_half_precision_states_are_float32(name: str) -> None:
     mixer = row(name).mixer(DIM, heads=4).bfloat16()
     x = tokens(9).bfloat16()
-    out, state = mixer.advance(x, mixer.start(2))
+    out, state = mixer.prefill(x, mixer.init_state(2))
     assert out.dtype == torch.bfloat16
-    assert state.state.dtype == torch.float32
+    assert state.recurrent.dtype == torch.float32
 
 
 def test_the_gates_start_where_the_papers_start_them() -> None:
@@ -273,4 +273,4 @@ def test_refusals_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         ShortConv(4, 0)
     with pytest.raises(NotImplementedError, match="unless causal"):
-        make("linear_transformer", causal=False).start(1)
+        make("linear_transformer", causal=False).init_state(1)

@@ -142,8 +142,8 @@ def test_rwkv7_is_its_formula() -> None:
 def test_rwkv7_keeps_its_state_bounded() -> None:
     mixer, x = RWKV7(DIM, HEADS), 3 * torch.randn(1, 3000, DIM)
     with torch.no_grad():
-        _, state = mixer.advance(x, mixer.start(1))
-    assert state.state.isfinite().all() and state.state.abs().max() < 1e4
+        _, state = mixer.prefill(x, mixer.init_state(1))
+    assert state.matrix.isfinite().all() and state.matrix.abs().max() < 1e4
 
 
 # ---- states that are learned -------------------------------------------------------------------------------------
@@ -211,8 +211,8 @@ def test_tuning_the_state_alone_finds_what_another_state_says(features: int | No
 @pytest.mark.paper("State-Tuning", "works_when")
 def test_an_enlarged_state_decodes_as_it_reads() -> None:
     mixer, x = make(StateTuning, heads=HEADS, rank=3, features=10), tokens()
-    state = mixer.start(2)
-    assert state.state.shape == (2, HEADS, 10, 10)
+    state = mixer.init_state(2)
+    assert state.matrix.shape == (2, HEADS, 10, 10)
     assert_close(decoded(mixer, x, state)[0], mixer(x))
 
 
@@ -264,8 +264,8 @@ def test_token_shift_stays_inside_documents() -> None:
 @pytest.mark.parametrize("kind", [RWKV4, RWKV6, RWKV7])
 def test_sequences_in_pieces_are_the_whole(kind: Any) -> None:
     mixer, x = make(kind), tokens()
-    state, outs = mixer.start(2), []
+    state, outs = mixer.init_state(2), []
     for piece in x.split([1, 0, 20, LENGTH - 21], dim=1):
-        out, state = mixer.advance(piece, state)
+        out, state = mixer.prefill(piece, state)
         outs.append(out)
     assert_close(torch.cat(outs, 1), mixer(x))

@@ -223,11 +223,11 @@ def test_no_token_reaches_an_earlier_output() -> None:
 @pytest.mark.paper("H3", "works_when")
 def test_decoding_keeps_a_state_of_constant_size() -> None:
     for mixer in [*map(shaken, mixers()), shaken(S5(DIM, state=8))]:
-        x, state = tokens(30), mixer.start(2)
+        x, state = tokens(30), mixer.init_state(2)
         size = sum(each.nbytes for each in state)
         outs = []
         for token in x.split(1, dim=1):
-            out, state = mixer.step(token, state)
+            out, state = mixer.decode(token, state)
             outs.append(out)
         assert_close(torch.cat(outs, 1), mixer(x))
         assert sum(each.nbytes for each in state) == size == 2 * mixer.state_bytes(30)

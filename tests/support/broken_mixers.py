@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from foveate.attention import attend
+from foveate.cache import KVCache
 from foveate.catalogue.registry import Feature, Reference, Row
-from foveate.mixers.attention import AttentionMixer, KeyValues
-from foveate.mixers.base import Mixer, Stepped
+from foveate.mixers.attention import AttentionMixer
+from foveate.mixers.base import Mixer, StepOutput, join_heads
 from foveate.options import FORCED
 from foveate.patterns import Layout, Packed, Pattern, causal, full
 
@@ -44,13 +45,6 @@ class Sound(AttentionMixer):
 
     full_budget: ClassVar[dict[str, Any] | None] = {}
 
-    def advance(self, x: Tensor, state: KeyValues) -> Stepped:
-        outs = [x[:, :0]]
-        for token in x.split(1, dim=1) if x.shape[1] else ():
-            out, state = self.step(token, state)
-            outs.append(out)
-        return Stepped(torch.cat(outs, 1), state)
-
 
 class Bent(Sound):
     """Plain attention whose outputs are bent."""
@@ -77,7 +71,7 @@ class LearnsFromTheFuture(Bent):
         return out + later - later.detach()
 
 
-@broken("differences")
+@broken("differences", "decoding gradients")
 class LearnsTooMuch(Bent):
     def bend(self, out: Tensor, x: Tensor) -> Tensor:
         return out + out - out.detach()
@@ -122,24 +116,44 @@ class RoundsInHalf(Bent):
         return out.to(torch.float8_e4m3fn).to(x.dtype) if rounds else out
 
 
-@broken("step")
-class StepsAside(Sound):
-    def step(self, x: Tensor, state: KeyValues) -> Stepped:
-        out, state = super().step(x, state)
-        return Stepped(out * (1 + 1e-6), state)
-
-    def advance(self, x: Tensor, state: KeyValues) -> Stepped:
-        outs = [x[:, :0]]
-        for token in x.split(1, dim=1) if x.shape[1] else ():
-            out, state = super().step(token, state)
-            outs.append(out)
-        return Stepped(torch.cat(outs, 1), state)
+@broken("decode", "prefill", "branches", "decoding gradients")
+class DecodesAside(Sound):
+    def decode(self, x: Tensor, state: KVCache) -> StepOutput:
+        out, state = super().decode(x, state)
+        return StepOutput(out * (1 + 1e-6), state)
 
 
-@broken("chunks")
+@broken("prefill", "branches", "decoding gradients", "costs")
+class ForgetsThePrompt(Sound):
+    def prefill(self, x: Tensor, state: KVCache) -> StepOutput:
+        out, after = super().prefill(x, state)
+        return StepOutput(out, after if state.seen or x.shape[1] < 2 else state)
+
+
+@broken("prefill in chunks", "branches", "costs")
 class ForgetsBetweenChunks(Sound):
-    def advance(self, x: Tensor, state: KeyValues) -> Stepped:
-        return super().advance(x, self.start(x.shape[0]))
+    def prefill(self, x: Tensor, state: KVCache) -> StepOutput:
+        return super().prefill(x, self.init_state(x.shape[0]))
+
+
+@broken("branches", "decoding gradients", claims=("causal", "decode"))
+class WritesOverItsState(Sound):
+    """Keys are written where they stand, whoever else may still need what was there."""
+
+    def empty_state(self, batch: int, capacity: int | None) -> Any:
+        return {"seen": 0, "k": self.weight.new_zeros(batch, self.heads, 99, self.head_dim), "v": None}
+
+    def mix_after(self, x: Tensor, state: Any) -> StepOutput:
+        q, k, v = self.project(x, x, state["seen"])
+        end = state["seen"] + x.shape[1]
+        values = torch.zeros_like(state["k"]) if state["v"] is None else state["v"]
+        for kept, new in ((state["k"], k), (values, v)):
+            kept[:, :, state["seen"] : end] = new.detach()
+        out = self.attend(q, state["k"][:, :, :end], values[:, :, :end], causal, None)
+        return StepOutput(self.to_out(join_heads(out)), {"seen": end, "k": state["k"], "v": values})
+
+    def state_bytes(self, n: int) -> int:
+        return 2 * 99 * self.dim * self.weight.element_size()
 
 
 @broken("packed")
@@ -166,8 +180,8 @@ class ForgetsTheScale(Sound):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, within: Pattern, layout: Layout | None) -> Tensor:
         return self.core(q, k, v, within=within, scale=1.0, layout=layout)
 
-    def attend_one(self, q: Tensor, state: KeyValues) -> Tensor:
-        return attend(q, state.k, state.v, scale=1.0)
+    def attend_one(self, q: Tensor, cache: KVCache, seen: Any) -> Tensor:
+        return attend(q, cache.k, cache.v, scale=1.0)
 
 
 @broken("shared keys", "full budget", claims=("causal", "gqa"))

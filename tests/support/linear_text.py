@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from foveate.cache import KVCache
 from foveate.mixers.base import Mixer, split_heads
 
 DIM, HEADS, LENGTH = 24, 4, 37
@@ -65,14 +66,15 @@ def row_shares(weights: Tensor) -> Tensor:
 
 
 def held(state: Any) -> int:
-    """Bytes of the floating tensors in a state."""
-    return sum(x.nbytes for x in tree_leaves(state) if isinstance(x, Tensor) and x.is_floating_point())
+    """Bytes of the floating tensors and the caches in a state."""
+    leaves = tree_leaves(state)
+    return sum(x.nbytes for x in leaves if isinstance(x, KVCache) or (isinstance(x, Tensor) and x.is_floating_point()))
 
 
 def decoded(mixer: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Tokens one after another from a state."""
     outs = []
     for t in range(x.shape[1]):
-        out, state = mixer.step(x[:, t : t + 1], state)
+        out, state = mixer.decode(x[:, t : t + 1], state)
         outs.append(out)
     return torch.cat(outs, 1), state

@@ -38,6 +38,6 @@ class ShortConv(nn.Module):
     def tail_shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.width - 1
 
-    def empty(self, batch: int) -> Tensor:
+    def init_state(self, batch: int) -> Tensor:
         """The tail before the first token."""
         return self.weight.new_zeros(batch, *self.tail_shape)

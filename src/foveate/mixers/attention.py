@@ -1,32 +1,20 @@
-"""Mixers that are projections around a core, with a decoder that forgets what no later query can see."""
+"""Mixers that are projections around a core, with a decoder that keeps what later queries can see."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from foveate.attention import Bias, Weights, attend
-from foveate.attention.bias import Dense
+from foveate.attention.ranges import KeyRanges, attend_ranges
+from foveate.cache import BlockCache, HeadsCache, KVCache, Share, chooses_blocks, keys_kept, room_for, shares_of
 from foveate.layers.rotary import rotate
-from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
+from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.mixers.core import Core, PatternCore, joined
-from foveate.patterns import Layout, Pattern, causal, key_padding, window
-from foveate.patterns.algebra import Boxes, Interval
-
-FARTHEST = 2**40  # a position beyond any sequence
+from foveate.patterns import Layout, Pattern, causal, window
+from foveate.patterns.rules.dynamic import BlockChoice
 
 JUMPS = {"differences": "outputs jump where a small move changes which keys are chosen"}
-
-
-class KeyValues(NamedTuple):
-    """Keys (B, G, M, D) and values (B, G, M, D) kept, their positions (M,), and the number of tokens seen."""
-
-    k: Tensor
-    v: Tensor
-    positions: Tensor
-    seen: int
 
 
 class AttentionMixer(Mixer):
@@ -88,71 +76,74 @@ class AttentionMixer(Mixer):
         q, k, v = self.project(x, x if context is None else context)
         return self.to_out(join_heads(self.attend(q, k, v, self.within(padding), layout)))
 
-    def start(self, batch: int) -> KeyValues:
-        if not self.causal or "decode" not in self.row.supports:
-            unless = "" if self.causal else " unless causal"
-            raise NotImplementedError(f"{self.row.name} does not decode token by token{unless}")
-        empty = self.weight.new_empty(batch, self.kv_heads, 0, self.head_dim)
-        return KeyValues(empty, empty, torch.empty(0, dtype=torch.long, device=empty.device), 0)
+    def empty_state(self, batch: int, capacity: int | None) -> KVCache | HeadsCache:
+        pattern = self.core.pattern
+        if isinstance(self.core, PatternCore) and isinstance(pattern, BlockChoice) and chooses_blocks(pattern):
+            return BlockCache(batch, capacity, pattern, self.head_dim**-0.5)
+        shares = self.shares
+        return KVCache(batch, capacity, self.followed) if shares is None else HeadsCache(batch, capacity, shares)
 
-    def step(self, x: Tensor, state: KeyValues) -> Stepped:
+    def mix_after(self, x: Tensor, state: KVCache | HeadsCache) -> StepOutput:
         q, k, v = self.project(x, x, state.seen)
-        k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)
-        now = torch.tensor([state.seen], device=x.device)
-        state = KeyValues(k, v, torch.cat([state.positions, now]), state.seen + 1)
-        out = self.to_out(join_heads(self.attend_one(q, state)))
-        return Stepped(out, self.forget(state))
+        cache = state.append(k, v)
+        if isinstance(cache, HeadsCache):
+            pairs = zip(cache.shares, cache.caches, strict=True)
+            out = torch.cat([self.attend_share(q[:, share.queries], part) for share, part in pairs], dim=1)
+        else:
+            out = self.attend_kept(q, cache)
+        return StepOutput(self.to_out(join_heads(out)), cache.trimmed())
 
-    def attend_one(self, q: Tensor, state: KeyValues) -> Tensor:
-        """One query (B, H, 1, D) against what is kept."""
-        if self.static_pattern is None:
-            return self.attend(q, state.k, state.v, causal, None)
-        now = torch.tensor([[state.seen - 1]], device=q.device)
-        pattern = joined(self.static_pattern, causal)
-        head = torch.arange(pattern.heads, device=q.device).view(-1, 1)
-        seen = pattern.visible(0, head, now, state.positions).expand(pattern.heads, -1)
-        bias = self.bias()
+    def attend_kept(self, q: Tensor, cache: KVCache) -> Tensor:
+        """The last queries (B, H, N, D) of a text against what is kept of it."""
+        seen = cache.last_sees(q) if q.shape[2] == 1 else None
+        if seen is None:
+            return self.attend(q, cache.k, cache.v, cache.within, None)
+        return self.attend_one(q, cache, seen)
+
+    def attend_share(self, q: Tensor, cache: KVCache) -> Tensor:
+        """The same of heads that keep keys of their own."""
+        assert cache.pattern is not None
+        seen = cache.last_sees(q) if q.shape[2] == 1 else None
+        if seen is None:
+            return attend(q, cache.k, cache.v, joined(cache.pattern, cache.within), weights=self.weights(cache.seen))
+        return self.attend_one(q, cache, seen)
+
+    def attend_one(self, q: Tensor, cache: KVCache, seen: KeyRanges) -> Tensor:
+        """The last query (B, H, 1, D) against the keys that it sees."""
+        weights, bias = self.weights(cache.seen), self.bias()
+        if bias is None and seen.single is not None:
+            first, end = seen.single
+            return attend(q, cache.k[:, :, first:end], cache.v[:, :, first:end], weights=weights)
+        added = None
         if bias is not None:
             heads = torch.arange(self.heads, device=q.device).view(1, -1, 1, 1)
-            bias = Dense(bias.values(0, heads, now, state.positions.view(1, 1, 1, -1)))
-        weights = self.weights(state.seen)
-        return attend(q, state.k, state.v, key_padding(seen.unsqueeze(0)), bias=bias, weights=weights)
-
-    def forget(self, state: KeyValues) -> KeyValues:
-        """Drop the keys that no later query can see."""
-        if self.static_pattern is None:
-            return state
-        keep = seen_later(self.static_pattern, state.positions, state.seen)
-        return KeyValues(state.k[:, :, keep], state.v[:, :, keep], state.positions[keep], state.seen)
+            now = torch.tensor([[cache.seen - 1]], device=q.device)
+            added = bias.values(0, heads, now, cache.positions().view(1, 1, 1, -1))
+        return attend_ranges(q, cache.k, cache.v, seen, bias=added, weights=weights)
 
     @property
-    def static_pattern(self) -> Pattern | None:
-        """The core's pattern, where it is all the core does and positions alone decide it."""
+    def followed(self) -> Pattern | None:
+        """What every query sees, where the core's pattern is all that the core does and positions alone decide it."""
         if not isinstance(self.core, PatternCore) or self.core.pattern.is_dynamic or self.core.pattern.needs_axes:
             return None
-        return self.core.pattern
+        return joined(self.core.pattern, causal)
+
+    @property
+    def shares(self) -> tuple[Share, ...] | None:
+        """Heads that follow other patterns than others, and nothing but patterns; None if there are none."""
+        pattern, plain = self.followed, type(self).attend is AttentionMixer.attend and self.bias() is None
+        return (
+            shares_of(pattern, self.heads, self.kv_heads)
+            if plain and pattern is not None and pattern.heads > 1
+            else None
+        )
 
     # ---- costs ----------------------------------------------------------------------------------------------
 
     def state_bytes(self, n: int) -> int:
-        kept = n
-        if self.static_pattern is not None:
-            kept = int(seen_later(self.static_pattern, torch.arange(n), n).sum())
-        return 2 * kept * self.kv_heads * self.head_dim * self.weight.element_size()
-
-
-def seen_later(pattern: Pattern, positions: Tensor, now: int) -> Tensor:
-    """Which keys some query at position ``now`` or later may see (by any head): what a decoder must keep."""
-    keep = torch.zeros_like(positions, dtype=torch.bool)
-    first, last = torch.full_like(positions, now), torch.full_like(positions, FARTHEST)
-    for head in range(pattern.heads):
-        boxes = Boxes(
-            torch.zeros_like(positions),
-            torch.full_like(positions, head),
-            Interval(first, last, positions, positions),
-        )
-        keep |= pattern.bounds(boxes).some
-    return keep
+        room, shares = room_for(self.followed), self.shares
+        kept = self.kv_heads * (n if room is None else min(n, room)) if shares is None else keys_kept(shares, n)
+        return 2 * kept * self.head_dim * self.weight.element_size()
 
 
 def recent(size: int) -> Pattern:

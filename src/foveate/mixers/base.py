@@ -1,4 +1,4 @@
-"""Mixers: tokens in, tokens out. A mixer's ``step``, token by token, equals its ``forward`` over the sequence."""
+"""Mixers: tokens in, tokens out. Reading a prompt and decoding token by token equal ``forward`` over the sequence."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from foveate.patterns.placed import merged
 from foveate.patterns.rules.listed import place_of_lengths
 
 
-class Stepped(NamedTuple):
-    """One decoded token, (B, 1, C), and the state after it."""
+class StepOutput(NamedTuple):
+    """Tokens (B, N, C), and the decoding state after the last of them."""
 
     out: Tensor
     state: Any
@@ -76,13 +76,42 @@ class Mixer(nn.Module):
             out[document.batch, document.slots] = mixed
         return out
 
-    def start(self, batch: int) -> Any:
-        """The decoding state before the first token."""
-        raise NotImplementedError(f"{self.row.name} does not decode token by token")
+    # ---- decoding -------------------------------------------------------------------------------------------
 
-    def step(self, x: Tensor, state: Any) -> Stepped:
+    def init_state(self, batch: int, capacity: int | None = None) -> Any:
+        """The decoding state before the first token of ``batch`` sequences.
+
+        ``capacity`` is how many tokens to make room for at once, where each takes some; room for more is made as they
+        come. A state is a value: whoever goes on from one twice gets two texts, neither of which disturbs the other.
+        """
+        if not self.causal or "decode" not in self.row.supports:
+            unless = "" if self.causal else " unless causal"
+            raise NotImplementedError(f"{self.row.name} does not decode token by token{unless}")
+        return self.empty_state(batch, capacity)
+
+    def prefill(self, x: Tensor, state: Any) -> StepOutput:
+        """Mix the next tokens x (B, N, C), a prompt or a part of one, at the cost of ``forward``.
+
+        The state after them is the one that :meth:`decode`, token by token, would have left.
+        """
+        self.check(x, None, None, None)
+        return self.mix_after(x, state)
+
+    def decode(self, x: Tensor, state: Any) -> StepOutput:
         """Mix one more token x (B, 1, C)."""
-        raise NotImplementedError(f"{self.row.name} does not decode token by token")
+        if x.dim() != 3 or x.shape[1] != 1 or x.shape[2] != self.dim:
+            raise ValueError(f"{self.row.name} decodes one token (batch, 1, {self.dim}); got {tuple(x.shape)}")
+        return self.mix_after(x, state)
+
+    def empty_state(self, batch: int, capacity: int | None) -> Any:
+        """What a mechanism defines: the state before the first token."""
+        raise NotImplementedError
+
+    def mix_after(self, x: Tensor, state: Any) -> StepOutput:
+        """What a mechanism defines: the next tokens x (B, N, C) after those that ``state`` has seen."""
+        raise NotImplementedError
+
+    # ---- costs and checks -----------------------------------------------------------------------------------
 
     def flops(self, n: int, layout: Layout | None = None) -> int:
         """Floating-point operations (a multiply-add is two) of forward on one sequence of n tokens, counted.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
+from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.patterns import Layout, Packed
 from foveate.recurrence import Recurrent, recur, step
 
@@ -47,10 +47,10 @@ class Inputs:
         return replace(self, k=k, v=v, decay=decay, low_rank=low_rank)
 
 
-class Memory(NamedTuple):
-    """Decoding state: the recurrence's, (B, S, D, Dv), and the tails of q's, k's and v's convolutions."""
+class RecurrentState(NamedTuple):
+    """The recurrence's state, (B, S, D, Dv), and the tails of q's, k's and v's convolutions."""
 
-    state: Tensor
+    recurrent: Tensor
     tails: tuple[Tensor, ...]
 
 
@@ -134,17 +134,17 @@ class RecurrentMixer(Mixer):
         self,
         x: Tensor,
         context: Tensor,
-        memory: Memory | None = None,
+        state: RecurrentState | None = None,
         lengths: Lengths = None,
         padding: Tensor | None = None,
-    ) -> Stepped:
-        """All that happens to tokens whose padding is zeros, with the memory after the last of them."""
-        q, k, v, tails = self.project(x, context, () if memory is None else memory.tails, lengths)
+    ) -> StepOutput:
+        """All that happens to tokens whose padding is zeros, with the state after the last of them."""
+        q, k, v, tails = self.project(x, context, () if state is None else state.tails, lengths)
         inputs = self.inputs(x, q, k, v)
         if padding is not None:
             inputs = inputs.only(padding)
-        out, state = self.run(inputs, lengths=lengths, state=None if memory is None else memory.state)
-        return Stepped(self.read_out(x, out), Memory(state, tails))
+        out, recurrent = self.run(inputs, lengths=lengths, state=None if state is None else state.recurrent)
+        return StepOutput(self.read_out(x, out), RecurrentState(recurrent, tails))
 
     def project(self, x: Tensor, context: Tensor, tails: tuple[Tensor, ...], lengths: Lengths = None) -> Projected:
         """Heads of queries, keys and values, and the tails of their convolutions."""
@@ -157,18 +157,12 @@ class RecurrentMixer(Mixer):
         q, k, v = (split_heads(y, number) for y, number in zip(flat, heads, strict=True))
         return Projected(q, k, v, tails)
 
-    def start(self, batch: int) -> Memory:
-        if not self.causal:
-            raise NotImplementedError(f"{self.row.name} does not decode token by token unless causal")
+    def empty_state(self, batch: int, capacity: int | None) -> RecurrentState:
         weight = self.weight
         state = weight.new_zeros(batch, *self.state_shape, dtype=wide(weight.dtype))
-        return Memory(state, tuple(weight.new_zeros(batch, *shape) for shape in self.tail_shapes))
+        return RecurrentState(state, tuple(weight.new_zeros(batch, *shape) for shape in self.tail_shapes))
 
-    def step(self, x: Tensor, state: Memory) -> Stepped:
-        return self.advance(x, state)
-
-    def advance(self, x: Tensor, state: Memory) -> Stepped:
-        """Mix the next tokens x (B, N, C): ``step`` for several tokens at once, as for a prompt."""
+    def mix_after(self, x: Tensor, state: RecurrentState) -> StepOutput:
         return self.flow(x, x, state)
 
     def run(self, inputs: Inputs, *, lengths: Lengths = None, state: Tensor | None = None) -> Recurrent:

@@ -1,4 +1,4 @@
-"""Causal mixers whose whole memory is a few tensors of fixed size, and the parts that state-space blocks share."""
+"""Causal mixers whose decoding state is a few tensors of fixed size, and the parts that state-space blocks share."""
 
 from __future__ import annotations
 
@@ -9,26 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.mixers.base import Mixer, Stepped
+from foveate.mixers.base import Mixer, StepOutput
 from foveate.patterns import Layout, Packed
 
 Lengths = Sequence[int] | None
 
 
 class StatefulMixer(Mixer):
-    """A mixer that says how tokens change a memory: ``run``; forward, decoding and packing follow from it."""
+    """A mixer that says how tokens change a state: ``run``; forward, decoding and packing follow from it."""
 
-    def run(self, x: Tensor, memory: Any, lengths: Lengths, real: Tensor | None) -> Stepped:
-        """Mix tokens x (B, N, C) after what ``memory`` holds, a named tuple of tensors.
+    def run(self, x: Tensor, state: Any, lengths: Lengths, real: Tensor | None) -> StepOutput:
+        """Mix tokens x (B, N, C) after what ``state`` holds, a named tuple of tensors.
 
-        Where it is None they are the first, and no memory need be returned. ``lengths`` are those of packed
+        Where it is None they are the first, and no state need be returned. ``lengths`` are those of packed
         sequences, then x has batch size 1 and starts afresh at each; tokens that are not ``real`` (B, N) must
         neither write nor fade.
         """
-        raise NotImplementedError
-
-    def empty(self, batch: int) -> Any:
-        """The memory before the first token."""
         raise NotImplementedError
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
@@ -37,28 +33,19 @@ class StatefulMixer(Mixer):
         flat, real, lengths = laid_end_to_end(x, padding, layout)
         return self.run(flat, None, lengths, real).out.reshape(x.shape)
 
-    def start(self, batch: int) -> Any:
-        if "decode" not in self.row.supports:
-            raise NotImplementedError(f"{self.row.name} does not decode token by token")
-        return self.empty(batch)
-
-    def step(self, x: Tensor, state: Any) -> Stepped:
-        return self.run(x, state, None, None)
-
-    def advance(self, x: Tensor, state: Any) -> Stepped:
-        """Mix the next tokens x (B, N, C): ``step`` for several tokens at once, as for a prompt."""
+    def mix_after(self, x: Tensor, state: Any) -> StepOutput:
         return self.run(x, state, None, None)
 
     def state_bytes(self, n: int) -> int:
-        return sum(tensor.nbytes for tensor in tensors_of(self.empty(1)) if tensor.dtype != torch.long)
+        return sum(tensor.nbytes for tensor in tensors_of(self.empty_state(1, None)) if tensor.dtype != torch.long)
 
 
-def tensors_of(memory: Any) -> Iterator[Tensor]:
+def tensors_of(state: Any) -> Iterator[Tensor]:
     """The tensors of nested tuples."""
-    if isinstance(memory, Tensor):
-        yield memory
+    if isinstance(state, Tensor):
+        yield state
     else:
-        for part in memory:
+        for part in state:
             yield from tensors_of(part)
 
 

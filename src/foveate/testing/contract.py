@@ -51,7 +51,7 @@ def wrong_calls(subject: Subject) -> Iterator[tuple[str, Callable[[], Any]]]:
     if subject.causal or not subject.can("cross"):
         yield "a context", lambda: mixer(x, context=x)
     if not (subject.causal and subject.can("decode")):
-        yield "decoding", lambda: mixer.start(1)
+        yield "decoding", lambda: mixer.init_state(1)
 
 
 def costs(subject: Subject) -> None:
@@ -67,13 +67,18 @@ def costs(subject: Subject) -> None:
         _state_bytes(mixer, subject)
 
 
+@torch.no_grad()
 def _state_bytes(mixer: Mixer, subject: Subject) -> None:
-    state, x = mixer.start(1), subject.tokens(37, batch=1).float()
-    for n in range(1, 38):
-        state = mixer.step(x[:, n - 1 : n], state).state
-        if n in (1, 9, 37):
-            told, taken = checked_count("state_bytes", n, mixer.state_bytes(n)), bytes_of(state)
-            assert told == taken, f"state_bytes({n}) is {told}, the state takes {taken}"
+    """What a state takes with room for n tokens, after as many, decoded or read at once."""
+    x = subject.tokens(65, batch=1).float()
+    for n in (1, 9, 37, 65):
+        told = checked_count("state_bytes", n, mixer.state_bytes(n))
+        at_once = mixer.prefill(x[:, :n], mixer.init_state(1, n)).state
+        state = mixer.init_state(1, n)
+        for t in range(n):
+            state = mixer.decode(x[:, t : t + 1], state).state
+        taken = bytes_of(state), bytes_of(at_once)
+        assert taken == (told, told), f"state_bytes({n}) is {told}; the state takes {taken} (decoded, read at once)"
 
 
 def checked_count(what: str, n: int, value: Any) -> int:
@@ -90,4 +95,6 @@ def bytes_of(state: Any) -> int:
         return sum(map(bytes_of, state.values()))
     if isinstance(state, (list, tuple)):
         return sum(map(bytes_of, state))
+    if hasattr(state, "nbytes"):  # storages of foveate.cache, room for later tokens included
+        return int(state.nbytes)
     return sum(map(bytes_of, vars(state).values())) if hasattr(state, "__dict__") else 0

@@ -45,8 +45,11 @@ PROPERTIES = (
     Property("half precision", numbers.half_precision),
     Property("causality", order.causality, needing("causal"), causal=True),
     Property("causal gradients", order.blind_gradients, needing("causal"), causal=True),
-    Property("step", order.stepping, needing("decode"), causal=True),
-    Property("chunks", order.chunks, needing("decode"), causal=True),
+    Property("decode", order.decoding, needing("decode"), causal=True),
+    Property("prefill", order.prompts, needing("decode"), causal=True),
+    Property("prefill in chunks", order.chunks, needing("decode"), causal=True),
+    Property("branches", order.branches, needing("decode"), causal=True),
+    Property("decoding gradients", order.decoding_gradients, needing("decode"), causal=True),
     Property("packed", order.packed, needing("packed")),
     Property("padding", company.padding, needing("padding")),
     Property("neighbours", company.neighbours),
@@ -87,7 +90,6 @@ def check_mixer(
         full_budget         options under which it is plain attention
         exact(x, layout)    plain attention with its parameters, if it is not an ``AttentionMixer``
         grids               layouts to run on, if it lives on grids
-        advance(x, state)   ``step`` for several tokens at once
         exempt              properties that fail by design, each with the reason, as in
                             {"causality": "what it keeps is chosen by the last queries"}
 

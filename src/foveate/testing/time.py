@@ -7,7 +7,8 @@ import torch
 from foveate.patterns import Packed
 from foveate.testing.case import Subject
 from foveate.testing.closeness import assert_same, assert_zero
-from foveate.testing.report import Skip
+
+CLOSE = 1e-8  # of what decoding computes in another order
 
 
 def causality(subject: Subject) -> None:
@@ -36,27 +37,80 @@ def cuts(length: int) -> list[int]:
     return torch.randint(1, length, (3,)).tolist()
 
 
-def stepping(subject: Subject) -> None:
-    """Token by token equals the whole sequence."""
-    place = subject.places(37)[0]
-    mixer, x = subject.mixer(), subject.tokens(place.length)
-    whole, state = mixer(x, layout=place.layout), mixer.start(x.shape[0])
-    for t in range(place.length):
-        out, state = mixer.step(x[:, t : t + 1], state)
-        assert_same(f"step {t}", out, whole[:, t : t + 1], 1e-8)
+@torch.no_grad()
+def decoding(subject: Subject) -> None:
+    """Token by token equals the whole sequence, whether or not room was made for it."""
+    mixer, x = subject.mixer(), subject.tokens(37)
+    whole = mixer(x)
+    for capacity in (None, 37):
+        state = mixer.init_state(x.shape[0], capacity)
+        for t in range(x.shape[1]):
+            out, state = mixer.decode(x[:, t : t + 1], state)
+            assert_same(f"token {t} with capacity={capacity}", out, whole[:, t : t + 1], CLOSE)
 
 
+@torch.no_grad()
+def prompts(subject: Subject) -> None:
+    """A prompt read at once equals the whole sequence, and leaves the state from which decoding goes on."""
+    mixer, x = subject.mixer(), subject.tokens(69)
+    whole = mixer(x)
+    for length, capacity in ((0, None), (1, 1), (61, None), (62, 69)):
+        out, state = mixer.prefill(x[:, :length], mixer.init_state(2, capacity))
+        assert_same(f"a prompt of {length} tokens", out, mixer(x[:, :length]), CLOSE)
+        for t in range(length, length + 7):
+            out, state = mixer.decode(x[:, t : t + 1], state)
+            assert_same(f"token {t} after a prompt of {length}", out, whole[:, t : t + 1], CLOSE)
+
+
+@torch.no_grad()
 def chunks(subject: Subject) -> None:
     """A sequence handed over in pieces, with the state between them, equals the whole."""
     mixer = subject.mixer()
-    advance = getattr(mixer, "advance", None)
-    if advance is None:
-        raise Skip("it has no advance(x, state), step for several tokens at once")
-    x, state, outs = subject.tokens(69), mixer.start(2), []
-    for piece in x.split([1, 0, 37, 2, 29], dim=1):
-        out, state = advance(piece, state)
+    x, state, outs = subject.tokens(89), mixer.init_state(2, 9), []
+    for piece in x.split([1, 0, 37, 2, 1, 48], dim=1):
+        out, state = mixer.prefill(piece, state)
         outs.append(out)
-    assert_same("outputs in pieces", torch.cat(outs, dim=1), mixer(x), 1e-8)
+    assert_same("outputs in pieces", torch.cat(outs, dim=1), mixer(x), CLOSE)
+
+
+@torch.no_grad()
+def branches(subject: Subject) -> None:
+    """Texts that go on from one state, by turns, equal each of them alone; the state stays what it was."""
+    mixer, x = subject.mixer(), subject.tokens(58)
+    _, state = mixer.prefill(x[:, :41], mixer.init_state(2, 60))
+    ends = {name: torch.randn_like(x[:, 41:]) for name in ("first", "second", "third")}
+    states, outs = dict.fromkeys(ends, state), {name: [x[:, :0]] for name in ends}
+    for t in range(17):
+        for name, end in ends.items():
+            if t == 9:  # several tokens at once
+                out, states[name] = mixer.prefill(end[:, t : t + 4], states[name])
+                outs[name].append(out)
+            elif not 9 < t < 13:
+                out, states[name] = mixer.decode(end[:, t : t + 1], states[name])
+                outs[name].append(out)
+    for name, end in ends.items():
+        whole = mixer(torch.cat([x[:, :41], end], dim=1))
+        assert_same(f"the {name} text of three", torch.cat(outs[name], dim=1), whole[:, 41:], CLOSE)
+    out, _ = mixer.prefill(x[:, 41:], state)
+    assert_same("a text after the others", out, mixer(x)[:, 41:], CLOSE)
+
+
+def decoding_gradients(subject: Subject) -> None:
+    """Gradients through prompt, state and decoded tokens equal those of the whole sequence."""
+    mixer, x = subject.mixer(), subject.tokens(23).requires_grad_()
+    seed = torch.randn_like(x)
+    out, state = mixer.prefill(x[:, :19], mixer.init_state(2, 40))
+    outs = [out]
+    for t in range(19, 23):
+        out, state = mixer.decode(x[:, t : t + 1], state)
+        outs.append(out)
+    wanted = [x, *(parameter for parameter in mixer.parameters() if parameter.requires_grad)]
+    whole = torch.autograd.grad(mixer(x), wanted, seed, allow_unused=True)
+    pieces = torch.autograd.grad(torch.cat(outs, dim=1), wanted, seed, allow_unused=True)
+    for number, (one, other) in enumerate(zip(pieces, whole, strict=True)):
+        if other is not None:
+            assert one is not None, f"no gradient reaches parameter {number}"
+            assert_same(f"gradient {number}", one, other, CLOSE)
 
 
 def packed(subject: Subject) -> None:

@@ -7,6 +7,7 @@ Whatever is not plain, or not right, gets None and goes the long way, which says
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,22 @@ HEAD, REST = head_of(c.AttendArgument, before="selection.batches")  # no lists, 
 def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor | None:
     """Heads out (B, H, N, Dv) of a plain call; None if it is none."""
     kernel, band = entry("foveate_attend_forward"), _band(pattern) if _may_be_band(pattern) else None
-    if kernel is None or band is None:
+    call = None if kernel is None or band is None else described(q, k, v, 0, scale, band)
+    if kernel is None or call is None:
         return None
+    c.check(kernel(call.argument))
+    return call.out
+
+
+class Described(NamedTuple):
+    """A call of a kernel, and the tensor that it writes to."""
+
+    argument: bytes
+    out: Tensor
+
+
+def described(q: Tensor, k: Tensor, v: Tensor, kind: int, scale: float | None, band: Band) -> Described | None:
+    """A plain call as kernels take it; None if it is none."""
     at = addresses(q, k, v)
     if at is None or not (q.dtype is k.dtype is v.dtype and q.dim() == k.dim() == v.dim() == 4):
         return None
@@ -42,12 +57,11 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float
         at[1], k_heads, *k.stride(),
         at[2], v_heads, *v.stride(),
         out.data_ptr(), heads, *out.stride(),
-        0, c.DTYPES[q.dtype], 0, num_threads(), batch, num_queries, num_keys, dim, value_dim,
+        0, c.DTYPES[q.dtype], kind, num_threads(), batch, num_queries, num_keys, dim, value_dim,
         dim**-0.5 if scale is None else scale, 0.0,
         *band,
     )  # fmt: skip
-    c.check(kernel(head + REST))
-    return out
+    return Described(head + REST, out)
 
 
 def _may_be_band(pattern: object) -> bool:

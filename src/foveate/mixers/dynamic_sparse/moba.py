@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import JUMPS, AttentionMixer
 from foveate.mixers.core import PatternCore
+from foveate.mixers.recurrent import wide
 from foveate.patterns import topk_blocks
 
 
@@ -46,3 +47,7 @@ class MoBA(AttentionMixer):
         core = moba_core(block=block, k=k, causal=causal)
         super().__init__(dim, heads, core=core, causal=causal, **options)
         self.block, self.k = block, k
+
+    def state_bytes(self, n: int) -> int:
+        means = n // self.block * self.kv_heads * self.head_dim * wide(self.weight.dtype).itemsize
+        return super().state_bytes(n) + means

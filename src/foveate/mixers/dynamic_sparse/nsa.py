@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from foveate.attention import attend
 from foveate.attention.partial import sum_of
+from foveate.attention.ranges import attend_ranges
+from foveate.cache import KVCache, Tokens, room_for
 from foveate.catalogue.registry import register
 from foveate.counting import lacks_numbers
 from foveate.mixers.attention import JUMPS, recent
-from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
+from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Compressor, Finished, num_blocks
 from foveate.patterns import Layout, boolean_mask
 from foveate.plain import traced
@@ -24,22 +26,14 @@ class KV(NamedTuple):
     k: Tensor
     v: Tensor
 
-    def then(self, more: KV) -> KV:
-        return KV(torch.cat([self.k, more.k], 2), torch.cat([self.v, more.v], 2))
-
-    def last(self, count: int) -> KV:
-        first = max(self.k.shape[2] - count, 0)
-        return KV(self.k[:, :, first:], self.v[:, :, first:])
-
 
 class NSAState(NamedTuple):
-    """What a decoder keeps: compressed blocks, tokens of unfinished ones, every token, recent tokens."""
+    """What a decoder keeps: compressed blocks, tokens of the next ones, every token, recent tokens."""
 
-    compressed: KV
-    unfinished: KV
-    everything: KV
-    recent: KV
-    seen: int
+    compressed: Tokens
+    unfinished: KVCache
+    everything: KVCache
+    near: KVCache
 
 
 @register(
@@ -141,24 +135,51 @@ class NSA(Mixer):
             return attend(q, *compressed, boolean_mask(seen))
         return attend(q, *compressed, finished)
 
-    def start(self, batch: int) -> NSAState:
-        empty = self.weight.new_empty(batch, self.kv_heads, 0, self.head_dim)
-        none = KV(empty, empty)
-        return NSAState(none, none, none, none, 0)
+    def empty_state(self, batch: int, capacity: int | None) -> NSAState:
+        count = None if capacity is None else num_blocks(capacity, self.selector.block, self.selector.stride)
+        unfinished = KVCache(batch, capacity, recent(self.selector.block))
+        return NSAState(Tokens(batch, count), unfinished, KVCache(batch, capacity), KVCache(batch, capacity, self.near))
 
-    def step(self, x: Tensor, state: NSAState) -> Stepped:
+    def mix_after(self, x: Tensor, state: NSAState) -> StepOutput:
         to_compress, to_select, to_window = self.keys_values(x)
-        compressed, unfinished = state.compressed, state.unfinished.then(to_compress)
-        if unfinished.k.shape[2] == self.selector.block:
-            compressed = compressed.then(self.compress(unfinished))
-            unfinished = unfinished.last(self.selector.block - self.selector.stride)
-        everything = state.everything.then(to_select)
-        near = state.recent.then(to_window).last(self.window)
-        out = self.attend(x, compressed, everything, near)
-        return Stepped(out, NSAState(compressed, unfinished, everything, near, state.seen + 1))
+        unfinished, everything = state.unfinished.append(*to_compress), state.everything.append(*to_select)
+        compressed, near = self.compressed(state.compressed, unfinished), state.near.append(*to_window)
+        attend_kept = self.attend_last if x.shape[1] == 1 else self.attend_many
+        out = attend_kept(x, compressed, everything, near)
+        return StepOutput(out, NSAState(compressed, unfinished.trimmed(), everything, near.trimmed()))
+
+    def compressed(self, blocks: Tokens, tokens: KVCache) -> Tokens:
+        """The compressed blocks, and those that tokens have completed since."""
+        block, stride = self.selector.block, self.selector.stride
+        known, whole = blocks.length, num_blocks(tokens.seen, block, stride)
+        if whole == known:
+            return blocks
+        ((first, end),) = tokens.slots(((known * stride, (whole - 1) * stride + block),))
+        return blocks.append(*self.compress(KV(tokens.k[:, :, first:end], tokens.v[:, :, first:end])))
+
+    def attend_many(self, x: Tensor, compressed: Tokens, everything: KVCache, near: KVCache) -> Tensor:
+        blocks = KV(*compressed.tensors) if compressed.length else KV(everything.k[:, :, :0], everything.v[:, :, :0])
+        return self.attend(x, blocks, KV(everything.k, everything.v), KV(near.k, near.v))
+
+    def attend_last(self, x: Tensor, compressed: Tokens, everything: KVCache, near: KVCache) -> Tensor:
+        """One token: no choice or mask is made but of what it reads."""
+        q = split_heads(self.to_q(x), self.heads)
+        gates = split_heads(torch.sigmoid(self.to_gates(x)), self.heads).unsqueeze(-1)  # (B, H, 1, 3, 1)
+        blocks = KV(*compressed.tensors) if compressed.length else None
+        chosen = self.selector.last_sees(q, None if blocks is None else blocks.k, everything.seen)
+        first = max(near.k.shape[2] - self.window, 0)
+        branches = (
+            torch.zeros_like(q) if blocks is None else attend(q, *blocks),
+            attend_ranges(q, everything.k, everything.v, chosen),
+            attend(q, near.k[:, :, first:], near.v[:, :, first:]),
+        )
+        mixed = sum_of([gate * branch for gate, branch in zip(gates.unbind(3), branches, strict=True)])
+        return self.to_out(join_heads(mixed))
 
     def state_bytes(self, n: int) -> int:
         chosen = self.selector
         count = num_blocks(n, chosen.block, chosen.stride)
-        kept = count + (n - count * chosen.stride) + n + min(n, self.window)
+        kept = count + n
+        for pattern in (recent(chosen.block), self.near):
+            kept += min(n, room_for(pattern) or n)
         return 2 * kept * self.kv_heads * self.head_dim * self.weight.element_size()

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
 from foveate import autodiff
+from foveate.attention.ranges import KeyRanges
 from foveate.counting import drawn
 from foveate.patterns import Pattern, block_mask, causal
 from foveate.patterns.algebra import Bounds, Boxes, Index
-from foveate.patterns.rules.choose import NEVER, Sought, choose_rows, score, shares, slices
+from foveate.patterns.rules.choose import NEVER, Sought, best, choose_rows, score, shares, slices
 from foveate.patterns.rules.decided import block_table, no_rows, rows_per_word, words_of
 from foveate.plain import traced
 from foveate.precision import to_accum
@@ -138,6 +139,17 @@ class BlockSelector:
             shared = min(tap + 1, taps) - max(tap - ahead, 0)
             total += shared * padded[..., tap : tap + (num_blocks - 1) * taps + 1 : taps]
         return total
+
+    @torch.no_grad()
+    def last_sees(self, q: Tensor, compressed: Tensor | None, num_keys: int) -> KeyRanges:
+        """The blocks that the last query (B, H, 1, D) chooses, as ranges of keys for each group of heads."""
+        num_blocks, place = -(-num_keys // self.size), torch.tensor([[num_keys - 1]], device=q.device)
+        if compressed is None or num_blocks <= self.count:
+            return KeyRanges.of([((0, num_keys),)])
+        weights = self.weights(score(q * q.shape[3] ** -0.5, to_accum(compressed)), place)
+        weights = weights.unflatten(1, (compressed.shape[1], -1)).sum(2)
+        ranked = self.ranked(self.importance(weights, num_blocks), place)
+        return KeyRanges.of_blocks(best(ranked, self.count)[:, :, 0], self.size, num_keys)
 
 
 def _table(q: Tensor, compressed: Tensor, num_keys: int, settings: list[int]) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.attention import Bias, alibi, alibi_slopes, attend
+from foveate.cache import KVCache
 from foveate.catalogue.registry import Feature, register
-from foveate.mixers.attention import AttentionMixer, KeyValues
+from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.base import join_heads
 from foveate.mixers.core import PatternCore
 from foveate.mixers.exact_io.chunked import ChunkedCore
@@ -104,9 +105,9 @@ class SigmoidAttention(AttentionMixer):
         out = attend(q, k, v, self.within(padding), bias=bias, weights="sigmoid", layout=layout)
         return self.to_out(join_heads(out))
 
-    def attend_one(self, q: Tensor, state: KeyValues) -> Tensor:
-        bias = self.biases(torch.tensor([[state.seen]], device=q.device), q)
-        return attend(q, state.k, state.v, causal, bias=bias, weights="sigmoid")
+    def attend_kept(self, q: Tensor, cache: KVCache) -> Tensor:
+        counts = torch.arange(cache.seen - q.shape[2], cache.seen, device=q.device) + 1
+        return attend(q, cache.k, cache.v, causal, bias=self.biases(counts.unsqueeze(0), q), weights="sigmoid")
 
     def biases(self, counts: Tensor, q: Tensor) -> list[Tensor | Bias]:
         log_bias = self.log_bias(counts).to(q.dtype)

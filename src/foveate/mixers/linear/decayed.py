@@ -12,7 +12,7 @@ from foveate.catalogue.registry import Reference, register
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import divided, join_heads
 from foveate.mixers.linear.linear import LightningAttention2
-from foveate.mixers.recurrent import Inputs, Lengths, Memory, Projected, RecurrentMixer, widened
+from foveate.mixers.recurrent import Inputs, Lengths, Projected, RecurrentMixer, RecurrentState, widened
 
 
 class Placed(RecurrentMixer):
@@ -28,9 +28,9 @@ class Placed(RecurrentMixer):
         q, k = (self.placed(y, first + places(y.shape[2], lengths).to(x.device)) for y in (q, k))
         return Projected(q, k, v, (*after, first + x.shape[1]))
 
-    def start(self, batch: int) -> Memory:
-        memory = super().start(batch)
-        return Memory(memory.state, (*memory.tails, torch.zeros((), dtype=torch.long, device=memory.state.device)))
+    def empty_state(self, batch: int, capacity: int | None) -> RecurrentState:
+        recurrent, tails = super().empty_state(batch, capacity)
+        return RecurrentState(recurrent, (*tails, torch.zeros((), dtype=torch.long, device=recurrent.device)))
 
 
 def places(length: int, lengths: Lengths = None) -> Tensor:

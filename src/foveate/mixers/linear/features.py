@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from foveate.catalogue.registry import register
-from foveate.mixers.base import Stepped, divided, split_heads
+from foveate.mixers.base import StepOutput, divided, split_heads
 from foveate.mixers.linear.linear import LinearTransformer
-from foveate.mixers.recurrent import Lengths, Memory, widened
+from foveate.mixers.recurrent import Lengths, RecurrentState, widened
 from foveate.recurrence import recur
 from foveate.recurrence.linear.polynomial import polynomial_features
 
@@ -54,6 +54,13 @@ class BasedLinear(LinearTransformer):
         super().__init__(dim, heads, head_dim=head_dim, value_dim=value_dim, feature_map=taylor, **options)
 
 
+class Unread(NamedTuple):
+    """The state of a text whose prefix is still to come."""
+
+    recurrent: Tensor
+    tails: tuple[Tensor, ...]
+
+
 @register(
     "jrt_rnn",
     papers=("JRT-RNN",),
@@ -64,22 +71,23 @@ class BasedLinear(LinearTransformer):
 class JRT(BasedLinear):
     """Linear attention that knows its prefix as a whole, by a second set of keys and values, and the rest causally.
 
-    The first ``prefix`` real tokens of a sequence are known to all its queries. To decode, hand the prompt to
-    ``prefill``, then go on with ``step``:
+    The first ``prefix`` real tokens of a sequence are known to all its queries. To decode, hand the whole prompt to
+    ``prefill``, or to ``read_prompt``, which takes prefixes of any length, then go on with ``decode``:
 
     >>> mixer = JRT(64, heads=4, prefix=30)
     >>> mixer(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])
-    >>> out, state = mixer.prefill(torch.randn(2, 12, 64))
-    >>> out, state = mixer.step(torch.randn(2, 1, 64), state)
+    >>> out, state = mixer.read_prompt(torch.randn(2, 12, 64))
+    >>> out, state = mixer.decode(torch.randn(2, 1, 64), state)
     """
 
     tiny: ClassVar[dict[str, Any]] = {"prefix": 9}
     exempt: ClassVar[dict[str, str]] = {
         "causality": "queries inside the prefix see all of it",
         "causal gradients": "queries inside the prefix see all of it",
-        "step": "the prefix is read at once, by prefill",
-        "chunks": "the prefix is read at once, by prefill",
+        "decode": "the prefix is read at once",
+        "prefill": "a prompt shorter than the prefix is a shorter prefix",
+        "prefill in chunks": "the prefix is read at once",
     }
 
     def __init__(self, dim: int, heads: int = 8, *, prefix: int = 1024, **options: Any) -> None:
@@ -90,8 +98,14 @@ class JRT(BasedLinear):
         self.to_prefix_k = nn.Linear(dim, self.to_k.out_features, bias=False)
         self.to_prefix_v = nn.Linear(dim, self.to_v.out_features, bias=False)
 
-    def prefill(self, x: Tensor, prefix: int | Tensor | None = None, padding: Tensor | None = None) -> Stepped:
-        """Mix sequences x (B, N, C) of which the first ``prefix`` real tokens are known at once, with the memory after.
+    def empty_state(self, batch: int, capacity: int | None) -> Unread:  # type: ignore[override]
+        return Unread(*super().empty_state(batch, capacity))
+
+    def mix_after(self, x: Tensor, state: RecurrentState | Unread) -> StepOutput:
+        return self.read_prompt(x, self.prefix) if isinstance(state, Unread) else super().mix_after(x, state)
+
+    def read_prompt(self, x: Tensor, prefix: int | Tensor | None = None, padding: Tensor | None = None) -> StepOutput:
+        """Mix sequences x (B, N, C) of which the first ``prefix`` real tokens are known at once, with the state after.
 
         ``prefix`` is a number, or one for each sequence (B,); None is all tokens. ``padding`` (B, N) is True at real
         tokens.
@@ -104,9 +118,9 @@ class JRT(BasedLinear):
         else:
             reach = prefix.unsqueeze(-1) if isinstance(prefix, Tensor) else prefix
             known = real & (real.cumsum(1) <= reach)
-        memory = Memory(self.prefix_state(x, known), self.start(x.shape[0]).tails)
-        out, memory = super().flow(x, x, memory, None, padding)
-        return Stepped(out * real.unsqueeze(-1), memory)
+        state = RecurrentState(self.prefix_state(x, known), self.empty_state(x.shape[0], None).tails)
+        out, state = super().flow(x, x, state, None, padding)
+        return StepOutput(out * real.unsqueeze(-1), state)
 
     def prefix_state(self, x: Tensor, known: Tensor) -> Tensor:
         """The sums P and p over the tokens ``known`` (B, N), (B, G, F, Dv + 1)."""
@@ -118,15 +132,15 @@ class JRT(BasedLinear):
         self,
         x: Tensor,
         context: Tensor,
-        memory: Memory | None = None,
+        state: RecurrentState | None = None,
         lengths: Lengths = None,
         padding: Tensor | None = None,
-    ) -> Stepped:
-        if memory is not None:
-            return super().flow(x, context, memory, lengths, padding)
+    ) -> StepOutput:
+        if state is not None:
+            return super().flow(x, context, state, lengths, padding)
         if lengths is None:
-            return self.prefill(x, self.prefix, padding)
+            return self.read_prompt(x, self.prefix, padding)
         pieces = x.split(list(lengths), dim=1)
         real = [None] * len(pieces) if padding is None else padding.split(list(lengths), dim=1)
-        documents = [self.prefill(piece, self.prefix, each) for piece, each in zip(pieces, real, strict=True)]
-        return Stepped(torch.cat([out for out, _ in documents], dim=1), documents[-1].state)
+        documents = [self.read_prompt(piece, self.prefix, each) for piece, each in zip(pieces, real, strict=True)]
+        return StepOutput(torch.cat([out for out, _ in documents], dim=1), documents[-1].state)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.catalogue.registry import register
 from foveate.layers.masked_ops import TINY, count, hide
-from foveate.mixers.base import Stepped
+from foveate.mixers.base import StepOutput
 from foveate.mixers.recurrent import Lengths, RecurrentMixer, wide, widened
 from foveate.recurrence import recur
 
@@ -108,10 +108,10 @@ class FlowAttention(RecurrentMixer):
         self,
         x: Tensor,
         context: Tensor,
-        memory: Flows | None = None,
+        state: Flows | None = None,
         lengths: Lengths = None,
         padding: Tensor | None = None,
-    ) -> Stepped:
+    ) -> StepOutput:
         q, k, v, _ = self.project(x, context, (), lengths)
         out, flows = flow_attention(
             q,
@@ -121,13 +121,11 @@ class FlowAttention(RecurrentMixer):
             real_queries=padding if context is x else None,
             real_keys=padding,
             lengths=lengths,
-            flows=memory,
+            flows=state,
         )
-        return Stepped(self.read_out(x, out), flows)
+        return StepOutput(self.read_out(x, out), flows)
 
-    def start(self, batch: int) -> Flows:  # type: ignore[override]
-        if not self.causal:
-            raise NotImplementedError("flow_attention does not decode token by token unless causal")
+    def empty_state(self, batch: int, capacity: int | None) -> Flows:  # type: ignore[override]
         weight = self.weight
         sums = (weight.new_zeros(batch, self.heads, *shape, dtype=wide(weight.dtype)) for shape in self.shapes)
         return Flows(*sums)

@@ -12,7 +12,7 @@ from foveate.layers.grid_rotary import rotate_on
 from foveate.layers.local_conv import LocalConv
 from foveate.layers.masked_ops import TINY, count, hide, softmax_over_tokens
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
+from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.mixers.linear.linear import elu_plus_one
 from foveate.mixers.recurrent import wide, widened
 from foveate.patterns import Grid, Layout
@@ -131,32 +131,26 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
             return super().mix(x, context, layout, padding)
         return self.run(x, None, padding).out
 
-    def start(self, batch: int) -> Sums:
-        if not self.causal:
-            raise NotImplementedError("mala does not decode token by token unless causal")
+    def empty_state(self, batch: int, capacity: int | None) -> Sums:
         assert isinstance(self.local, ShortConv)
         weight, heads, width = self.weight, self.heads, self.head_dim
         shapes = ((width, width), (width, 1), (1, width + 1))
         products, keys, values = (weight.new_zeros(batch, heads, *each, dtype=wide(weight.dtype)) for each in shapes)
         return Sums(products, keys, values, 0, weight.new_zeros(batch, *self.local.tail_shape))
 
-    def step(self, x: Tensor, state: Sums) -> Stepped:
-        return self.advance(x, state)
-
-    def advance(self, x: Tensor, state: Sums) -> Stepped:
-        """Mix the next tokens x (B, N, C): ``step`` for several tokens at once, as for a prompt."""
+    def mix_after(self, x: Tensor, state: Sums) -> StepOutput:
         return self.run(x, state, None)
 
-    def run(self, x: Tensor, state: Sums | None, padding: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, state: Sums | None, padding: Tensor | None) -> StepOutput:
         q, k, v = self.features(x)
         k, v = hide(k, padding), hide(v, padding)
         detail, tail = self.local(join_heads(v), None if state is None else state.tail)
         out, products, keys, values = self.sums(q, k, v, None, padding, state)
         seen = x.shape[1] + (0 if state is None else state.seen)
-        return Stepped(self.read_out(x, out, detail), Sums(products, keys, values, seen, tail))
+        return StepOutput(self.read_out(x, out, detail), Sums(products, keys, values, seen, tail))
 
     def state_bytes(self, n: int) -> int:
-        state = self.start(1)
+        state = self.init_state(1)
         return sum(part.numel() * part.element_size() for part in (*state[:3], state.tail))
 
 

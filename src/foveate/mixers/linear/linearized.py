@@ -10,9 +10,9 @@ from torch import Tensor
 
 from foveate.catalogue.registry import register
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.base import Stepped, join_heads, split_heads
+from foveate.mixers.base import StepOutput, join_heads, split_heads
 from foveate.mixers.linear.linear import LinearTransformer, averaged
-from foveate.mixers.recurrent import Lengths, Memory
+from foveate.mixers.recurrent import Lengths, RecurrentState
 
 
 @register(
@@ -32,9 +32,9 @@ class LinearizedLLM(LinearTransformer):
 
     >>> mixer = LinearizedLLM(64, heads=4, width=3)
     >>> prompt, drafts = torch.randn(2, 50, 64), torch.randn(2, 5, 64)
-    >>> _, state = mixer.advance(prompt, mixer.start(2))
+    >>> _, state = mixer.prefill(prompt, mixer.init_state(2))
     >>> out = mixer.verify(drafts, [-1, 0, 1, 0, -1], state)  # 0-1-2 and 0-3 and 4 continue the prompt
-    >>> _, state = mixer.advance(drafts[:, [0, 3]], state)  # accept 0-3
+    >>> _, state = mixer.prefill(drafts[:, [0, 3]], state)  # accept 0-3
     """
 
     def __init__(self, dim: int, heads: int = 8, *, width: int = 9, **options: Any) -> None:
@@ -45,35 +45,35 @@ class LinearizedLLM(LinearTransformer):
         self,
         x: Tensor,
         context: Tensor,
-        memory: Memory | None = None,
+        state: RecurrentState | None = None,
         lengths: Lengths = None,
         padding: Tensor | None = None,
-    ) -> Stepped:
+    ) -> StepOutput:
         q, k, v, _ = self.project(x, context, (), lengths)
-        near, tail = self.local(join_heads(v), None if memory is None else memory.tails[0], lengths)
+        near, tail = self.local(join_heads(v), None if state is None else state.tails[0], lengths)
         inputs = self.inputs(x, q, k, v)
         if padding is not None:
             inputs = inputs.only(padding)
-        heads, state = self.run(inputs, lengths=lengths, state=None if memory is None else memory.state)
-        return Stepped(self.joined(heads, near), Memory(state, (tail,)))
+        heads, recurrent = self.run(inputs, lengths=lengths, state=None if state is None else state.recurrent)
+        return StepOutput(self.joined(heads, near), RecurrentState(recurrent, (tail,)))
 
     def joined(self, heads: Tensor, near: Tensor) -> Tensor:
         """Tokens from what the state said (B, H, N, Dv + 1) and the convolved values (B, N, G * Dv)."""
         near = split_heads(near, self.kv_heads).repeat_interleave(self.heads // self.kv_heads, dim=1)
         return self.to_out(join_heads(averaged(heads).to(near.dtype) + near))
 
-    def verify(self, x: Tensor, parents: Sequence[int], state: Memory) -> Tensor:
+    def verify(self, x: Tensor, parents: Sequence[int], state: RecurrentState) -> Tensor:
         """Outputs (B, T, C) of drafted tokens x (B, T, C), as if each were decoded after its ancestors alone.
 
         ``parents`` names each token's predecessor among the drafts, which comes before it, or is -1 for those that
-        continue what ``state`` has seen. The state is left alone: ``advance`` it by the branch that is accepted.
+        continue what ``state`` has seen. The state is left alone: ``prefill`` it with the branch that is accepted.
         """
         if len(parents) != x.shape[1]:
             raise ValueError(f"each drafted token has one parent; got {x.shape[1]} tokens and {len(parents)} parents")
         above = ancestry(parents).to(x.device)
         q, k, v, _ = self.project(x, x, ())
         inputs, share = self.inputs(x, q, k, v), self.heads // self.kv_heads
-        k, values, sums = (y.repeat_interleave(share, dim=1) for y in (inputs.k, inputs.v, state.state))
+        k, values, sums = (y.repeat_interleave(share, dim=1) for y in (inputs.k, inputs.v, state.recurrent))
         q = inputs.q.to(sums.dtype)
         drafted = (q @ k.to(sums.dtype).mT).masked_fill(~above, 0) @ values
         return self.joined(drafted + q @ sums, self.local_of(join_heads(v), parents, state.tails[0]))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, logsigmoid, pad
 
 from foveate.catalogue.registry import Reference, register
-from foveate.mixers.base import Stepped, join_heads
-from foveate.mixers.recurrent import Inputs, Lengths, Memory, RecurrentMixer, wide, widened
+from foveate.mixers.base import StepOutput, join_heads
+from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState, wide, widened
 from foveate.recurrence.linear.stabilise import NOTHING, Stabilised, stabilise
 
 LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gradient
@@ -21,7 +21,7 @@ LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gr
     papers=None,
     reference=Reference(
         "Beck, Pöppel, Spanring, Auer, Prudnikova, Kopp, Klambauer, Brandstetter, Hochreiter",
-        "xLSTM: Extended Long Short-Term Memory",
+        "xLSTM: Extended Long Short-Term RecurrentState",
         "2405.04517",
     ),
     family="linear",
@@ -55,16 +55,17 @@ class MLSTM(RecurrentMixer):
         self,
         x: Tensor,
         context: Tensor,
-        memory: Memory | None = None,
+        state: RecurrentState | None = None,
         lengths: Lengths = None,
         padding: Tensor | None = None,
-    ) -> Stepped:
-        state, (*tails, unit) = (None, (None,)) if memory is None else memory
+    ) -> StepOutput:
+        before, (*tails, unit) = (None, (None,)) if state is None else state
         q, k, v, after = self.project(x, context, tuple(tails), lengths)
         gates = self.gates(x, padding, unit, lengths)
         k, v = widened(k) * gates.weight.unsqueeze(-1), pad(widened(v), (0, 1), value=1.0)
-        heads, state = self.run(Inputs(q, k, v, decay=gates.decay), lengths=lengths, state=state)
-        return Stepped(self.read_out(x, normalised(heads, gates.after)), Memory(state, (*after, gates.last)))
+        heads, recurrent = self.run(Inputs(q, k, v, decay=gates.decay), lengths=lengths, state=before)
+        out = self.read_out(x, normalised(heads, gates.after))
+        return StepOutput(out, RecurrentState(recurrent, (*after, gates.last)))
 
     def gates(self, x: Tensor, padding: Tensor | None, unit: Tensor | None, lengths: Lengths) -> Stabilised:
         """Decays and input weights, (B, G, N); padding neither fades the state nor writes to it."""
@@ -82,9 +83,9 @@ class MLSTM(RecurrentMixer):
     def state_shape(self) -> tuple[int, int, int]:
         return self.kv_heads, self.head_dim, self.value_dim + 1
 
-    def start(self, batch: int) -> Memory:
-        state, tails = super().start(batch)
-        return Memory(state, (*tails, state.new_full((batch, self.kv_heads), NOTHING)))
+    def empty_state(self, batch: int, capacity: int | None) -> RecurrentState:
+        recurrent, tails = super().empty_state(batch, capacity)
+        return RecurrentState(recurrent, (*tails, recurrent.new_full((batch, self.kv_heads), NOTHING)))
 
     def state_bytes(self, n: int) -> int:
         return super().state_bytes(n) + self.kv_heads * wide(self.weight.dtype).itemsize

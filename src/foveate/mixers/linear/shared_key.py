@@ -6,12 +6,13 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from foveate.cache import KVCache
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import AttentionMixer, KeyValues, recent
-from foveate.mixers.base import Mixer, Stepped, split_heads
+from foveate.mixers.attention import AttentionMixer, recent
+from foveate.mixers.base import Mixer, StepOutput, split_heads
 from foveate.mixers.core import PatternCore
 from foveate.mixers.linear.tied import Rodimus
-from foveate.mixers.recurrent import Memory
+from foveate.mixers.recurrent import RecurrentState
 from foveate.patterns import Layout
 
 
@@ -51,19 +52,15 @@ class SharedKeyWindow(AttentionMixer):
         q, v = split_heads(self.to_q(x), self.heads), split_heads(self.to_v(context), self.heads)
         return q, self.to_k(context).unsqueeze(1), v
 
-    def start(self, batch: int) -> KeyValues:
-        nothing = super().start(batch)
-        return nothing._replace(k=nothing.k[:, :1])
-
     def state_bytes(self, n: int) -> int:
         return super().state_bytes(n) * (1 + self.heads) // (2 * self.heads)
 
 
 class PlusState(NamedTuple):
-    """The recurrence's memory and the window's keys and values."""
+    """The recurrence's state and the window's keys and values."""
 
-    memory: Memory
-    cache: KeyValues
+    recurrent: RecurrentState
+    cache: KVCache
 
 
 @register(
@@ -106,13 +103,13 @@ class RodimusPlus(Mixer):
         said = self.recurrent(x, layout=layout, padding=padding)
         return said + self.window(self.norm(x + said), layout=layout, padding=padding)
 
-    def start(self, batch: int) -> PlusState:
-        return PlusState(self.recurrent.start(batch), self.window.start(batch))
+    def empty_state(self, batch: int, capacity: int | None) -> PlusState:
+        return PlusState(self.recurrent.init_state(batch), self.window.init_state(batch, capacity))
 
-    def step(self, x: Tensor, state: PlusState) -> Stepped:
-        said, memory = self.recurrent.step(x, state.memory)
-        near, cache = self.window.step(self.norm(x + said), state.cache)
-        return Stepped(said + near, PlusState(memory, cache))
+    def mix_after(self, x: Tensor, state: PlusState) -> StepOutput:
+        said, recurrent = self.recurrent.mix_after(x, state.recurrent)
+        near, cache = self.window.mix_after(self.norm(x + said), state.cache)
+        return StepOutput(said + near, PlusState(recurrent, cache))
 
     def state_bytes(self, n: int) -> int:
         return self.recurrent.state_bytes(n) + self.window.state_bytes(n)

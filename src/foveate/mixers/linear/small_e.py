@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from foveate.attention import attend
 from foveate.catalogue.registry import register
-from foveate.mixers.base import Mixer, Stepped
+from foveate.mixers.base import Mixer, StepOutput
 from foveate.mixers.linear.gated import GLA
-from foveate.mixers.recurrent import Memory
+from foveate.mixers.recurrent import RecurrentState
 from foveate.patterns import Layout, key_padding
 
 
@@ -24,10 +24,10 @@ class Text(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The decoder's memory, that of the tracker of positions, and the text."""
+    """The decoder's state, that of the tracker of positions, and the text."""
 
-    decoder: Memory
-    tracker: Memory
+    decoder: RecurrentState
+    tracker: RecurrentState
     text: Text
 
 
@@ -51,7 +51,7 @@ class SmallE(Mixer):
     >>> text = torch.randn(2, 9, 64)
     >>> mixer(torch.randn(2, 50, 64), text=text).shape
     torch.Size([2, 50, 64])
-    >>> out, state = mixer.step(torch.randn(2, 1, 64), mixer.start(2, text=text))
+    >>> out, state = mixer.prefill(torch.randn(2, 7, 64), mixer.init_state(2, text=text))
     """
 
     def __init__(self, dim: int, heads: int = 8, *, positions: int = 64, causal: bool = True, **gla: Any) -> None:
@@ -112,16 +112,27 @@ class SmallE(Mixer):
         text = text.masked_fill(~real.unsqueeze(-1), 0)
         return Text(self.to_k(text), self.to_v(text), real)
 
-    def start(self, batch: int, text: Tensor | None = None, text_padding: Tensor | None = None) -> Reading:
+    def init_state(
+        self,
+        batch: int,
+        capacity: int | None = None,
+        *,
+        text: Tensor | None = None,
+        text_padding: Tensor | None = None,
+    ) -> Reading:
         """The decoding state before the first token, for ``text`` (B, M, C)."""
-        text_read = self.prepared(text, text_padding, batch)
-        return Reading(self.decoder.start(batch), self.tracker.start(batch), text_read)
+        state = super().init_state(batch, capacity)
+        return state if text is None else state._replace(text=self.prepared(text, text_padding, batch))
 
-    def step(self, x: Tensor, state: Reading) -> Stepped:
-        said, decoder = self.decoder.step(x, state.decoder)
+    def empty_state(self, batch: int, capacity: int | None) -> Reading:
+        text = self.prepared(None, None, batch)
+        return Reading(self.decoder.init_state(batch), self.tracker.init_state(batch), text)
+
+    def mix_after(self, x: Tensor, state: Reading) -> StepOutput:
+        said, decoder = self.decoder.mix_after(x, state.decoder)
         seen = self.look(x + said, state.text)
-        tracked, tracker = self.tracker.step(seen, state.tracker)
-        return Stepped(said + self.fetch(seen + tracked, state.text), Reading(decoder, tracker, state.text))
+        tracked, tracker = self.tracker.mix_after(seen, state.tracker)
+        return StepOutput(said + self.fetch(seen + tracked, state.text), Reading(decoder, tracker, state.text))
 
     def state_bytes(self, n: int, text_length: int = 4) -> int:
         """Bytes kept after n tokens: two states of fixed size, and the text's keys and values."""

@@ -10,8 +10,8 @@ from torch.nn.functional import layer_norm, logsigmoid, normalize, silu, softplu
 
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.base import Stepped, divided, join_heads, split_heads
-from foveate.mixers.recurrent import Inputs, Lengths, Memory, RecurrentMixer, widened
+from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
+from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState, widened
 from foveate.recurrence import Recurrent
 
 TINY = 1e-30  # a gate closed further would have an infinite root's slope
@@ -106,14 +106,14 @@ class MetaLA(RecurrentMixer):
         self,
         x: Tensor,
         context: Tensor,
-        memory: Memory | None = None,
+        state: RecurrentState | None = None,
         lengths: Lengths = None,
         padding: Tensor | None = None,
-    ) -> Stepped:
-        convolved, tail = self.conv(x, None if memory is None else memory.tails[0], lengths)
+    ) -> StepOutput:
+        convolved, tail = self.conv(x, None if state is None else state.tails[0], lengths)
         x = silu(convolved)
-        out, after = super().flow(x, x, memory, lengths, padding)
-        return Stepped(out, Memory(after.state, (tail,)))
+        out, after = super().flow(x, x, state, lengths, padding)
+        return StepOutput(out, RecurrentState(after.recurrent, (tail,)))
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         decay = logsigmoid(widened(k)) / self.temperature
@@ -181,19 +181,19 @@ class Rodimus(RecurrentMixer):
         self,
         x: Tensor,
         context: Tensor,
-        memory: Memory | None = None,
+        state: RecurrentState | None = None,
         lengths: Lengths = None,
         padding: Tensor | None = None,
-    ) -> Stepped:
+    ) -> StepOutput:
         inner = self.to_inner(x)
-        convolved, tail = self.conv(inner, None if memory is None else memory.tails[0], lengths)
+        convolved, tail = self.conv(inner, None if state is None else state.tails[0], lengths)
         mixed = silu(convolved)
         inputs = self.selected(inner, mixed)
         if padding is not None:
             inputs = inputs.only(padding)
-        heads, state = self.run(inputs, lengths=lengths, state=None if memory is None else memory.state)
+        heads, recurrent = self.run(inputs, lengths=lengths, state=None if state is None else state.recurrent)
         out = self.norm((join_heads(heads) + self.residual * mixed) * silu(self.to_gate(x)))
-        return Stepped(self.to_out(out), Memory(state, (tail,)))
+        return StepOutput(self.to_out(out), RecurrentState(recurrent, (tail,)))
 
     def selected(self, inner: Tensor, mixed: Tensor) -> Inputs:
         """The recurrence's inputs from widened tokens (B, N, W) before and after the convolution."""

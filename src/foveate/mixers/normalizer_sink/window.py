@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from foveate.attention import Bias, Weights, alibi, alibi_slopes, attend, attend_partial, merge
+from foveate.attention import Bias, Weights, alibi, alibi_slopes, attend_partial, merge
+from foveate.attention.ranges import attend_ranges
+from foveate.cache import KVCache
 from foveate.catalogue.registry import register
 from foveate.layers.rotary import rotate
-from foveate.mixers.attention import AttentionMixer, KeyValues, recent
+from foveate.mixers.attention import AttentionMixer, recent
+from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.core import PatternCore, joined
-from foveate.mixers.recurrent import wide
-from foveate.patterns import Layout, Pattern, per_head
+from foveate.mixers.recurrent import wide, widened
+from foveate.patterns import Layout, Pattern, boolean_mask, causal, per_head
 from foveate.patterns import sinks as earliest
+from foveate.patterns.rules.choose import score
 
 
 def streaming_core(*, sinks: int = 4, window: int = 1024) -> PatternCore:
@@ -24,6 +29,13 @@ def streaming_core(*, sinks: int = 4, window: int = 1024) -> PatternCore:
     sinks(4) | window(255, 0)
     """
     return PatternCore(earliest(sinks) | recent(window) if sinks else recent(window))
+
+
+class StreamState(NamedTuple):
+    """The keys kept, turned to their places in the text, their values, and the sinks' keys (B, G, s, D) as they are."""
+
+    cache: KVCache
+    sinks: Tensor
 
 
 @register(
@@ -37,7 +49,7 @@ class StreamingLLM(AttentionMixer):
     """Attention to the first few tokens and a window of recent ones, decoding at constant memory.
 
     ``rotary`` positions count inside the cache, as the paper has it: once tokens have been dropped, a sink
-    stays as near to the query as the cache is long. Keys are therefore kept as they are and turned when read.
+    stays as near to the query as the cache is long.
     """
 
     tiny: ClassVar[dict[str, Any]] = {"sinks": 2, "window": 6}
@@ -69,11 +81,53 @@ class StreamingLLM(AttentionMixer):
             parts.append(attend_partial(q, k, v, joined(earliest(self.sinks) & ~near, within)))
         return merge(parts).out
 
-    def attend_one(self, q: Tensor, state: KeyValues) -> Tensor:
+    # ---- decoding with positions counted in the cache: keys are kept turned to their place in the text ----------
+
+    def empty_state(self, batch: int, capacity: int | None) -> KVCache | StreamState:  # type: ignore[override]
+        cache = KVCache(batch, capacity, self.followed)
         if self.in_cache is None:
-            return super().attend_one(q, state)
-        at = torch.arange(state.k.shape[2], device=q.device)
-        return attend(rotate(q, at[-1:], self.in_cache), rotate(state.k, at, self.in_cache), state.v)
+            return cache
+        return StreamState(cache, self.weight.new_empty(batch, self.kv_heads, 0, self.head_dim))
+
+    def mix_after(self, x: Tensor, state: KVCache | StreamState) -> StepOutput:  # type: ignore[override]
+        if not isinstance(state, StreamState) or self.in_cache is None:
+            assert isinstance(state, KVCache)
+            return super().mix_after(x, state)
+        q, k, v = self.project(x, x)
+        at = torch.arange(state.cache.seen, state.cache.seen + x.shape[1], device=x.device)
+        cache = state.cache.append(rotate(k, at, self.in_cache), v)
+        sinks = torch.cat([state.sinks, k[:, :, : max(self.sinks - state.cache.seen, 0)]], dim=2)
+        near, far = rotate(q, at, self.in_cache), rotate(q, at.clamp(max=self.sinks + self.window - 1), self.in_cache)
+        attend_last = self.attend_last if x.shape[1] == 1 else self.attend_many
+        out = self.to_out(join_heads(attend_last(near, far, cache, self.turned(sinks))))
+        return StepOutput(out, StreamState(cache.trimmed(), sinks))
+
+    def turned(self, sinks: Tensor) -> Tensor:
+        assert self.in_cache is not None
+        return rotate(sinks, torch.arange(sinks.shape[2], device=sinks.device), self.in_cache)
+
+    def attend_last(self, near: Tensor, far: Tensor, cache: KVCache, sinks: Tensor) -> Tensor:
+        """One query, turned for keys in the window and for sinks: these get the logits that they lack as a bias."""
+        seen = cache.last_sees(near)
+        assert seen is not None
+        lacking = score(far, widened(sinks)) - score(near, widened(cache.k[:, :, : sinks.shape[2]]))
+        bias = pad(lacking * self.head_dim**-0.5, (0, cache.k.shape[2] - sinks.shape[2]))
+        return attend_ranges(near, cache.k, cache.v, seen, bias=bias)
+
+    def attend_many(self, near: Tensor, far: Tensor, cache: KVCache, sinks: Tensor) -> Tensor:
+        """As ``attend`` does it, the window without the sinks that lie apart."""
+        first = 0 if cache.is_whole else sinks.shape[2]
+        k, v = cache.k[:, :, first:], cache.v[:, :, first:]
+        parts = [attend_partial(near, k, v, joined(recent(self.window), causal))]
+        if sinks.shape[2]:
+            place = torch.arange(cache.seen - near.shape[2], cache.seen, device=near.device).unsqueeze(1)
+            apart = place - torch.arange(sinks.shape[2], device=near.device) >= self.window
+            parts.append(attend_partial(far, sinks, cache.v[:, :, : sinks.shape[2]], boolean_mask(apart)))
+        return merge(parts).out
+
+    def state_bytes(self, n: int) -> int:
+        sinks = 0 if self.in_cache is None else min(n, self.sinks)
+        return super().state_bytes(n) + sinks * self.kv_heads * self.head_dim * self.weight.element_size()
 
 
 @register(

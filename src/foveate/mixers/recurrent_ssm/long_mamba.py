@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from foveate.catalogue.registry import register
-from foveate.mixers.base import Stepped
+from foveate.mixers.base import StepOutput
 from foveate.mixers.recurrent import widened
-from foveate.mixers.recurrent_ssm.mamba import Chosen, Mamba, Memory
+from foveate.mixers.recurrent_ssm.mamba import Chosen, Mamba, MambaState
 from foveate.mixers.stateful import Lengths, StatefulMixer
 
 BLOCK = 1024  # tokens whose notes are gathered at once
 
 
 class Decimated(NamedTuple):
-    """What a layer says of the tokens it kept, (B, P, C), their positions (B, P), and the memory after them."""
+    """What a layer says of the tokens it kept, (B, P, C), their positions (B, P), and the state after them."""
 
     out: Tensor
     kept: Tensor
-    memory: Memory
+    state: MambaState
 
 
 @register(
@@ -69,20 +69,20 @@ class DeciMamba(Mamba):
             raise ValueError(f"keep, at least 1, counts the last tokens, too; got keep={keep} and last={last}")
         self.keep, self.last = keep, last
 
-    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, state: MambaState | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
         if x.shape[1] <= self.keep:
-            return super().run(x, memory, lengths, real)
-        out, kept, memory = self.decimate(x, memory, real)
+            return super().run(x, state, lengths, real)
+        out, kept, state = self.decimate(x, state, real)
         spread = torch.zeros_like(x).scatter(1, kept.unsqueeze(-1).expand_as(out), out)
-        return Stepped(spread, memory)
+        return StepOutput(spread, state)
 
-    def prefill(self, x: Tensor) -> Stepped:
-        """Read a prompt x (B, N, C), decimated; ``step`` then goes on from the memory."""
-        return self.run(x, self.empty(x.shape[0]), None, None)
+    def prefill(self, x: Tensor, state: MambaState | None = None) -> StepOutput:
+        """Read a prompt x (B, N, C), decimated; ``decode`` then goes on from the state."""
+        return super().prefill(x, self.empty_state(x.shape[0], None) if state is None else state)
 
-    def decimate(self, x: Tensor, memory: Memory | None = None, real: Tensor | None = None) -> Decimated:
+    def decimate(self, x: Tensor, state: MambaState | None = None, real: Tensor | None = None) -> Decimated:
         """The layer over x (B, N, C), at the tokens it keeps only."""
-        state, tail = (None, None) if memory is None else memory
+        before, tail = (None, None) if state is None else state
         u, gate = self.to_in(x).chunk(2, dim=-1)
         u, tail = self.branch.conv(u, tail)
         ssm = self.branch.ssm
@@ -90,8 +90,8 @@ class DeciMamba(Mamba):
         importance = ssm.sizes(chosen).mean(-1).masked_fill(self.at_end(x, real), torch.inf)  # (B, N)
         kept = importance.topk(min(self.keep, x.shape[1]), dim=1).indices.sort(dim=1).values
         u, gate, *choices = (gathered(each, kept) for each in (u, gate, *chosen))
-        out, state = ssm.scan(u, Chosen(*choices), gate=gate, state=state)
-        return Decimated(self.to_out(out), kept, Memory(state, tail))
+        out, after = ssm.scan(u, Chosen(*choices), gate=gate, state=before)
+        return Decimated(self.to_out(out), kept, MambaState(after, tail))
 
     def at_end(self, x: Tensor, real: Tensor | None) -> Tensor:
         """Where the last real tokens are, (B, N)."""
@@ -122,10 +122,10 @@ class Notes(NamedTuple):
     filled: Tensor
 
 
-class LayerMemory(NamedTuple):
-    """Memory of one layer: the scan's, its notes, and how much the last token feared to forget, (B, 1, 1)."""
+class LayerState(NamedTuple):
+    """State of one layer: the scan's, its notes, and how much the last token feared to forget, (B, 1, 1)."""
 
-    scan: Memory
+    scan: MambaState
     notes: Notes
     fear: Tensor
 
@@ -161,19 +161,19 @@ class NoteLayer(nn.Module):
         self.from_layers = nn.Linear(width, dim, bias=False) if across else None
 
     def forward(
-        self, h: Tensor, memory: LayerMemory, real: Tensor | None, below: list[Pages]
-    ) -> tuple[Tensor, LayerMemory, Pages]:
-        """What the layer adds to h (B, N, C), its memory, and the pages that layers above may read."""
+        self, h: Tensor, state: LayerState, real: Tensor | None, below: list[Pages]
+    ) -> tuple[Tensor, LayerState, Pages]:
+        """What the layer adds to h (B, N, C), its state, and the pages that layers above may read."""
         x = self.norm(h)
-        y, scan = self.mamba.run(x, memory.scan, None, real)
-        pages, notes = self.take_notes(x, memory.notes, real)
-        fear = torch.cat([memory.fear, torch.sigmoid(self.to_fear(y))], dim=1)  # of the token before
+        y, scan = self.mamba.run(x, state.scan, None, real)
+        pages, notes = self.take_notes(x, state.notes, real)
+        fear = torch.cat([state.fear, torch.sigmoid(self.to_fear(y))], dim=1)  # of the token before
         asking = torch.where(fear > self.threshold, fear, 0)[:, : x.shape[1]]
         query = self.to_query(x)
         out = y + self.from_tokens(asking * recalled(query, [pages]))
         if self.from_layers is not None:
             out = out + self.from_layers(recalled(query, [*below, pages]))
-        return out, LayerMemory(scan, notes, fear[:, -1:]), pages
+        return out, LayerState(scan, notes, fear[:, -1:]), pages
 
     def take_notes(self, x: Tensor, notes: Notes, real: Tensor | None) -> tuple[Pages, Notes]:
         """The pool as each token finds it, and as the last one leaves it: the newest note takes the oldest's place."""
@@ -189,11 +189,11 @@ class NoteLayer(nn.Module):
         pool = gathered(written, total + torch.arange(self.slots, device=x.device))
         return pages, Notes(pool, (notes.filled + total.squeeze(1)).clamp(max=self.slots))
 
-    def empty(self, batch: int) -> LayerMemory:
+    def init_state(self, batch: int) -> LayerState:
         weight = self.to_note.weight
         pool = weight.new_zeros(batch, self.slots, weight.shape[0])
         filled = torch.zeros(batch, dtype=torch.long, device=weight.device)
-        return LayerMemory(self.mamba.empty(batch), Notes(pool, filled), weight.new_zeros(batch, 1, 1))
+        return LayerState(self.mamba.empty_state(batch, None), Notes(pool, filled), weight.new_zeros(batch, 1, 1))
 
 
 def recalled(query: Tensor, pages: list[Pages]) -> Tensor:
@@ -265,19 +265,19 @@ class MemMamba(StatefulMixer):
             for layer in range(depth)
         )
 
-    def run(self, x: Tensor, memory: tuple[LayerMemory, ...] | None, lengths: Lengths, real: Tensor | None) -> Stepped:
-        h, memory = x, memory or self.empty(x.shape[0])
-        after: list[LayerMemory] = []
+    def run(self, x: Tensor, state: tuple[LayerState, ...] | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+        h, states = x, state or self.empty_state(x.shape[0], None)
+        after: list[LayerState] = []
         pages: list[Pages] = []
-        for layer, before in zip(self.layers, memory, strict=True):
+        for layer, before in zip(self.layers, states, strict=True):
             added, left, page = layer(h, before, real, pages)
             h = h + added
             after.append(left)
             pages.append(page)
-        return Stepped(h - x, tuple(after))
+        return StepOutput(h - x, tuple(after))
 
-    def empty(self, batch: int) -> tuple[LayerMemory, ...]:
-        return tuple(layer.empty(batch) for layer in self.layers if isinstance(layer, NoteLayer))
+    def empty_state(self, batch: int, capacity: int | None) -> tuple[LayerState, ...]:
+        return tuple(layer.init_state(batch) for layer in self.layers if isinstance(layer, NoteLayer))
 
 
 def linears(layer: NoteLayer) -> list[nn.Linear]:

@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.base import Stepped
+from foveate.mixers.base import StepOutput
 from foveate.mixers.recurrent import wide, widened
 from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
 from foveate.recurrence.selective.api import Scanned, scan
@@ -112,15 +112,15 @@ class SelectiveScan(nn.Module):
         skip = widened(self.skip)[None, :, None].expand(1, -1, u.shape[1])
         return (out * size.unsqueeze(-2)).tril() + torch.diag_embed(skip)
 
-    def empty(self, batch: int) -> Tensor:
+    def init_state(self, batch: int) -> Tensor:
         """The state before the first token."""
         return self.log_rate.new_zeros(batch, *self.log_rate.shape, dtype=wide(self.log_rate.dtype))
 
 
-class Memory(NamedTuple):
-    """State (B, C, S) of the scan, and the tail (B, C, width - 1) of the convolution."""
+class MambaState(NamedTuple):
+    """The scan's state (B, C, S), and the tail (B, C, width - 1) of the convolution."""
 
-    state: Tensor
+    scan: Tensor
     tail: Tensor
 
 
@@ -141,18 +141,18 @@ class Branch(nn.Module):
         u: Tensor,
         *,
         gate: Tensor | None = None,
-        memory: Memory | None = None,
+        state: MambaState | None = None,
         lengths: Lengths = None,
         real: Tensor | None = None,
-    ) -> Stepped:
+    ) -> StepOutput:
         """Pass over u (B, N, C), whose tokens that are not ``real`` are zeros."""
-        state, tail = (None, None) if memory is None else memory
+        before, tail = (None, None) if state is None else state
         convolved, tail = self.conv(u, tail, lengths)
-        out, state = self.ssm(convolved, gate=gate, state=state, lengths=lengths, real=real)
-        return Stepped(out, Memory(state, tail))
+        out, after = self.ssm(convolved, gate=gate, state=before, lengths=lengths, real=real)
+        return StepOutput(out, MambaState(after, tail))
 
-    def empty(self, batch: int) -> Memory:
-        return Memory(self.ssm.empty(batch), self.conv.empty(batch))
+    def init_state(self, batch: int) -> MambaState:
+        return MambaState(self.ssm.init_state(batch), self.conv.init_state(batch))
 
 
 @register(
@@ -193,10 +193,10 @@ class Mamba(StatefulMixer):
         self.branch = Branch(inner, state=state, conv=conv, rank=rank or -(-dim // 16))
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, state: MambaState | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
         u, gate = self.to_in(x).chunk(2, dim=-1)
-        out, memory = self.branch(u, gate=gate, memory=memory, lengths=lengths, real=real)
-        return Stepped(self.to_out(out), memory)
+        out, state = self.branch(u, gate=gate, state=state, lengths=lengths, real=real)
+        return StepOutput(self.to_out(out), state)
 
     def attention_matrix(self, x: Tensor) -> Tensor:
         """The masked attention (B, channels, N, N) that takes the convolved channels to those that are gated.
@@ -207,5 +207,5 @@ class Mamba(StatefulMixer):
         u, _ = self.to_in(x).chunk(2, dim=-1)
         return self.branch.ssm.matrix(self.branch.conv(u).out)
 
-    def empty(self, batch: int) -> Memory:
-        return self.branch.empty(batch)
+    def empty_state(self, batch: int, capacity: int | None) -> MambaState:
+        return self.branch.init_state(batch)

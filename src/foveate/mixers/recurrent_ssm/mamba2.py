@@ -10,16 +10,16 @@ from torch.nn.functional import rms_norm, silu, softplus
 
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.base import Stepped, divided, join_heads, split_heads
+from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
 from foveate.mixers.recurrent import wide, widened
 from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
 from foveate.recurrence import recur
 
 
-class Memory(NamedTuple):
-    """State (B, H, S, D) and the tail (B, channels, width - 1) of the convolution."""
+class Mamba2State(NamedTuple):
+    """The recurrence's state (B, H, S, D) and the tail (B, channels, width - 1) of the convolution."""
 
-    state: Tensor
+    recurrent: Tensor
     tail: Tensor
 
 
@@ -84,15 +84,15 @@ class Mamba2(StatefulMixer):
         self.scale = nn.Parameter(torch.ones(inner))  # of the norm
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
-        state, tail = (None, None) if memory is None else memory
+    def run(self, x: Tensor, state: Mamba2State | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+        before, tail = (None, None) if state is None else state
         gate, mixed, steps = self.projected(x)
         mixed, tail = self.conv(mixed, tail, lengths)
         duals = self.duals(mixed, steps, real)
         written = duals.v * duals.pace.unsqueeze(-1)
-        out, state = recur(duals.q, duals.k, written, decay=duals.decay, scale=1.0, state=state, lengths=lengths)
+        out, after = recur(duals.q, duals.k, written, decay=duals.decay, scale=1.0, state=before, lengths=lengths)
         y = join_heads(out + widened(self.skip).view(-1, 1, 1) * duals.v).to(x.dtype)
-        return Stepped(self.to_out(self.normed(y * silu(gate))), Memory(state, tail))
+        return StepOutput(self.to_out(self.normed(y * silu(gate))), Mamba2State(after, tail))
 
     def normed(self, y: Tensor) -> Tensor:
         """RMS norm of the channels of each group."""
@@ -128,6 +128,6 @@ class Mamba2(StatefulMixer):
         scores = widened(duals.q) @ widened(keys).mT * fading * duals.pace.unsqueeze(-2)
         return scores.tril() + torch.diag_embed(widened(self.skip).view(1, -1, 1).expand(1, -1, x.shape[1]))
 
-    def empty(self, batch: int) -> Memory:
+    def empty_state(self, batch: int, capacity: int | None) -> Mamba2State:
         shape = (batch, self.heads, self.states, self.head_dim)
-        return Memory(self.weight.new_zeros(shape, dtype=wide(self.weight.dtype)), self.conv.empty(batch))
+        return Mamba2State(self.weight.new_zeros(shape, dtype=wide(self.weight.dtype)), self.conv.init_state(batch))

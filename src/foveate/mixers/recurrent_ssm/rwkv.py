@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm, normalize, silu
 
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.token_shift import last_of, mixed, previous, ramp
-from foveate.mixers.base import Stepped, divided, join_heads, split_heads
+from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
 from foveate.mixers.recurrent import Inputs, wide, widened
 from foveate.mixers.stateful import Lengths, StatefulMixer
 from foveate.recurrence import Recurrent, recur
@@ -34,11 +34,11 @@ class LowRank(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-class Memory(NamedTuple):
+class RWKVState(NamedTuple):
     """The last token (B, C), and the state (B, H, D, D)."""
 
     last: Tensor
-    state: Tensor
+    matrix: Tensor
 
 
 class MatrixRWKV(StatefulMixer):
@@ -75,26 +75,26 @@ class MatrixRWKV(StatefulMixer):
 
     # ---- forward and step ------------------------------------------------------------------------------
 
-    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
-        memory = self.empty(x.shape[0]) if memory is None else memory
-        *seen, gate = self.mixtures(previous(x, memory.last, lengths), x)
+    def run(self, x: Tensor, state: RWKVState | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+        before = self.empty_state(x.shape[0], None) if state is None else state
+        *seen, gate = self.mixtures(previous(x, before.last, lengths), x)
         inputs = self.inputs(*seen)
         if real is not None:
             inputs = inputs.only(real)
-        state = memory.state if lengths is None else memory.state.expand(len(lengths), -1, -1, -1)
-        heads, state = self.recall(inputs, state, lengths)
+        matrix = before.matrix if lengths is None else before.matrix.expand(len(lengths), -1, -1, -1)
+        heads, matrix = self.recall(inputs, matrix, lengths)
         normed = layer_norm(heads, heads.shape[-1:], eps=1e-5 * self.head_dim)
         out = self.gated(join_heads(normed) * self.gain + self.offset, inputs, gate)
-        return Stepped(self.to_out(out.to(x.dtype)), Memory(last_of(memory.last, x), state))
+        return StepOutput(self.to_out(out.to(x.dtype)), RWKVState(last_of(before.last, x), matrix))
 
     def recall(self, inputs: Inputs, state: Tensor, lengths: Lengths) -> Recurrent:
         """The recurrence itself, out (B, H, N, D)."""
         return recur(**vars(inputs), state=state, lengths=lengths)
 
-    def empty(self, batch: int) -> Memory:
+    def empty_state(self, batch: int, capacity: int | None) -> RWKVState:
         dtype = wide(self.weight.dtype)
         state = self.weight.new_zeros(self.state_shape) if self.initial is None else self.initial
-        return Memory(self.weight.new_zeros(batch, self.dim), state.to(dtype).expand(batch, -1, -1, -1))
+        return RWKVState(self.weight.new_zeros(batch, self.dim), state.to(dtype).expand(batch, -1, -1, -1))
 
 
 @register(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.token_shift import last_of, mixed, previous, ramp
-from foveate.mixers.base import Stepped
+from foveate.mixers.base import StepOutput
 from foveate.mixers.recurrent import wide, widened
 from foveate.mixers.stateful import Lengths, StatefulMixer
 from foveate.recurrence.linear.stabilise import NOTHING, stabilise
@@ -23,7 +23,7 @@ class Averages(NamedTuple):
     unit: Tensor
 
 
-class Memory(NamedTuple):
+class RWKV4State(NamedTuple):
     """The last token (B, C), and what each channel has averaged."""
 
     last: Tensor
@@ -59,23 +59,23 @@ class RWKV4(StatefulMixer):
         self.log_rate = nn.Parameter(-5 + 8 * ramp(dim))
         self.bonus = nn.Parameter(torch.full((dim,), 0.3).log())
 
-    def run(self, x: Tensor, memory: Memory | None, lengths: Lengths, real: Tensor | None) -> Stepped:
-        memory = self.empty(x.shape[0]) if memory is None else memory
-        before = previous(x, memory.last, lengths)
+    def run(self, x: Tensor, state: RWKV4State | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+        state = self.empty_state(x.shape[0], None) if state is None else state
+        before = previous(x, state.last, lengths)
         r, k, v = (
             layer(mixed(before, x, share))
             for layer, share in zip((self.to_r, self.to_k, self.to_v), self.shares, strict=True)
         )
         decay = -widened(self.log_rate).exp()
-        averages = None if lengths is not None else memory.averages
+        averages = None if lengths is not None else state.averages
         wkv, averages = weighed_average(widened(k), widened(v), decay, self.bonus, averages, lengths, real)
         out = self.to_out(torch.sigmoid(r) * wkv.to(r.dtype))
-        return Stepped(out, Memory(last_of(memory.last, x), averages))
+        return StepOutput(out, RWKV4State(last_of(state.last, x), averages))
 
-    def empty(self, batch: int) -> Memory:
+    def empty_state(self, batch: int, capacity: int | None) -> RWKV4State:
         zeros = self.weight.new_zeros(batch, 2 * self.dim, dtype=wide(self.weight.dtype))
         last = self.weight.new_zeros(batch, self.dim)
-        return Memory(last, Averages(zeros, torch.full_like(zeros[:, : self.dim], NOTHING)))
+        return RWKV4State(last, Averages(zeros, torch.full_like(zeros[:, : self.dim], NOTHING)))
 
 
 def weighed_average(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from foveate.catalogue.registry import Reference, register
-from foveate.mixers.base import Stepped
+from foveate.mixers.base import StepOutput
 from foveate.mixers.recurrent import widened
 from foveate.mixers.stateful import Lengths, StatefulMixer
 from foveate.recurrence.selective.api import causal_conv
@@ -69,7 +69,7 @@ class DiagonalSSM(nn.Module):
         y, after = evolve(x, transition, entry, read, state=state, final=final, lengths=lengths, chunk=chunk)
         return Evolved(y + self.skip * x, after)
 
-    def empty(self, batch: int) -> Tensor:
+    def init_state(self, batch: int) -> Tensor:
         """The state before the first token."""
         return as_complex(self.read).new_zeros(batch, *self.read.shape[:2])
 
@@ -77,7 +77,7 @@ class DiagonalSSM(nn.Module):
 class State(NamedTuple):
     """The complex numbers of a state space."""
 
-    state: Tensor
+    numbers: Tensor
 
 
 @register(
@@ -114,14 +114,14 @@ class S4D(StatefulMixer):
         self.ssm = DiagonalSSM(dim, state, method=method)
         self.to_out = nn.Linear(dim, 2 * dim)
 
-    def run(self, x: Tensor, memory: State | None, lengths: Lengths, real: Tensor | None) -> Stepped:
-        before = None if memory is None else memory.state
-        y, after = self.ssm(x, before, final=memory is not None, lengths=lengths, chunk=self.chunk)
+    def run(self, x: Tensor, state: State | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+        before = None if state is None else state.numbers
+        y, after = self.ssm(x, before, final=state is not None, lengths=lengths, chunk=self.chunk)
         out, gate = self.to_out(gelu(y)).chunk(2, dim=-1)
-        return Stepped(out * torch.sigmoid(gate), None if after is None else State(after))
+        return StepOutput(out * torch.sigmoid(gate), None if after is None else State(after))
 
-    def empty(self, batch: int) -> State:
-        return State(self.ssm.empty(batch))
+    def empty_state(self, batch: int, capacity: int | None) -> State:
+        return State(self.ssm.init_state(batch))
 
 
 @register(
@@ -154,26 +154,26 @@ class S5(StatefulMixer):
         self.skip = nn.Parameter(torch.randn(dim))
         self.to_gate = nn.Linear(dim, dim)
 
-    def run(self, x: Tensor, memory: State | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, state: State | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
         if lengths is not None:
             pieces = [self.run(piece, None, None, None).out for piece in x.split(list(lengths), dim=1)]
-            return Stepped(torch.cat(pieces, dim=1), None)
+            return StepOutput(torch.cat(pieces, dim=1), None)
         transition, entry = self.dynamics()
         write = entry.unsqueeze(-1) * as_complex(self.write)  # (S, C)
         inputs = widened(x).to(write.dtype) @ write.mT  # (B, N, S)
-        states, after = evolve_shared(inputs, transition, state=None if memory is None else memory.state)
+        states, after = evolve_shared(inputs, transition, state=None if state is None else state.numbers)
         y = 2 * (states @ as_complex(self.read).mT).real.to(x.dtype) + self.skip * x
         g = gelu(y)
-        return Stepped(g * torch.sigmoid(self.to_gate(g)), State(after))
+        return StepOutput(g * torch.sigmoid(self.to_gate(g)), State(after))
 
-    def empty(self, batch: int) -> State:
+    def empty_state(self, batch: int, capacity: int | None) -> State:
         return State(as_complex(self.write).new_zeros(batch, self.write.shape[0]))
 
 
 class Shifted(NamedTuple):
     """The complex state (B * D * D, H, S / 2) of H3, and the keys (B, C, shift - 1) that it still holds."""
 
-    state: Tensor
+    numbers: Tensor
     tail: Tensor
 
 
@@ -218,9 +218,9 @@ class H3(StatefulMixer):
         self.shift = nn.Parameter(torch.randn(dim, shift) * shift**-0.5)  # what is read of the last keys, newest last
         self.ssm = DiagonalSSM(self.heads, state)
 
-    def run(self, x: Tensor, memory: Shifted | None, lengths: Lengths, real: Tensor | None) -> Stepped:
+    def run(self, x: Tensor, state: Shifted | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
         batch, length, _ = x.shape
-        before, tail = (None, None) if memory is None else memory
+        before, tail = (None, None) if state is None else state
         k, v = self.to_k(x), self.to_v(x)
         if real is not None:  # biases are no tokens
             k, v = (each.masked_fill(~real.unsqueeze(-1), 0) for each in (k, v))
@@ -228,10 +228,10 @@ class H3(StatefulMixer):
         q, k, v = (each.unflatten(-1, (self.heads, self.head_dim)) for each in (self.to_q(x), k, v))
         products = k.unsqueeze(-1) * v.unsqueeze(-2)  # (B, N, H, D, D)
         folded = products.permute(0, 3, 4, 1, 2).flatten(0, 2)  # (B * D * D, N, H)
-        o, after = self.evolved(folded, before, memory is not None, lengths)
+        o, after = self.evolved(folded, before, state is not None, lengths)
         o = o.view(batch, self.head_dim, self.head_dim, length, self.heads).permute(0, 3, 4, 1, 2)
         out = self.to_out((q.unsqueeze(-2) @ o).flatten(2))
-        return Stepped(out, None if after is None else Shifted(after, tail))
+        return StepOutput(out, None if after is None else Shifted(after, tail))
 
     def evolved(self, folded: Tensor, before: Tensor | None, final: bool, lengths: Lengths) -> Evolved:
         """The state space over products (B * D * D, N, H), or over each document of them."""
@@ -240,8 +240,8 @@ class H3(StatefulMixer):
         pieces = [self.ssm(piece, final=False, chunk=self.chunk).out for piece in folded.split(list(lengths), dim=1)]
         return Evolved(torch.cat(pieces, dim=1), None)
 
-    def empty(self, batch: int) -> Shifted:
-        state = self.ssm.empty(batch * self.head_dim**2)
+    def empty_state(self, batch: int, capacity: int | None) -> Shifted:
+        state = self.ssm.init_state(batch * self.head_dim**2)
         return Shifted(state, self.shift.new_zeros(batch, self.dim, self.shift.shape[1] - 1))
 
 

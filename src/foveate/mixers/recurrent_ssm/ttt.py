@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foveate.catalogue.registry import Feature, register
 from foveate.layers.rotary import rotate
-from foveate.mixers.base import Mixer, Stepped, divided, join_heads, split_heads
+from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.mixers.recurrent import wide, widened
 from foveate.patterns import Layout, Packed
 from foveate.recurrence.ttt import Learner, Taught, beginner, ttt_linear, ttt_mlp
@@ -84,24 +84,20 @@ class TaughtMixer(Mixer):
         moved = x.masked_fill(~padding.unsqueeze(-1), 0).gather(1, order)
         return torch.zeros_like(x).scatter(1, order, self.run(moved, None).out)
 
-    def start(self, batch: int) -> Learner:
+    def empty_state(self, batch: int, capacity: int | None) -> Learner:
         return beginner(tuple(widened(weight) for weight in self.inner), batch)
 
-    def step(self, x: Tensor, state: Learner) -> Stepped:
+    def mix_after(self, x: Tensor, state: Learner) -> StepOutput:
         return self.run(x, state)
 
-    def advance(self, x: Tensor, state: Learner) -> Stepped:
-        """Mix the next tokens x (B, N, C): ``step`` for several tokens at once, as for a prompt."""
-        return self.run(x, state)
-
-    def run(self, x: Tensor, state: Learner | None) -> Stepped:
+    def run(self, x: Tensor, state: Learner | None) -> StepOutput:
         """Tokens x (B, N, C) read after a state, or from the beginning."""
         seen = 0 if state is None else state.seen
         places = torch.arange(seen, seen + x.shape[1], device=x.device) % self.mini_batch
         q, k, v = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
         eta = self.rate / self.head_dim * torch.sigmoid(widened(self.to_rate(x))).transpose(1, 2)  # (B, H, N)
         taught = self.teach(rotate(q, places), rotate(k, places), v, eta, state)
-        return Stepped(self.to_out(self.norm(join_heads(taught.out))), taught.state)
+        return StepOutput(self.to_out(self.norm(join_heads(taught.out))), taught.state)
 
     @property
     def shared(self) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from torch import Tensor
 from foveate.attention import Weights, attend
 from foveate.attention.bias_part import part_of_bias
 from foveate.attention.biases import BiasLike, placed, split_bias
+from foveate.attention.ranges import attend_ranges
+from foveate.cache import KVCache
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import AttentionMixer, KeyValues
-from foveate.mixers.base import Stepped, join_heads
-from foveate.mixers.core import Core, one_by_one
+from foveate.mixers.attention import AttentionMixer
+from foveate.mixers.base import StepOutput, join_heads
+from foveate.mixers.core import Core, PatternCore, joined, one_by_one
 from foveate.mixers.normalizer_sink.window import streaming_core
 from foveate.patterns import Layout, Pattern, Scene, Sequence, causal, full
 from foveate.patterns.part import Parts
@@ -90,7 +92,7 @@ def delta_core(*, sinks: int = 4, window: int = 1024, stride: int = 64) -> Delta
 class DeltaState(NamedTuple):
     """Keys and values, and the error (B, H, 1, D) at the last fully attended query."""
 
-    cache: KeyValues
+    cache: KVCache
     delta: Tensor
 
 
@@ -126,23 +128,33 @@ class DeltaAttention(AttentionMixer):
         super().__init__(dim, heads, core=DeltaCore(base, stride), **options)
         self.base, self.stride = base, stride
 
-    def start(self, batch: int) -> DeltaState:  # type: ignore[override]
-        return DeltaState(super().start(batch), self.weight.new_zeros(batch, self.heads, 1, self.head_dim))
+    def empty_state(self, batch: int, capacity: int | None) -> DeltaState:  # type: ignore[override]
+        nothing = self.weight.new_zeros(batch, self.heads, 1, self.head_dim)
+        return DeltaState(KVCache(batch, capacity), nothing)
 
-    def step(self, x: Tensor, state: DeltaState) -> Stepped:  # type: ignore[override]
+    def mix_after(self, x: Tensor, state: DeltaState) -> StepOutput:  # type: ignore[override]
         q, k, v = self.project(x, x, state.cache.seen)
-        cache = appended(state.cache, k, v)
-        out = self.base(q, cache.k, cache.v, within=causal)
-        delta = state.delta
-        if state.cache.seen % self.stride == 0:
-            delta = attend(q, cache.k, cache.v) - out
-        return Stepped(self.to_out(join_heads(out + delta)), DeltaState(cache, delta))
+        cache, first = state.cache.append(k, v), -state.cache.seen % self.stride
+        sparse, errors = self.sparse(q, cache), state.delta
+        if first < q.shape[2]:
+            some = slice(first, None, self.stride)
+            scene = Scene(q.shape[2], cache.seen, Sequence())
+            exact = attend(q[:, :, some], cache.k, cache.v, Parts.of(causal, scene).part(some, slice(None)))
+            errors = torch.cat([errors, exact - sparse[:, :, some]], dim=2)
+        latest = (torch.arange(q.shape[2], device=q.device) - first).div(self.stride, rounding_mode="floor") + 1
+        out = sparse + (errors if q.shape[2] == errors.shape[2] == 1 else errors[:, :, latest])
+        return StepOutput(self.to_out(join_heads(out)), DeltaState(cache, errors[:, :, -1:]))
+
+    def sparse(self, q: Tensor, cache: KVCache) -> Tensor:
+        """What the base sees."""
+        base = self.base
+        if (
+            q.shape[2] == 1
+            and isinstance(base, PatternCore)
+            and not (base.pattern.is_dynamic or base.pattern.needs_axes)
+        ):
+            return attend_ranges(q, cache.k, cache.v, cache.last_under(joined(base.pattern, causal)))
+        return base(q, cache.k, cache.v, within=causal)
 
     def state_bytes(self, n: int) -> int:
         return super().state_bytes(n) + self.heads * self.head_dim * self.weight.element_size()
-
-
-def appended(state: KeyValues, k: Tensor, v: Tensor) -> KeyValues:
-    """The keys and values kept, and one more of each."""
-    positions = torch.cat([state.positions, torch.tensor([state.seen], device=k.device)])
-    return KeyValues(torch.cat([state.k, k], 2), torch.cat([state.v, v], 2), positions, state.seen + 1)

@@ -73,7 +73,7 @@ class BlockChoice(Pattern):
         raise NotImplementedError
 
     @property
-    def _sought(self) -> Sought:
+    def sought(self) -> Sought:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -102,15 +102,15 @@ class BlockChoice(Pattern):
             if reach is not None:  # blocks compete that all queries of the row see whole
                 begin = torch.arange(scores.shape[3], device=rows.device) * self.block
                 scores.masked_fill_(begin < (place + q_block - 1 - reach).unsqueeze(1), NEVER)
-            weights = self._weighed(scores, keys.shape[1], own)
-            choose_rows(weights, self._sought, words_of(words, part, q_block), q_block, own=own)
+            weights = self.weighed(scores, keys.shape[1], own)
+            choose_rows(weights, self.sought, words_of(words, part, q_block), q_block, own=own)
         return words
 
     def _own(self, place: Tensor) -> Tensor | None:
         """The block that a query at each place surely sees, where only those before it compete."""
         return place // self.block if self.causal else None
 
-    def _weighed(self, scores: Tensor, groups: int, own: Tensor | None) -> Tensor:
+    def weighed(self, scores: Tensor, groups: int, own: Tensor | None) -> Tensor:
         """What to choose by: scores or shares of each head, or mean shares of each group of heads."""
         if not (self.by_share or self.shared):
             return scores
@@ -123,7 +123,7 @@ class TopBlocks(BlockChoice):
         return f"topk_blocks({self.block}, k={self.budget}"
 
     @property
-    def _sought(self) -> Sought:
+    def sought(self) -> Sought:
         return Sought(self.budget - self.causal)  # the own block is one of the k
 
 
@@ -134,7 +134,7 @@ class MassBlocks(BlockChoice):
         return f"mass_blocks({self.block}, {self.budget}"
 
     @property
-    def _sought(self) -> Sought:
+    def sought(self) -> Sought:
         return Sought(self.budget, by_share=True)
 
 

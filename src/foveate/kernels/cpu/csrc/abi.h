@@ -64,12 +64,23 @@ struct FoveateAttend {
     const float* grad_lse;  // null: zero
 };
 
+// Keys of a few queries as ranges [first, end) of slots, which all queries of a head see. Lists of one head may not overlap.
+struct FoveateRanges {
+    int64_t batches, heads;  // that the lists tell apart: 1, or the call's batch; 1, or what divides its query heads
+    const int64_t* starts;   // (batches * heads + 1): row r owns the ranges starts[r] to starts[r + 1]
+    const int64_t* ranges;   // (R, 2)
+    const float* bias;       // added to the logit of each key slot; null: none
+    int64_t bias_stride[3];  // batch, head, key
+};
+
 // All entry points return FOVEATE_REFUSED for a description that no tensors have: they check what costs nothing.
 FOVEATE_API int64_t foveate_attend_size(void);  // bytes of FoveateAttend, checked when the library is loaded
 FOVEATE_API int64_t foveate_attend_forward(const FoveateAttend* call);
 FOVEATE_API int64_t foveate_attend_backward(const FoveateAttend* call);
 // The same as forward for a band without biases; faster for few queries.
 FOVEATE_API int64_t foveate_attend_decode(const FoveateAttend* call);
+// Forward over ranges of keys in place of a selection and of biases; as fast as a band of as many keys.
+FOVEATE_API int64_t foveate_attend_ranges(const FoveateAttend* call, const FoveateRanges* seen);
 // Forward with the products of careful.h, whatever the numbers.
 FOVEATE_API int64_t foveate_attend_carefully(const FoveateAttend* call);
 FOVEATE_API int64_t foveate_decode_queries(int64_t num_keys);  // up to so many it is the faster, whatever the heads

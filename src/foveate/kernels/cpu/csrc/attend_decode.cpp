@@ -14,7 +14,7 @@ namespace {
 template <class P> struct DecodeSpace {
     typename P::Reads::Element* buffer;
     typename P::Query* queries;
-    float *scores, *scratch, *sums;
+    float *scores, *scratch, *sums, *bias;
     RowStep step;
 
     DecodeSpace(Arena& arena, const DecodeWork& work, int64_t query_size, int64_t dim, int64_t value_dim) {
@@ -25,6 +25,7 @@ template <class P> struct DecodeSpace {
         scores = arena.take<float>(rows * TILE);
         scratch = arena.take<float>(P::scratch_size(work.rows));
         sums = arena.take<float>(work.together * RowSums::size(work.rows, value_dim));
+        bias = arena.take<float>(work.is_biased() ? work.rows * TILE : 0);
         step.highest = arena.take<float>(round_up(work.rows, LANES));
         step.kept = arena.take<float>(round_up(work.rows, LANES));
         step.base = arena.take<float>(round_up(work.rows, LANES));
@@ -51,12 +52,13 @@ template <class P> class Decode {
             pack_queries(b, set + s, queries(s));
             sums_of(sums, s).clear();
         }
-        const int64_t first = work_.first + part * work_.split, end = std::min(first + work_.split, work_.end);
-        for (int64_t key = first; key < end; key += TILE)
+        KeyChunks chunks = work_.chunks(b, set, part);
+        KeyChunk here = chunks.next();
+        for (KeyChunk after = chunks.next(); here.count; here = after, after = chunks.next())
             for (int64_t s = 0; s < work_.together; ++s) {
                 const bool last = s + 1 == work_.together;
-                Ahead ahead = fetch(b, last ? set : set + s + 1, last ? key + TILE : key, end);
-                chunk(b, set + s, key, std::min<int64_t>(end - key, TILE), queries(s), sums_of(sums, s), ahead);
+                Ahead ahead = fetch(b, last ? set : set + s + 1, last ? after : here);
+                chunk(b, set + s, here.first, here.count, queries(s), sums_of(sums, s), ahead);
             }
     }
 
@@ -94,31 +96,38 @@ template <class P> class Decode {
     }
 
     // The keys and values of the chunk at hand's successor; of a set with several heads of them only the first's.
-    Ahead fetch(int64_t b, int64_t set, int64_t first, int64_t end) const {
+    Ahead fetch(int64_t b, int64_t set, KeyChunk next) const {
         const auto stream = [&](const FoveateTensor& x, int64_t h, int64_t dim) -> Ahead::Stream {
             const int64_t size = bytes_of(Reads::DTYPE);
-            return {at(x, Reads::DTYPE, b, h, first), x.stride[2] * size, x.stride[3] == 1 ? dim * size : 0};
+            return {at(x, Reads::DTYPE, b, h, next.first), x.stride[2] * size, x.stride[3] == 1 ? dim * size : 0};
         };
         const int64_t work = work_.key_heads * P::work(key_rows_, keys_.channels()) +
                              work_.value_heads * P::work(value_rows_, values_.channels());
-        return Ahead(stream(call_.k, set * work_.key_heads, call_.dim),
-                     stream(call_.v, set * work_.value_heads, call_.value_dim),
-                     std::clamp<int64_t>(end - first, 0, TILE), work);
+        return Ahead(stream(call_.k, work_.key_head(set, 0), call_.dim),
+                     stream(call_.v, work_.value_head(set, 0), call_.value_dim), next.count, work);
     }
 
     void chunk(int64_t b, int64_t set, int64_t first, int64_t count, const typename P::Query* queries,
                const RowSums& sums, Ahead& ahead) const {
         for (int64_t g = 0; g < work_.key_heads; ++g) {
-            const auto keys = keys_.rows(b, set * work_.key_heads + g, first, count, space_.buffer, P::GRAIN);
+            const auto keys = keys_.rows(b, work_.key_head(set, g), first, count, space_.buffer, P::GRAIN);
             P::scores(keys, keys_.channels(), queries + g * query_size_, key_rows_,
                       space_.scores + g * key_rows_ * TILE, space_.scratch, ahead);
         }
-        weigh<Reads::DTYPE == FOVEATE_FLOAT32 ? 5 : 4>(call_, space_.scores, first, count, sums, space_.step);
+        const float* bias = bias_of(b, set, first, count);
+        weigh<Reads::DTYPE == FOVEATE_FLOAT32 ? 5 : 4>(call_, space_.scores, bias, first, count, sums, space_.step);
         for (int64_t g = 0; g < work_.value_heads; ++g) {
-            const auto values = values_.rows(b, set * work_.value_heads + g, first, count, space_.buffer);
+            const auto values = values_.rows(b, work_.value_head(set, g), first, count, space_.buffer);
             P::add_values(values, values_.channels(), space_.scores + g * value_rows_ * TILE, value_rows_,
                           sums.out + g * value_rows_ * values_.channels(), space_.scratch, ahead);
         }
+    }
+
+    // (rows, 64), or null without one.
+    const float* bias_of(int64_t b, int64_t set, int64_t first, int64_t count) const {
+        for (int64_t r = 0; work_.is_biased() && r < work_.rows; ++r)
+            work_.read_bias(b, head(set, r), first, count, space_.bias + r * TILE);
+        return work_.is_biased() ? space_.bias : nullptr;
     }
 
     bool write(int64_t b, int64_t set, int64_t r, const RowSums& sums) const {
@@ -158,7 +167,8 @@ class Parts {
     Buffer<std::atomic<int64_t>> missing_;
 };
 
-template <class P> int64_t decode(const FoveateAttend& call, const DecodeWork& work) {
+// Sets `finite` to whether the result is.
+template <class P> int64_t decode(const FoveateAttend& call, const DecodeWork& work, bool& all_finite) {
     const int64_t apart = work.sets / work.together, splits = work.splits;
     const Parts parts(splits > 1 ? call.batch * apart : 0, splits, Decode<P>::sums_size(call, work));
     Queue queue(work.items);
@@ -179,8 +189,31 @@ template <class P> int64_t decode(const FoveateAttend& call, const DecodeWork& w
         });
         P::end();
     });
-    if (!done) return FOVEATE_NO_MEMORY;
-    return finite ? FOVEATE_OK : foveate_attend_carefully(&call);
+    all_finite = finite;
+    return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;
+}
+
+int64_t decode(const FoveateAttend& call, const DecodeWork& work, bool& finite) {
+    if (call.dtype == FOVEATE_FLOAT16) return decode<LaneProducts<Float16Reads>>(call, work, finite);
+    if (call.dtype == FOVEATE_FLOAT32) return decode<LaneProducts<Float32Reads>>(call, work, finite);
+#if FOVEATE_HAS_BFLOAT16
+    // Rows behind the last one of a head are written over, so there must be no other head's.
+    if (work.value_heads == 1 && work.rows >= PairProducts::FEWEST_ROWS) return decode<PairProducts>(call, work, finite);
+#endif
+    return decode<LaneProducts<Bfloat16Reads>>(call, work, finite);
+}
+
+bool are_refused(const FoveateAttend& call, const FoveateRanges& seen) {
+    if (is_refused(call) || call.selection.tile_starts || call.num_biases) return true;
+    if (seen.batches < 1 || (seen.batches > 1 && seen.batches != call.batch)) return true;
+    if (seen.heads < 1 || call.q.heads % seen.heads || !seen.starts || seen.starts[0] < 0) return true;
+    const int64_t rows = seen.batches * seen.heads;
+    for (int64_t row = 0; row < rows; ++row)
+        if (seen.starts[row + 1] < seen.starts[row]) return true;
+    if (seen.starts[rows] && !seen.ranges) return true;
+    for (const int64_t* pair = seen.ranges; pair < seen.ranges + 2 * seen.starts[rows]; pair += 2)
+        if (pair[0] < 0 || pair[1] < pair[0] || call.num_keys < pair[1]) return true;
+    return false;
 }
 
 }  // namespace
@@ -194,14 +227,24 @@ FOVEATE_API int64_t foveate_attend_decode(const FoveateAttend* call) {
     if (is_refused(*call)) return FOVEATE_REFUSED;
     if (call->batch * call->q.heads * call->num_queries == 0) return FOVEATE_OK;
     try {
-        const DecodeWork work(*call);
-        if (call->dtype == FOVEATE_FLOAT16) return decode<LaneProducts<Float16Reads>>(*call, work);
-        if (call->dtype == FOVEATE_FLOAT32) return decode<LaneProducts<Float32Reads>>(*call, work);
-#if FOVEATE_HAS_BFLOAT16
-        // Rows behind the last one of a head are written over, so there must be no other head's.
-        if (work.value_heads == 1 && work.rows >= PairProducts::FEWEST_ROWS) return decode<PairProducts>(*call, work);
-#endif
-        return decode<LaneProducts<Bfloat16Reads>>(*call, work);
+        bool finite = true;
+        const int64_t status = decode(*call, DecodeWork(*call), finite);
+        return status != FOVEATE_OK || finite ? status : foveate_attend_carefully(call);
+    } catch (const std::bad_alloc&) {
+        return FOVEATE_NO_MEMORY;
+    }
+}
+
+// No product is formed of a query and a key that it does not see, so that what is not finite needs no second run.
+FOVEATE_API int64_t foveate_attend_ranges(const FoveateAttend* given, const FoveateRanges* seen) {
+    using namespace foveate;
+    if (are_refused(*given, *seen)) return FOVEATE_REFUSED;
+    if (given->batch * given->q.heads * given->num_queries == 0) return FOVEATE_OK;
+    FoveateAttend call = *given;
+    call.selection.band_low = -call.num_keys, call.selection.band_high = call.num_keys + call.num_queries;
+    try {
+        bool finite = true;
+        return decode(call, DecodeWork(call, seen), finite);
     } catch (const std::bad_alloc&) {
         return FOVEATE_NO_MEMORY;
     }

@@ -94,12 +94,12 @@ FOVEATE_INLINE void hide(const FoveateAttend& call, float* scores, int64_t rows,
     }
 }
 
-// Turns the scores of the keys first .. first + count into weights; 0 for the rest of the 64.
+// Turns the scores of the keys first .. first + count, plus a bias (null: none), into weights; 0 for the rest of the 64.
 template <int DEGREE>
-static void weigh(const FoveateAttend& call, float* scores, int64_t first, int64_t count, const RowSums& sums,
-                  const RowStep& step) {
+static void weigh(const FoveateAttend& call, float* scores, const float* bias, int64_t first, int64_t count,
+                  const RowSums& sums, const RowStep& step) {
     Scores logits{scores, sums.rows, TILE, 0, 0};
-    bend(call, logits, nullptr, nullptr);
+    bend(call, logits, bias, nullptr);
     if (call.kind == FOVEATE_SOFTMAX) {
         hide(call, scores, sums.rows, first, count, -INFINITY);
         softmax_rows<DEGREE>(scores, logits.factor * LOG2E, sums, step);

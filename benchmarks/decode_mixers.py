@@ -1,0 +1,170 @@
+"""What a decoding step of each sparse mechanism costs after a long text, beside dense attention to as many keys.
+
+python -m benchmarks.decode_mixers [--length 32768] [--dim 512] [--heads 8] [--repeats 300] [--threads 1] [--row moba]
+
+Each step is a whole mixer's, projections included, after a prompt of ``length`` tokens; its rival is flash_attention's
+step after a prompt of as many tokens as the mechanism reads keys. Both go on from step to step, by turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.contest import RESULTS, Run, Times, seconds_of, write_json
+from foveate import attend
+from foveate.catalogue.registry import mixer as made
+from foveate.kernels.cpu.loader import status
+from foveate.lab.measure import machine
+from foveate.mixers.base import Mixer
+from foveate.mixers.linear.shared_key import RodimusPlus
+from foveate.patterns.ranges import total, visible_ranges
+
+GOAL = 1.5  # times the dense step
+TOLERANCE = 1e-3  # between the step and the whole sequence
+PIECE = 4096  # tokens of the prompt read at once
+
+Keys = Callable[[Any, int], float]
+
+
+def of_pattern(mixer: Any, length: int) -> float:
+    """Keys that a query at the end sees, on average over the heads."""
+    pattern = mixer.core.pattern
+    return sum(total(visible_ranges(pattern, length, length + 1, h)) for h in range(pattern.heads)) / pattern.heads
+
+
+def of_delta(mixer: Any, length: int) -> float:
+    return total(visible_ranges(mixer.base.pattern, length, length + 1)) + length / mixer.stride
+
+
+def of_nsa(mixer: Any, length: int) -> float:
+    """Compressed blocks, whose keys are read once more to choose by; chosen blocks; the window."""
+    chosen = mixer.selector
+    return 1.5 * (length // chosen.stride) + chosen.count * chosen.size + mixer.window
+
+
+READ: dict[str, Keys] = {
+    "streaming_llm": of_pattern,
+    "swat": of_pattern,
+    "mswa": of_pattern,
+    "minference_a_shape": of_pattern,
+    "power_attention": of_pattern,
+    "shared_key_window": of_pattern,
+    "rodimus_plus": lambda mixer, length: of_pattern(mixer.window, length),
+    "delta_attention": of_delta,
+    "moba": lambda mixer, length: mixer.block * mixer.k,
+    "nsa": of_nsa,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A mechanism's step, the dense step, and attention alone to as many keys."""
+
+    row: str
+    keys: int
+    error: float
+    times: dict[str, Times]
+    means: dict[str, float]  # steps that drop keys, or attend to all of them, included
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians, or of the means where these are further apart: some steps do more than others."""
+        medians = self.times["step"].median / self.times["dense"].median
+        return max(medians, self.means["step"] / self.means["dense"]) if self.row == "delta_attention" else medians
+
+
+class Decoder:
+    """A mixer after a prompt, and what goes with it; each call decodes one more token."""
+
+    def __init__(self, mixers: list[Mixer], x: Tensor, capacity: int) -> None:
+        self.mixers, self.token = mixers, x[:, -1:]
+        self.states = [mixer.init_state(1, capacity) for mixer in mixers]
+        for piece in x[:, :-1].split(PIECE, dim=1):
+            self.outs, self.states = self._all(Mixer.prefill, piece)
+
+    def _all(self, way: Any, x: Tensor) -> tuple[list[Tensor], list[Any]]:
+        done = [way(mixer, x, state) for mixer, state in zip(self.mixers, self.states, strict=True)]
+        return [out for out, _ in done], [state for _, state in done]
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        self.outs, self.states = self._all(Mixer.decode, self.token)
+        return tuple(self.outs)
+
+
+def measure(row: str, options: argparse.Namespace) -> Step:
+    torch.manual_seed(0)
+    given = {"heads": options.heads}
+    mixer = made(row, options.dim, **given).eval()
+    dense = made("flash_attention", options.dim, rotary=getattr(mixer, "rotary", None), **given).eval()
+    beside = [mixer.recurrent] if isinstance(mixer, RodimusPlus) else []  # its recurrence, which reads no keys
+    x = torch.randn(1, options.length + 1, options.dim)
+    keys, capacity = round(READ[row](mixer, options.length)), options.length + options.repeats + 9
+    step = Decoder([mixer], x, capacity)
+    (out,) = step()
+    error = float((out - mixer(x)[:, -1:]).abs().max())
+    if not error <= TOLERANCE:
+        raise SystemExit(f"{row}: a step is {error:.1e} off the whole sequence; nothing timed")
+    rival = Decoder([dense, *beside], x[:, : max(keys - options.repeats // 2, 2)], capacity)
+    width = options.dim // options.heads
+    q, k, v = (torch.randn(1, options.heads, n, width) for n in (1, keys, keys))
+    runs: dict[str, Run] = {"step": step, "dense": rival, "attend": lambda: (attend(q, k, v),)}
+    for run in runs.values():
+        for _ in range(5):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(options.repeats):
+        for name, run in runs.items():
+            seconds[name].append(seconds_of(run))
+    times = {name: Times.of(values) for name, values in seconds.items()}
+    return Step(row, keys, error, times, {name: statistics.fmean(values) for name, values in seconds.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, default in (("length", 32768), ("dim", 512), ("heads", 8), ("repeats", 300), ("threads", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--row", action="append", choices=READ, help="only these")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    load = os.getloadavg()
+    with Progress(transient=True) as progress, torch.no_grad():
+        steps = [measure(row, options) for row in progress.track(options.row or list(READ))]
+    show(steps, options)
+    if not options.row:
+        measured = [asdict(step) | {"ratio": step.ratio} for step in steps]
+        about = {"machine": machine.describe(), "isa": status().isa, "load": [load, os.getloadavg()]}
+        record = about | {"goal": GOAL, "settings": vars(options), "steps": measured}
+        print("written to", write_json(RESULTS / "decode_mixers.json", record))
+
+
+def show(steps: list[Step], options: argparse.Namespace) -> None:
+    table = Table(
+        "row", "keys read", "step: min, median, quartiles", "dense: min, median", "attend alone", "step / dense"
+    )
+    for step in steps:
+        own, dense, alone = (step.times[name] for name in ("step", "dense", "attend"))
+        table.add_row(
+            step.row,
+            f"{step.keys:,}",
+            f"{1e6 * own.minimum:,.0f}, {1e6 * own.median:,.0f} ({1e6 * own.low:,.0f} to {1e6 * own.high:,.0f}) µs",
+            f"{1e6 * dense.minimum:,.0f}, {1e6 * dense.median:,.0f} µs",
+            f"{1e6 * alone.median:,.0f} µs",
+            f"{step.ratio:.2f}x{'' if step.ratio <= GOAL else ' !'}",
+        )
+    words = f"{options.length:,} tokens, {options.heads} heads of {options.dim // options.heads}, float32"
+    Console(width=130).print(table, f"{words}; {machine.in_words()}; {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()

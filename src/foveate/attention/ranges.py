@@ -1,0 +1,169 @@
+"""attend over ranges of keys: what a decoding step reads, at the cost of a dense call over as many keys.
+
+A selection in tiles serves 64 queries at a time; one query that reads a few stretches of a long cache would pay for 64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from array import array
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.attention.api import ATTEND, attend
+from foveate.attention.impl.short import described
+from foveate.attention.weights import Weights
+from foveate.kernels.cpu import call as c
+from foveate.kernels.cpu.loader import library
+from foveate.patterns.band import Band
+from foveate.patterns.ranges import Ranges
+from foveate.patterns.rules.masks import boolean_mask
+from foveate.plain import is_plain
+
+EVERY = Band(0, 0)  # ranges stand in its place
+SEEN = struct.Struct("q" * 8)  # FoveateRanges of csrc/abi.h
+
+Kernel = Callable[[bytes, bytes], int]
+
+
+class KeyRanges(NamedTuple):
+    """Key slots [first, end) that all queries of a head see; ranges of a row, a batch entry and head, do not overlap.
+
+    ``batches`` and ``heads`` are those that the lists tell apart, 1 if none; consecutive query heads share a row. Row r
+    owns the ranges ``starts[r]`` to ``starts[r + 1]``.
+    """
+
+    batches: int
+    heads: int
+    starts: Tensor | array[int]  # (rows + 1,) int64
+    ranges: Tensor | array[int]  # (R, 2) int64, in a row
+
+    @classmethod
+    def of(cls, heads: Sequence[Ranges]) -> KeyRanges:
+        """Those of each head, the same in all batch entries.
+
+        >>> KeyRanges.of([((0, 2), (6, 10))]).ranges
+        array('q', [0, 2, 6, 10])
+        """
+        starts = [0]
+        flat: list[int] = []
+        for ranges in heads:
+            for pair in ranges:
+                flat += pair
+            starts.append(len(flat) // 2)
+        return cls(1, len(heads), array("q", starts), array("q", flat))
+
+    @classmethod
+    def of_blocks(cls, chosen: Tensor, size: int, num_keys: int) -> KeyRanges:
+        """Chosen blocks of ``size`` keys, booleans (B, H, C), of which the last may lack keys.
+
+        >>> KeyRanges.of_blocks(torch.tensor([[[True, False, True]]]), 4, 10).ranges
+        tensor([[ 0,  4],
+                [ 8, 10]])
+        """
+        first = chosen.nonzero()[:, 2] * size
+        starts = torch.zeros(chosen.shape[0] * chosen.shape[1] + 1, dtype=torch.long, device=chosen.device)
+        torch.cumsum(chosen.sum(2).flatten(), 0, out=starts[1:])
+        return cls(
+            chosen.shape[0], chosen.shape[1], starts, torch.stack([first, (first + size).clamp_max(num_keys)], 1)
+        )
+
+    @property
+    def single(self) -> tuple[int, int] | None:
+        """The one range that all queries see, if that is known to be all."""
+        if self.heads == 1 and isinstance(self.ranges, array) and len(self.ranges) == 2:
+            return self.ranges[0], self.ranges[1]
+        return None
+
+    def mask(self, num_keys: int, device: torch.device) -> Tensor:
+        """The same as booleans, (batches, heads, 1, M)."""
+        starts, ranges = (_as_tensor(x).to(device) for x in (self.starts, self.ranges))
+        row = torch.repeat_interleave(torch.arange(starts.numel() - 1, device=device), starts.diff())
+        edges = torch.zeros(starts.numel() - 1, num_keys + 1, dtype=torch.long, device=device)
+        for side, sign in enumerate((1, -1)):
+            edges.index_put_((row, ranges.view(-1, 2)[:, side]), torch.tensor(sign, device=device), accumulate=True)
+        return (edges.cumsum(1)[:, :num_keys] > 0).view(self.batches, self.heads, 1, num_keys)
+
+
+def attend_ranges(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: KeyRanges,
+    *,
+    bias: Tensor | None = None,
+    weights: Weights | str = "softmax",
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of a few queries to ranges of keys, the same for all queries of a head; (B, H, N, Dv).
+
+    >>> q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 900, 8), torch.randn(1, 2, 900, 8)
+    >>> attend_ranges(q, k, v, KeyRanges.of([((0, 4), (600, 900))])).shape
+    torch.Size([1, 4, 1, 8])
+
+    Shapes and dtypes are those of ``attend``; ``bias``, (B or 1, H or 1, 1, M), is added to the logits of each key.
+    """
+    out = _natively(q, k, v, seen, bias, weights, scale)
+    if out is not None:
+        return out
+    mask = seen.mask(k.shape[2], k.device)
+    mask = mask.repeat_interleave(q.shape[1] // mask.shape[1], dim=1) if mask.shape[1] > 1 else mask
+    pattern = boolean_mask(mask.expand(-1, -1, q.shape[2], -1))
+    return attend(q, k, v, pattern, bias=bias, weights=weights, scale=scale)
+
+
+def _natively(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: KeyRanges,
+    bias: Tensor | None,
+    weights: Weights | str,
+    scale: float | None,
+) -> Tensor | None:
+    """Heads out of a plain call; None if it is none."""
+    kind = c.KINDS.get(weights) if isinstance(weights, str) else None
+    kernel = _kernel() if kind is not None and ATTEND.takes("native", "auto") else None
+    if kernel is None or kind is None:
+        return None
+    call, listed = described(q, k, v, kind, scale, EVERY), _argument(seen, bias, q.shape[0], q.shape[1], k.shape[2])
+    if call is None or listed is None:
+        return None
+    c.check(kernel(call.argument, listed))
+    return call.out
+
+
+def _argument(seen: KeyRanges, bias: Tensor | None, batch: int, heads: int, num_keys: int) -> bytes | None:
+    """The second argument of the kernel; None where the bias is none that it reads."""
+    if seen.batches not in (1, batch) or heads % seen.heads:
+        raise ValueError(f"ranges of {seen.batches} entries and {seen.heads} heads, but q has {batch} and {heads}")
+    starts, ranges = _address(seen.starts), _address(seen.ranges)
+    if bias is None:
+        return SEEN.pack(seen.batches, seen.heads, starts, ranges, 0, 0, 0, 0)
+    if bias.dtype != torch.float32 or (bias.requires_grad and torch.is_grad_enabled()) or not is_plain(bias):
+        return None
+    strides = bias.expand(batch, heads, 1, num_keys).stride()
+    return SEEN.pack(seen.batches, seen.heads, starts, ranges, bias.data_ptr(), strides[0], strides[1], strides[3])
+
+
+def _address(numbers: Tensor | array[int]) -> int:
+    if isinstance(numbers, Tensor):
+        return c.strided(numbers, (torch.int64,), numbers.shape) if numbers.is_contiguous() else 0
+    return numbers.buffer_info()[0]
+
+
+def _as_tensor(numbers: Tensor | array[int]) -> Tensor:
+    return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.long)
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Kernel | None:
+    found = library()
+    if found is None:
+        return None
+    return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p)(("foveate_attend_ranges", found))

@@ -1,0 +1,18 @@
+"""What a decoder keeps of the tokens it has seen."""
+
+from foveate.cache.blocks import BlockCache, chooses_blocks
+from foveate.cache.heads import HeadsCache, Share, keys_kept, shares_of
+from foveate.cache.keys_values import KVCache, room_for
+from foveate.cache.tokens import Tokens
+
+__all__ = [
+    "BlockCache",
+    "HeadsCache",
+    "KVCache",
+    "Share",
+    "Tokens",
+    "chooses_blocks",
+    "keys_kept",
+    "room_for",
+    "shares_of",
+]

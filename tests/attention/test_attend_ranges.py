@@ -1,0 +1,104 @@
+"""attend_ranges against dense weights in float64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tests.support.native_checks import needs_native
+from torch import Tensor, inf, nan
+from torch.testing import assert_close
+
+from foveate.attention.ranges import KeyRanges, attend_ranges
+
+HEADS = ((1, 1, 1), (8, 8, 8), (8, 2, 2), (6, 2, 3), (12, 4, 6), (8, 8, 1), (8, 1, 8))
+CLOSE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def drawn(heads: int, num_keys: int) -> list[tuple[tuple[int, int], ...]]:
+    """Ranges for each head, some of them empty."""
+    rows = []
+    for _ in range(heads):
+        edges = sorted(random.sample(range(num_keys + 1), 2 * random.randint(0, 5)))
+        rows.append(tuple(zip(edges[::2], edges[1::2], strict=True)))
+    return rows
+
+
+def marked(rows: list[tuple[tuple[int, int], ...]], heads: int, num_keys: int) -> Tensor:
+    mask = torch.zeros(1, heads, 1, num_keys, dtype=torch.bool)
+    for head in range(heads):
+        for first, end in rows[head * len(rows) // heads]:
+            mask[0, head, 0, first:end] = True
+    return mask
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, kind: str, scale: float) -> Tensor:
+    q, k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (q, k, v))
+    logits = q @ k.mT * scale + (0 if bias is None else bias.double())
+    if kind == "softmax":
+        return logits.masked_fill(~mask, -inf).softmax(-1).nan_to_num(0) @ v
+    weights = torch.sigmoid(logits) if kind == "sigmoid" else torch.relu(logits)
+    return weights.masked_fill(~mask, 0) @ v
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_ranges_are_all_that_is_seen(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    query_heads, key_heads, value_heads = heads
+    for rows in {1, key_heads, query_heads}:
+        queries, num_keys, dim = random.choice((1, 1, 3)), random.choice((70, 333)), random.choice((7, 32))
+        sizes = ((query_heads, queries, dim), (key_heads, num_keys, dim), (value_heads, num_keys, 19))
+        q, k, v = (torch.randn(2, *size).to(dtype) for size in sizes)
+        bias = torch.randn(random.choice((1, 2)), random.choice((1, query_heads)), 1, num_keys)
+        ranges, kind = drawn(rows, num_keys), random.choice(("softmax", "softmax", "sigmoid", "relu"))
+        for added in (None, bias):
+            added = added if added is None or dtype != torch.float64 else added.double()
+            out = attend_ranges(q, k, v, KeyRanges.of(ranges), bias=added, weights=kind, scale=0.2)
+            expected = dense(q, k, v, marked(ranges, query_heads, num_keys), added, kind, 0.2)
+            assert_close(out.double(), expected, rtol=CLOSE[dtype], atol=CLOSE[dtype] * max(1, v.abs().sum() / 2000))
+
+
+def test_ranges_of_tensors_tell_batch_entries_apart() -> None:
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 90, 8), torch.randn(2, 4, 90, 8)
+    rows = [drawn(4, 90) for _ in range(2)]
+    flat = [ranges for entry in rows for ranges in entry]
+    starts = torch.tensor([0, *(len(ranges) for ranges in flat)]).cumsum(0)
+    pairs = torch.tensor([pair for ranges in flat for pair in ranges], dtype=torch.long)
+    seen = KeyRanges(2, 4, starts, pairs)
+    mask = torch.cat([marked(entry, 4, 90) for entry in rows])
+    assert (seen.mask(90, q.device) == mask).all()
+    expected = dense(q, k, v, mask, None, "softmax", 8**-0.5)
+    assert_close(attend_ranges(q, k, v, seen).double(), expected, rtol=CLOSE[q.dtype], atol=CLOSE[q.dtype])
+
+
+def test_what_is_outside_the_ranges_is_never_read() -> None:
+    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 200, 16), torch.randn(1, 2, 200, 16)
+    seen = KeyRanges.of([((3, 9), (100, 180))])
+    mask = marked([((3, 9), (100, 180))], 4, 200)
+    expected = dense(q, k, v, mask, None, "softmax", 0.25)
+    hidden = ~mask[0, 0, 0]
+    k[:, :, hidden], v[:, :, hidden] = nan, inf
+    assert_close(attend_ranges(q, k, v, seen).double(), expected, rtol=CLOSE[q.dtype], atol=CLOSE[q.dtype])
+
+
+def test_gradients_are_those_of_dense_weights() -> None:
+    q, k, v = (torch.randn(1, h, n, 5, dtype=torch.float64) for h, n in ((4, 2), (2, 40), (2, 40)))
+    ranges = [((1, 9), (30, 40)), ((0, 4),)]
+    mask = marked(ranges, 4, 40)
+    found = [x.clone().requires_grad_() for x in (q, k, v)]
+    wanted = [x.clone().requires_grad_() for x in (q, k, v)]
+    attend_ranges(*found, KeyRanges.of(ranges), scale=0.3).square().sum().backward()
+    dense(*wanted, mask, None, "softmax", 0.3).square().sum().backward()
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one.grad, other.grad)
+
+
+@needs_native
+def test_ranges_beyond_the_keys_are_refused() -> None:
+    q = k = v = torch.randn(1, 2, 1, 8)
+    for pair in ((0, 2), (-1, 1), (1, 0)):
+        with pytest.raises(RuntimeError, match="description that no tensors have"):
+            attend_ranges(q, k, v, KeyRanges.of([(pair,)]))
+    with pytest.raises(ValueError, match="3 heads"):
+        attend_ranges(q, k, v, KeyRanges.of([((0, 1),)] * 3))
