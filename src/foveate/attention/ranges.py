@@ -86,7 +86,7 @@ class KeyRanges(NamedTuple):
         row = torch.repeat_interleave(torch.arange(starts.numel() - 1, device=device), starts.diff())
         edges = torch.zeros(starts.numel() - 1, num_keys + 1, dtype=torch.long, device=device)
         for side, sign in enumerate((1, -1)):
-            edges.index_put_((row, ranges.view(-1, 2)[:, side]), torch.tensor(sign, device=device), accumulate=True)
+            edges.index_put_((row, ranges.view(-1, 2)[:, side]), edges.new_tensor(sign), accumulate=True)
         return (edges.cumsum(1)[:, :num_keys] > 0).view(self.batches, self.heads, 1, num_keys)
 
 
@@ -147,8 +147,9 @@ def _argument(seen: KeyRanges, bias: Tensor | None, batch: int, heads: int, num_
         return SEEN.pack(seen.batches, seen.heads, starts, ranges, 0, 0, 0, 0)
     if bias.dtype != torch.float32 or (bias.requires_grad and torch.is_grad_enabled()) or not is_plain(bias):
         return None
+    address = c.strided(bias, (torch.float32,), bias.shape)
     strides = bias.expand(batch, heads, 1, num_keys).stride()
-    return SEEN.pack(seen.batches, seen.heads, starts, ranges, bias.data_ptr(), strides[0], strides[1], strides[3])
+    return SEEN.pack(seen.batches, seen.heads, starts, ranges, address, strides[0], strides[1], strides[3])
 
 
 def _address(numbers: Tensor | array[int]) -> int:
@@ -158,7 +159,7 @@ def _address(numbers: Tensor | array[int]) -> int:
 
 
 def _as_tensor(numbers: Tensor | array[int]) -> Tensor:
-    return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.long)
+    return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=torch.long, device="cpu")
 
 
 @lru_cache(maxsize=1)

@@ -41,8 +41,8 @@ def visible_ranges(pattern: Pattern, query: int, num_keys: int, head: int = 0) -
         return seen
     if isinstance(pattern, compound.Not):
         return complement(visible_ranges(pattern.parts[0], query, num_keys, head), num_keys)
-    place = torch.tensor(query)
-    return ranges_of(pattern.visible(0, head, place, torch.arange(num_keys)).expand(num_keys))
+    place = torch.tensor(query, dtype=torch.int64, device="cpu")
+    return ranges_of(pattern.visible(0, head, place, torch.arange(num_keys, device="cpu")).expand(num_keys))
 
 
 def needed_ranges(pattern: Pattern, now: int) -> Ranges:
@@ -93,7 +93,7 @@ def _ends(pattern: Pattern) -> tuple[int, int]:
 
 def _bounded(pattern: Pattern, now: int) -> Ranges:
     """As a pattern's bounds have it."""
-    keys = torch.arange(now)
+    keys = torch.arange(now, device="cpu")
     first, last = torch.full_like(keys, now), torch.full_like(keys, NEVER)
     needed = torch.zeros_like(keys, dtype=torch.bool)
     for head in range(pattern.heads):
