@@ -15,9 +15,9 @@ from foveate.catalogue.registry import mixer
 from foveate.counting import count_operations
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import split_heads
-from foveate.mixers.dynamic_sparse.minference import PATTERNS, minference_core
+from foveate.mixers.dynamic_sparse.minference import PATTERNS, MInference
 from foveate.mixers.dynamic_sparse.minference_search import patterns_under, search_heads
-from foveate.mixers.dynamic_sparse.moba import moba_core
+from foveate.mixers.dynamic_sparse.moba import MoBA
 from foveate.mixers.exact_io.chunked import ChunkedCore
 from foveate.mixers.normalizer_sink.window import layer_windows, mswa_core, streaming_core
 from foveate.mixers.static_sparse.delta_attention import DeltaCore
@@ -316,7 +316,7 @@ def test_moba_is_its_formula() -> None:
         scores = [(float(q[b, h, i].detach() @ means[b, h, c]), c) for c in range(own)]
         for chosen in [own, *(c for _, c in sorted(scores, reverse=True)[: count - 1])]:
             seen[b, h, i, chosen * block : min((chosen + 1) * block, i + 1)] = True
-    agree(moba_core(block=block, k=count)(q, k, v, within=causal), plain(q, k, v, seen), q, k, v)
+    agree(MoBA.as_core(block=block, k=count)(q, k, v, within=causal), plain(q, k, v, seen), q, k, v)
 
 
 # ---- MInference -------------------------------------------------------------------------------------------
@@ -326,12 +326,12 @@ def test_minference_gives_each_head_its_pattern() -> None:
     q, k, v = heads(1, 4, 90, 8), heads(1, 2, 90, 8), heads(1, 2, 90, 8)
     patterns = patterns_under(0.3, 90)
     names = ["a_shape", "vertical_slash", "block_sparse", "a_shape"]
-    out = minference_core(assignment=names, patterns=patterns)(q, k, v, within=causal)
+    out = MInference.as_core(assignment=names, patterns=patterns)(q, k, v, within=causal)
     for head, name in enumerate(names):
         alone = attend(q, k, v, patterns[name] & causal, impl="reference")[:, head]
         torch.testing.assert_close(out[:, head], alone)
     with pytest.raises(ValueError, match="a_shape"):
-        minference_core(assignment="b_shape")
+        MInference.as_core(assignment="b_shape")
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.4, 1.0])

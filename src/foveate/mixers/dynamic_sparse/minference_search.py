@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.attention import attend
 from foveate.mixers.core import joined
-from foveate.mixers.dynamic_sparse.minference import a_shape_core
+from foveate.mixers.dynamic_sparse.minference import AShape
 from foveate.patterns import Pattern, causal
 from foveate.patterns.rules.dynamic import topk_blocks, vertical_slash
 
@@ -40,7 +40,7 @@ def patterns_under(budget: float, length: int) -> dict[str, Pattern]:
     if width >= length:
         vertical, slash, count = length, length, -(-length // block)
     return {
-        "a_shape": a_shape_core(sinks=width // 8, window=width - width // 8).pattern,
+        "a_shape": AShape.pattern(sinks=width // 8, window=width - width // 8),
         "vertical_slash": vertical_slash(max(vertical, 1), slash),
         "block_sparse": topk_blocks(block, count, per="block"),
     }
