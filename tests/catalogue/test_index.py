@@ -42,7 +42,7 @@ def test_the_index_is_up_to_date() -> None:
 
 
 def test_it_holds_every_row() -> None:
-    indexed = index.indexed()
+    indexed = {name: entry for name, entry in index.indexed().items() if entry.tier == "operator"}
     ours = [row for row in rows() if row.mixer.__module__.startswith("foveate.mixers.")]
     assert indexed.keys() == {row.name for row in ours}
     for row in ours:
@@ -105,9 +105,9 @@ def test_changed_files_are_read_anew_and_broken_ones_hide_nothing_else(package: 
 
 def test_rows_warn_of_what_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     there = index.modules()
-    monkeypatch.setattr(index, "modules", lambda: [*there, "foveate.mixers.no_such_file"])
+    monkeypatch.setattr(index, "modules", lambda *_: [*there, "foveate.mixers.no_such_file"])
     with pytest.warns(RuntimeWarning, match="no_such_file cannot be imported"):
-        assert len(registry.rows()) >= len(index.indexed())
+        assert {row.name for row in registry.rows()} >= set(registry.names())
 
 
 def test_uses() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from foveate.catalogue import registry
+from foveate.catalogue import namespace
 from foveate.catalogue.registry import Reference, register, row
 from foveate.mixers.attention import AttentionMixer
 
@@ -18,7 +18,7 @@ OWN: dict[str, Any] = {"papers": None, "reference": NOBODY, "family": "none"}
 
 @pytest.fixture(autouse=True)
 def _registry_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_ROWS", dict(registry._ROWS))
+    monkeypatch.setattr(namespace, "ROWS", dict(namespace.ROWS))
 
 
 def added(name: str, **options: Any) -> type[AttentionMixer]:
@@ -55,7 +55,7 @@ def test_a_mechanism_from_elsewhere_says_where() -> None:
 def test_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         added("mine", **options)
-    assert "mine" not in registry._ROWS
+    assert "mine" not in namespace.ROWS
 
 
 def test_one_key_is_not_a_tuple_of_keys() -> None:

@@ -1,4 +1,4 @@
-"""What mechanisms there are, without importing one: index.json, written by `python -m foveate.catalogue.index`.
+"""What there is of every tier, without importing any: index.json, written by `python -m foveate.catalogue.index`.
 
 A file that has changed since the index was written is imported when the catalogue is listed, so that its new
 mechanisms appear, and one that cannot be imported is reported and hides nothing else.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import zlib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Iterable
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from foveate.catalogue.papers import Paper, Reference, did_you_mean, papers
 
 if TYPE_CHECKING:
+    from foveate.catalogue.namespace import TierRow
     from foveate.catalogue.registry import Row
 
 Use = Literal["causal-lm", "encoder", "image", "video", "points", "graph", "series"]
 USES: tuple[Use, ...] = get_args(Use)
-PACKAGE = "foveate.mixers"
-FOLDER = Path(__file__).parents[1] / "mixers"
+PACKAGE = "foveate"
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("mixers", "models", "methods", "recipes", "parallel", "hooks", "lab/probes", "surveys")  # those there are
 PATH = Path(__file__).parent / "index.json"
 DOMAINS: dict[str, Use] = {
     "image": "image",
@@ -38,11 +40,12 @@ DOMAINS: dict[str, Use] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A mechanism as the index knows it."""
+    """A row as the index knows it: what it is, and of operators and methods whether they need no training."""
 
     name: str
+    tier: str
     module: str
-    cls: str
+    target: str
     papers: tuple[str, ...]
     reference: Reference | None
     family: str
@@ -55,6 +58,11 @@ class Entry:
     notes: str
 
     @property
+    def tiers(self) -> tuple[str, ...]:
+        """Its own, and that of methods for an operator without parameters (`foveate.methods.method_of`)."""
+        return (self.tier, "inference") if self.tier == "operator" and self.training_free else (self.tier,)
+
+    @property
     def source(self) -> Paper | Reference:
         """Where the mechanism comes from: its first paper, or its reference."""
         if self.papers:
@@ -62,22 +70,21 @@ class Entry:
         assert self.reference is not None, self.name
         return self.reference
 
-    def load(self) -> Row:
-        """Its row; imports the mechanism."""
-        import_module(self.module)
-        from foveate.catalogue import registry
+    def load(self) -> TierRow:
+        """Its row; imports its module."""
+        from foveate.catalogue.namespace import ROWS
 
-        rows = {row.name: row for row in registry.registered()}
-        if self.name not in rows:
+        import_module(self.module)
+        if self.name not in ROWS:
             raise ValueError(
-                f"{self.module} has no mechanism {self.name!r} any more (`make docs` writes the index anew)"
+                f"{self.module} has nothing named {self.name!r} any more (`make docs` writes the index anew)"
             )
-        return rows[self.name]
+        return ROWS[self.name]
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A file of mechanisms that cannot be imported."""
+    """A file of the catalogue that cannot be imported."""
 
     module: str
     error: BaseException
@@ -88,7 +95,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All mechanisms, by family and name, and the files that could not be read."""
+    """All rows, by family and name, and the files that could not be read."""
 
     entries: tuple[Entry, ...]
     broken: tuple[Broken, ...] = ()
@@ -109,12 +116,12 @@ def catalogue() -> Catalogue:
     changed = [module for module in modules() if not is_current(module)]
     broken = tuple(trouble for trouble in map(load, changed) if trouble is not None)
     found = {name: entry for name, entry in indexed().items() if is_current(entry.module)}
-    found |= {entry.name: entry for entry in _registered() if entry.name not in found}
+    found |= {entry.name: entry for entry in _registered(besides=found)}
     return Catalogue(tuple(sorted(found.values(), key=lambda entry: (entry.family, entry.name))), broken)
 
 
 def entry(name: str) -> Entry:
-    """The entry of that name; ValueError for an unknown one, offering the nearest."""
+    """The entry of that name, of any tier; ValueError for an unknown one, offering the nearest."""
     found = indexed().get(name)
     if found is not None and is_current(found.module):
         return found
@@ -124,15 +131,17 @@ def entry(name: str) -> Entry:
     return known[name]
 
 
-def modules() -> list[str]:
-    """The modules in which mechanisms live, from the names of the files."""
-    found = (path.relative_to(FOLDER).with_suffix("").parts for path in sorted(FOLDER.rglob("*.py")))
+def modules(*folders: str) -> list[str]:
+    """The modules in which rows of these folders live, all by default, from the names of the files."""
+    files = (file for folder in folders or FOLDERS for file in sorted(ROOT.joinpath(folder).rglob("*.py")))
+    found = (file.relative_to(ROOT).with_suffix("").parts for file in files)
     return [".".join([PACKAGE, *parts]) for parts in found if parts[-1] != "__init__"]
 
 
 def is_current(module: str) -> bool:
     """Whether a module is as it was when the index was written."""
-    return module in modules() and _stored()["modules"].get(module) == _digest(module)
+    stored = _stored()["modules"].get(module)
+    return stored is not None and _file(module).exists() and stored == _digest(module)
 
 
 def load(module: str) -> Broken | None:
@@ -150,8 +159,9 @@ def build() -> str:
     trouble = [str(broken) for broken in map(load, modules()) if broken is not None]
     if trouble:
         raise ImportError("; ".join(trouble))
+    there = set(modules())
     entries = sorted(_registered(), key=lambda entry: (entry.family, entry.name))
-    return text(asdict(entry) for entry in entries if entry.module.startswith(f"{PACKAGE}."))
+    return text(asdict(entry) for entry in entries if entry.module in there)
 
 
 def text(mechanisms: Iterable[dict[str, Any]]) -> str:
@@ -163,45 +173,59 @@ def text(mechanisms: Iterable[dict[str, Any]]) -> str:
 
 @cache
 def _stored() -> dict[str, Any]:
-    """The file's contents; of one that is missing or damaged nothing, so that all modules are read live."""
+    """The file's contents; of one that is missing, damaged or of other fields nothing: all modules are read live."""
+    columns = {column.name for column in fields(Entry)}
     try:
-        return json.loads(PATH.read_text(encoding="utf-8"))
+        stored = json.loads(PATH.read_text(encoding="utf-8"))
+        if all(line.keys() == columns for line in stored["mechanisms"]):
+            return stored
     except (FileNotFoundError, ValueError):
-        return {"mechanisms": [], "modules": {}}
+        pass
+    return {"mechanisms": [], "modules": {}}
 
 
-def _registered() -> list[Entry]:
-    from foveate.catalogue import registry
+def _registered(besides: Container[str] = ()) -> list[Entry]:
+    """Entries of what this process has registered, without those known already: some are built to be asked."""
+    from foveate.catalogue.namespace import ROWS
 
-    return [_of_row(row) for row in registry.registered()]
+    return [_of_row(row) for row in ROWS.values() if row.name not in besides]
 
 
 def _forget(module: str) -> None:
     """Rows of a module that broke after it had registered them."""
-    from foveate.catalogue import registry
+    from foveate.catalogue.namespace import ROWS
 
-    for row in registry.registered():
-        if getattr(row.mixer, "__module__", None) == module:
-            registry.unregister(row.name)
+    for row in list(ROWS.values()):
+        if row.target.__module__ == module:
+            del ROWS[row.name]
 
 
-def _of_row(row: Row) -> Entry:
-    cls: Any = row.mixer
+def _of_row(row: TierRow) -> Entry:
+    from foveate.catalogue.registry import Row
+
+    operator = row if isinstance(row, Row) else None
     return Entry(
         name=row.name,
-        module=cls.__module__,
-        cls=cls.__qualname__,
+        tier=row.tier,
+        module=row.target.__module__,
+        target=row.target.__qualname__,
         papers=tuple(paper.key for paper in row.papers),
         reference=row.reference,
         family=row.family,
-        supports=tuple(sorted(row.supports)),
-        uses=_uses(row),
-        training_free=row.core is not None,
-        linear_state=_keeps_a_state(row),
-        formula=row.formula,
+        supports=tuple(sorted(getattr(row, "supports", ()))),
+        uses=_uses(operator) if operator else _said(row),
+        training_free=row.tier == "inference" or (operator is not None and operator.core is not None),
+        linear_state=operator is not None and _keeps_a_state(operator),
+        formula=operator.formula if operator else "",
         summary=row.summary,
         notes=row.notes,
     )
+
+
+def _said(row: TierRow) -> tuple[str, ...]:
+    """What a row of another tier says that it is for, and what its papers' domains say."""
+    found = {*getattr(row, "uses", ()), *(DOMAINS[paper.domain] for paper in row.papers if paper.domain in DOMAINS)}
+    return tuple(use for use in USES if use in found)
 
 
 def _uses(row: Row) -> tuple[str, ...]:
@@ -245,9 +269,12 @@ def _joined(lines: Iterable[str]) -> str:
     return ",\n".join(lines)
 
 
+def _file(module: str) -> Path:
+    return ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+
 def _digest(module: str) -> int:
-    inside = module.removeprefix(f"{PACKAGE}.").split(".")
-    return zlib.crc32(FOLDER.joinpath(*inside).with_suffix(".py").read_bytes())
+    return zlib.crc32(_file(module).read_bytes())
 
 
 if __name__ == "__main__":

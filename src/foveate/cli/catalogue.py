@@ -1,4 +1,4 @@
-"""`foveate list` and `foveate show`: the catalogue, and one mechanism of it."""
+"""`foveate list` and `foveate show`: the catalogue, and one row of it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.catalogue.index import USES
+from foveate.catalogue.papers import TIERS
 from foveate.cli.complete import mechanisms
-from foveate.cli.screen import complain, out, say
+from foveate.cli.screen import cited, complain, out, say
 
 if TYPE_CHECKING:
     from foveate.catalogue.index import Entry
-    from foveate.catalogue.papers import Reference
     from foveate.catalogue.registry import Row
     from foveate.patterns import Layout, Pattern
 
-LIST_HELP = """List the mechanisms of the catalogue, by what they are for.
+LIST_HELP = """List what the catalogue has, by what it is for.
 
 [bold]Examples[/bold]
 
@@ -35,13 +35,15 @@ LIST_HELP = """List the mechanisms of the catalogue, by what they are for.
   foveate list --for causal-lm --training-free
   foveate list "delta rule" --linear-state
   foveate list --family linear
+  foveate list --tier model
   foveate list --json | jq -r '.[] | select(.training_free) | .name'
 """
-SHOW_HELP = """Show one mechanism, or draw a pattern.
+SHOW_HELP = """Show a row of the catalogue, of whatever tier, or draw a pattern.
 
 [bold]Examples[/bold]
 
   foveate show streaming_llm
+  foveate show ravlt
   foveate show "streaming_llm(window=8, sinks=2)" --length 48
   foveate show "window(8) & causal | sinks(2)"
   foveate show "blocks(8) & causal" --picture blocks.svg
@@ -55,6 +57,7 @@ def list_mechanisms(
     text: Annotated[str | None, typer.Argument(help="Only mechanisms that name, summary or paper say this of.")] = None,
     use: Annotated[str | None, typer.Option("--for", help=f"Only mechanisms for this: {', '.join(USES)}.")] = None,
     family: Annotated[str | None, typer.Option(help="Only mechanisms of this family.")] = None,
+    tier: Annotated[str | None, typer.Option(help=f"Only what is of this tier: {', '.join(TIERS)}.")] = None,
     training_free: Annotated[
         bool, typer.Option("--training-free", help="Only those that a pretrained model can use as it is.")
     ] = False,
@@ -66,7 +69,8 @@ def list_mechanisms(
     from foveate.catalogue.index import catalogue
 
     there = catalogue()
-    found = Choice(text, _known_use(use), _known_family(family), training_free, linear_state).of(there.entries)
+    chosen = Choice(text, _known_use(use), _known_family(family), _known_tier(tier), training_free, linear_state)
+    found = chosen.of(there.entries)
     if as_json:
         typer.echo(json.dumps([facts(entry) for entry in found], indent=2, ensure_ascii=False))
     else:
@@ -85,12 +89,25 @@ def show(
     ],
     picture: Annotated[Path | None, typer.Option(help="Save the drawing, too: a .svg or .png file.")] = None,
     length: Annotated[int | None, typer.Option(help=f"Tokens to draw, {DRAWN_TOKENS} unless given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the catalogue says of it as JSON.")] = False,
 ) -> None:
     from foveate.adapt.named import mechanism as named
+    from foveate.cli.tiers import described, find
     from foveate.patterns.parse import parse
 
     _check_drawing(picture, length)
-    console = out()
+    entry, console = find(mechanism), out()
+    if as_json:
+        if entry is None:
+            raise ValueError(f"--json is for a name that `foveate list` shows; got {mechanism}")
+        typer.echo(json.dumps(facts(entry), indent=2, ensure_ascii=False))
+        return
+    if entry is not None and entry.tier != "operator":
+        if picture is not None or length is not None:
+            raise ValueError(f"{mechanism} has no picture: it is of the tier {entry.tier}")
+        for part in described(entry):
+            console.print(part, highlight=False)
+        return
     call = named(mechanism)
     if call is None:
         _draw(console, _drawable(Drawn(parse(mechanism)), length), picture, length)
@@ -112,6 +129,7 @@ def facts(entry: Entry) -> dict[str, Any]:
     source = entry.source
     return {
         "name": entry.name,
+        "tier": entry.tier,
         "title": source.title,
         "authors": source.authors,
         "id": source.id,
@@ -135,6 +153,7 @@ class Choice:
     text: str | None = None
     use: str | None = None
     family: str | None = None
+    tier: str | None = None
     training_free: bool = False
     linear_state: bool = False
 
@@ -145,6 +164,7 @@ class Choice:
         return (
             (self.use is None or self.use in entry.uses)
             and self.family in (None, entry.family)
+            and (self.tier is None or self.tier in entry.tiers)
             and entry.training_free >= self.training_free
             and entry.linear_state >= self.linear_state
             and (self.text or "").lower() in _said_of(entry)
@@ -167,6 +187,12 @@ def _known_family(family: str | None) -> str | None:
     from foveate.catalogue.papers import check_family
 
     return None if family is None else check_family(family)
+
+
+def _known_tier(tier: str | None) -> str | None:
+    from foveate.catalogue.tiers import check_tier
+
+    return None if tier is None else check_tier(tier)
 
 
 class Drawn(NamedTuple):
@@ -256,6 +282,7 @@ GROUPS = {
     "state": "Text: a state of fixed size instead of keys and values",
     "causal-lm": "Text: other causal language models",
     "encoder": "Encoders",
+    "other": "Others",
 }
 
 
@@ -268,8 +295,10 @@ def _group(entry: Entry) -> str:
     domain = DOMAINS.get(source.domain) if isinstance(source, Paper) else None
     if domain is not None:
         return domain
+    if entry.tier == "inference":
+        return "pretrained"
     if "causal-lm" not in entry.uses:
-        return entry.uses[0]
+        return entry.uses[0] if entry.uses else "other"
     return "pretrained" if entry.training_free else "state" if entry.linear_state else "causal-lm"
 
 
@@ -284,16 +313,17 @@ def _print_groups(found: list[Entry]) -> None:
 
 def _table(title: str, entries: list[Entry]) -> Table:
     table = Table(box=None, pad_edge=False, title_justify="left", title=f"\n{title}")
-    for heading in ("mechanism", "what it does", "also for", "family", "paper"):
+    for heading in ("mechanism", "what it does", "also for", "tier", "family", "paper"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "mechanism")
     for entry in entries:
         also = ", ".join(use for use in entry.uses if use != _group(entry))
-        table.add_row(*(Text(cell) for cell in (entry.name, entry.summary, also, entry.family, entry.source.id)))
+        cells = (entry.name, entry.summary, also, entry.tier, entry.family, entry.source.id)
+        table.add_row(*map(Text, cells))
     return table
 
 
 def _head(row: Row) -> Text:
-    papers = "".join(f"  {_cited(source)}\n" for source in row.papers or (row.source,))
+    papers = "".join(f"  {cited(source)}\n" for source in row.papers or (row.source,))
     lines = [
         (f"{row.name}\n", "bold"),
         (f"{row.summary}\n\n", ""),
@@ -304,10 +334,6 @@ def _head(row: Row) -> Text:
         (f"\n\n  {row.notes}" if row.notes else "", ""),
     ]
     return Text.assemble(*lines)
-
-
-def _cited(source: Reference) -> str:
-    return "\n  ".join(filter(None, (", ".join(filter(None, (source.authors, source.title))), source.url)))
 
 
 def _use(row: Row) -> str:

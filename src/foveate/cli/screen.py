@@ -7,10 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from foveate.catalogue.papers import Reference
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 NARROWEST = 20  # columns of a terminal
@@ -99,3 +103,8 @@ def _is_ours(error: Exception) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and PACKAGE in Path(trace.tb_frame.f_code.co_filename).parents
+
+
+def cited(source: Reference) -> str:
+    """A paper in lines: authors and title, and where to read it."""
+    return "\n  ".join(filter(None, (", ".join(filter(None, (source.authors, source.title))), source.url)))

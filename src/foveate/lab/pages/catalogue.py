@@ -12,15 +12,16 @@ from foveate.catalogue.papers import Reference, papers
 
 HEAD = """# The catalogue
 
-{count} mechanisms in {families} families. Each is a registered mixer that passes the conformance suite
-(`foveate check NAME`); `foveate show NAME` draws it and counts its costs. This page is made from the index
-by `make docs`. That a mechanism is here does not say that its paper is kept: `foveate rows` says which are, by tests of
-their definitions and of what must work, and what the others want.
+{count} rows in {families} families. Most are operators: mixers that pass the conformance suite (`foveate check NAME`).
+Models, methods, recipes and the other tiers pass the suites of theirs (`foveate.testing`). `foveate show NAME` tells of
+each, draws operators and counts their costs. This page is made from the index by `make docs`. That a row is here does
+not say that its paper is kept: `foveate rows` says which are, by tests of their definitions and of what must work, and
+what the others want.
 
 *Training-free* mechanisms can take the place of the attention in a pretrained model:
 `foveate.adapt.use(model, NAME)`. The others have parameters of their own.
 """
-COLUMNS = ("mechanism", "what it does", "supports", "training-free", "paper")
+COLUMNS = ("mechanism", "tier", "what it does", "supports", "training-free", "paper")
 
 
 def render() -> str:
@@ -42,9 +43,9 @@ def _section(family: str, group: Iterable[Entry]) -> str:
 
 def _cells(entry: Entry) -> tuple[str, ...]:
     sources: list[Reference] = [papers()[key] for key in entry.papers] or [entry.source]
-    does = f"{entry.summary}<br>`{entry.formula}`"
+    does = f"{entry.summary}<br>`{entry.formula}`" if entry.formula else entry.summary
     free = "yes" if entry.training_free else "no"
-    return f"`{entry.name}`", does, ", ".join(entry.supports), free, "<br>".join(map(_cited, sources))
+    return f"`{entry.name}`", entry.tier, does, ", ".join(entry.supports), free, "<br>".join(map(_cited, sources))
 
 
 def _cited(source: Reference) -> str:

@@ -59,11 +59,11 @@ class Fastformer(AdditiveMixer):
 
 
 @register(
-    "swiftformer",
+    "efficient_additive_attention",
     papers=("SwiftFormer",),
     formula="a = α / ‖α‖₂, α_i = w·q_i / √d, g = Σ_i a_i q_i, o_i = W₂(W₁(g ⊙ k_i) + q_i), ‖q_i‖ = ‖k_i‖ = 1",
     supports={"noncausal", "padding", "grid"},
-    notes="Positions do not matter to it: a layout changes nothing. foveate.models.vision.swiftformer is built of it.",
+    notes="Positions do not matter to it: a layout changes nothing. The model swiftformer is built of it.",
 )
 class EfficientAdditiveAttention(AdditiveMixer):
     """One global query, a weighted sum of the unit queries, multiplies every unit key; no keys meet values.

@@ -70,13 +70,13 @@ class LocalConcentration(nn.Module):
 
 
 @register(
-    "l2vit",
+    "l2vit_attention",
     papers=("L2ViT",),
     formula="a_i = τ Σ_j w_ij v_j / max(Σ_j w_ij, 100), w_ij = relu(q_i)·relu(k_j), o = a + DW(BN(gelu(DW(norm(a)))))",
     supports={"noncausal", "grid"},
     notes=(
         "The paper adds the local concentration to the residual stream after the attention. So does "
-        "foveate.models.vision.l2vit (concentrate=False here), with exact attention in windows in every other block."
+        "the model l2vit (concentrate=False here), with exact attention in windows in every other block."
     ),
 )
 class L2ViTAttention(ReluMixer):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from foveate.attention import attend
+from foveate.catalogue.tiers import Preset, model
 from foveate.layers.local_conv import LocalConv
 from foveate.mixers.base import split_heads
 from foveate.mixers.exact_io.grid_windows import FlashWindowAttention
@@ -17,6 +18,7 @@ from foveate.models.vision.pyramid import (
     Block,
     ConvEncoder,
     ConvMlp,
+    Patches,
     Pyramid,
     Residual,
     TokenBatchNorm,
@@ -42,6 +44,19 @@ class GatedSoftmaxAttention(RankAugmentedLinearAttention):
         return attend(self.turn(q, layout), self.turn(k, layout), v, self.within(real))
 
 
+@model(
+    "ravlt",
+    papers=("RALA / RAVLT",),
+    inputs="image",
+    presets={
+        "tiny": Preset({"dims": (64, 128, 256, 512), "depths": (2, 2, 6, 2), "heads": (1, 2, 4, 8)}, 15e6),
+        "small": Preset({}, 26e6),
+        "base": Preset({"dims": (96, 192, 384, 512), "depths": (4, 6, 12, 6), "heads": (1, 2, 6, 8)}, 48e6),
+        "large": Preset({"dims": (96, 192, 448, 640), "depths": (4, 7, 19, 8), "heads": (1, 2, 7, 10)}, 95e6),
+    },
+    tiny={"classes": 5, "dims": (16, 24), "depths": (1, 2), "heads": (1, 2), "linear_stages": 1},
+    supports={"features"},
+)
 def ravlt(
     classes: int = 1000,
     *,
@@ -80,6 +95,19 @@ def deep_stem(channels: int, dim: int) -> nn.Module:
     return nn.Sequential(*layers, half(dim // 2, dim), nn.BatchNorm2d(dim))
 
 
+@model(
+    "swiftformer",
+    papers=("SwiftFormer",),
+    inputs="image",
+    presets={  # the paper's 3.5, 6.1, 12.1 and 28.5 million have another head in them, which learns from a teacher
+        "XS": Preset({}, 3.5e6 - 221_000),
+        "S": Preset({"dims": (48, 64, 168, 224), "depths": (3, 3, 9, 6)}, 6.1e6 - 225_000),
+        "L1": Preset({"dims": (48, 96, 192, 384), "depths": (4, 3, 10, 5)}, 12.1e6 - 385_000),
+        "L3": Preset({"dims": (64, 128, 320, 512), "depths": (4, 4, 12, 6)}, 28.5e6 - 513_000),
+    },
+    tiny={"classes": 5, "dims": (16, 24), "depths": (1, 2)},
+    supports={"features"},
+)
 def swiftformer(
     classes: int = 1000,
     *,
@@ -109,6 +137,18 @@ def swiftformer(
     return Pyramid(block, dims=dims, depths=depths, classes=classes, stem=plain_stem(channels, dims[0]))
 
 
+@model(
+    "l2vit",
+    papers=("L2ViT",),
+    inputs="image",
+    presets={
+        "tiny": Preset({}, 29e6),
+        "small": Preset({"depths": (2, 2, 18, 2)}, 50e6),
+        "base": Preset({"depths": (2, 2, 18, 2), "dims": (128, 256, 512, 1024), "heads": (4, 8, 16, 32)}, 89e6),
+    },
+    tiny={"classes": 5, "dims": (16, 24), "depths": (2, 1), "heads": (1, 2), "window": 3},
+    supports={"features"},
+)
 def l2vit(
     classes: int = 1000,
     *,
@@ -120,7 +160,7 @@ def l2vit(
 ) -> Pyramid:
     """L2ViT: exact attention in windows and enhanced linear attention by turns. The sizes are L2ViT-Tiny's.
 
-    Grids are halved by 3 x 3 convolutions, where the author's code takes 2 x 2.
+    Grids are halved by convolutions of 2 x 2 patches, those of odd sizes with zeros beside them.
 
     Zheng, The Linear Attention Resurrection in Vision Transformer, arXiv 2501.16182.
 
@@ -142,4 +182,5 @@ def l2vit(
         whole = L2ViTAttention(dim, heads[stage], concentrate=False)
         return [Residual(dim, LocalConv(dim)), branch(whole), branch(LocalConcentration(dim)), mlp]
 
-    return Pyramid(block, dims=dims, depths=depths, classes=classes, stem=plain_stem(channels, dims[0]))
+    stem = plain_stem(channels, dims[0])
+    return Pyramid(block, dims=dims, depths=depths, classes=classes, stem=stem, halve=Patches)

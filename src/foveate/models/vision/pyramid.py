@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, pad
 
 from foveate.layers.local_conv import LocalConv
 from foveate.patterns import Grid, Layout
@@ -75,7 +75,7 @@ class Pyramid(nn.Module):
     """Images (B, channels, height, width) to classes: a stem, stages of blocks, half the grid after each, and a head.
 
     ``block(stage, index)`` gives the residual branches of each block; inside, a mixer is called with its tokens and
-    ``layout=Grid(height, width)``. Any size of image runs.
+    ``layout=Grid(height, width)``. Any size of image runs. ``halve(small, large)`` gives what halves a grid.
 
     >>> from foveate.catalogue.registry import mixer
     >>> def block(stage, index):
@@ -95,12 +95,14 @@ class Pyramid(nn.Module):
         channels: int = 3,
         stem: nn.Module | None = None,
         neck: int = 0,
+        halve: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if len(dims) != len(depths):
             raise ValueError(f"each stage has a width and a depth; got dims={dims} and depths={depths}")
         first = plain_stem(channels, dims[0]) if stem is None else stem
-        halved = (nn.Sequential(half(small, large), nn.BatchNorm2d(large)) for small, large in pairwise(dims))
+        halve = halve or half
+        halved = (nn.Sequential(halve(small, large), nn.BatchNorm2d(large)) for small, large in pairwise(dims))
         self.shrinks = nn.ModuleList([first, *halved])
         self.stages = nn.ModuleList(
             nn.ModuleList(nn.ModuleList(block(stage, index)) for index in range(depth))
@@ -134,6 +136,21 @@ class Pyramid(nn.Module):
 def half(small: int, large: int) -> nn.Module:
     """A convolution that halves height and width, rounded up."""
     return nn.Conv2d(small, large, 3, stride=2, padding=1)
+
+
+class Patches(nn.Conv2d):
+    """A convolution of patches of 2 x 2 that halves height and width, rounded up.
+
+    >>> Patches(3, 8)(torch.randn(2, 3, 7, 10)).shape
+    torch.Size([2, 8, 4, 5])
+    """
+
+    def __init__(self, small: int, large: int) -> None:
+        super().__init__(small, large, 2, stride=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        return super().forward(pad(images, (0, width % 2, 0, height % 2)))
 
 
 def plain_stem(channels: int, dim: int) -> nn.Module:
