@@ -10,18 +10,22 @@ import struct
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from foveate.attention.api import ATTEND, attend
+from foveate.attention.cost import empty_heads
 from foveate.attention.impl.short import described
 from foveate.attention.weights import Weights
+from foveate.counting import Cost, counted
 from foveate.kernels.cpu import call as c
 from foveate.kernels.cpu.loader import library
 from foveate.patterns.band import Band
 from foveate.patterns.ranges import Ranges
+from foveate.patterns.rules.choose import NEVER, best
 from foveate.patterns.rules.masks import boolean_mask
 from foveate.plain import is_plain
 
@@ -73,6 +77,30 @@ class KeyRanges(NamedTuple):
             chosen.shape[0], chosen.shape[1], starts, torch.stack([first, (first + size).clamp_max(num_keys)], 1)
         )
 
+    @classmethod
+    def of_best(cls, scores: Tensor, count: int, size: int, num_keys: int, *, own: int | None = None) -> KeyRanges:
+        """The ``count`` blocks of ``size`` keys with the best scores (B, H, C), C > count, and block ``own``, not scored.
+
+        >>> KeyRanges.of_best(torch.tensor([[[1.0, 3.0, 2.0]]]), 1, 4, 14, own=3).ranges
+        tensor([[ 4,  8],
+                [12, 14]])
+        """
+        values, order = scores.topk(count + 1)
+        clear = bool((values > NEVER).all()) and (count == 0 or bool((values[..., -2] > values[..., -1]).all()))
+        if not clear:  # of equal ones the first
+            marks = best(scores, count)
+            return cls.of_blocks(marks if own is None else _with_block(marks, own), size, num_keys)
+        blocks = order[..., :count] if own is None else pad(order[..., :count], (0, 1), value=own)
+        first = blocks.flatten() * size
+        rows, each = scores.shape[0] * scores.shape[1], blocks.shape[-1]
+        starts = torch.arange(0, (rows + 1) * each, each, device=scores.device) if each else first.new_zeros(rows + 1)
+        return cls(*scores.shape[:2], starts, torch.stack([first, (first + size).clamp_max(num_keys)], 1))
+
+    @property
+    def total(self) -> int:
+        """Keys of all lists."""
+        return int(_as_tensor(self.ranges).view(-1, 2).diff(dim=1).sum())
+
     @property
     def single(self) -> tuple[int, int] | None:
         """The one range that all queries see, if that is known to be all."""
@@ -90,6 +118,13 @@ class KeyRanges(NamedTuple):
         return (edges.cumsum(1)[:, :num_keys] > 0).view(self.batches, self.heads, 1, num_keys)
 
 
+def ranges_cost(q: Tensor, k: Tensor, v: Tensor, seen: KeyRanges, **_: Any) -> Cost:
+    """Operations of attend_ranges: a product of D and one of Dv channels for each visible pair."""
+    pairs = q.shape[0] * q.shape[1] // (seen.batches * seen.heads) * q.shape[2] * seen.total
+    return Cost(2 * (q.shape[3] + v.shape[3]) * pairs, pairs, pairs)
+
+
+@counted("attend", ranges_cost, empty_heads)
 def attend_ranges(
     q: Tensor,
     k: Tensor,
@@ -150,6 +185,11 @@ def _argument(seen: KeyRanges, bias: Tensor | None, batch: int, heads: int, num_
     address = c.strided(bias, (torch.float32,), bias.shape)
     strides = bias.expand(batch, heads, 1, num_keys).stride()
     return SEEN.pack(seen.batches, seen.heads, starts, ranges, address, strides[0], strides[1], strides[3])
+
+
+def _with_block(marks: Tensor, block: int) -> Tensor:
+    """Marks (B, H, C) with one more block behind the last."""
+    return pad(pad(marks, (0, block - marks.shape[-1])), (0, 1), value=True)
 
 
 def _address(numbers: Tensor | array[int]) -> int:

@@ -13,7 +13,7 @@ from foveate.attention.ranges import KeyRanges
 from foveate.counting import drawn
 from foveate.patterns import Pattern, block_mask, causal
 from foveate.patterns.algebra import Bounds, Boxes, Index
-from foveate.patterns.rules.choose import NEVER, Sought, best, choose_rows, score, shares, slices
+from foveate.patterns.rules.choose import NEVER, Sought, choose_rows, score, shares, slices
 from foveate.patterns.rules.decided import block_table, no_rows, rows_per_word, words_of
 from foveate.plain import traced
 from foveate.precision import to_accum
@@ -146,10 +146,10 @@ class BlockSelector:
         num_blocks, place = -(-num_keys // self.size), torch.tensor([[num_keys - 1]], device=q.device)
         if compressed is None or num_blocks <= self.count:
             return KeyRanges.of([((0, num_keys),)])
-        weights = self.weights(score(q * q.shape[3] ** -0.5, to_accum(compressed)), place)
+        weights = shares(score(q * q.shape[3] ** -0.5, to_accum(compressed))).clamp_min(0)
         weights = weights.unflatten(1, (compressed.shape[1], -1)).sum(2)
         ranked = self.ranked(self.importance(weights, num_blocks), place)
-        return KeyRanges.of_blocks(best(ranked, self.count)[:, :, 0], self.size, num_keys)
+        return KeyRanges.of_best(ranked[:, :, 0], self.count, self.size, num_keys)
 
 
 def _table(q: Tensor, compressed: Tensor, num_keys: int, settings: list[int]) -> Tensor:

@@ -102,3 +102,32 @@ def test_ranges_beyond_the_keys_are_refused() -> None:
             attend_ranges(q, k, v, KeyRanges.of([(pair,)]))
     with pytest.raises(ValueError, match="3 heads"):
         attend_ranges(q, k, v, KeyRanges.of([((0, 1),)] * 3))
+
+
+def test_the_best_blocks_are_those_of_a_sort() -> None:
+    for ties in (False, True):
+        scores = torch.randn(2, 3, 20)
+        scores = scores.round() if ties else scores
+        for count, own in ((1, None), (4, 23), (19, 20), (0, 21)):
+            seen = KeyRanges.of_best(scores, count, 4, 95, own=own).mask(95, scores.device)
+            for b, h in ((0, 0), (1, 2)):
+                best = sorted(range(20), key=lambda c: (-float(scores[b, h, c]), c))[:count]
+                expected = {
+                    p for c in [*best, *([] if own is None else [own])] for p in range(4 * c, min(4 * c + 4, 95))
+                }
+                assert set(seen[b, h, 0].nonzero().flatten().tolist()) == expected
+
+
+def test_threads_share_out_long_lists() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for query_heads, key_heads in ((4, 1), (2, 2)):
+            q, k, v = torch.randn(1, query_heads, 1, 64), *torch.randn(2, 1, key_heads, 9000, 64)
+            for rows in (1, query_heads):
+                ranges = drawn(rows, 9000)
+                out = attend_ranges(q, k, v, KeyRanges.of(ranges))
+                expected = dense(q, k, v, marked(ranges, query_heads, 9000), None, "softmax", 0.125)
+                assert_close(out.double(), expected, rtol=CLOSE[q.dtype], atol=CLOSE[q.dtype])
+    finally:
+        torch.set_num_threads(before)
