@@ -79,7 +79,7 @@ class KeyRanges(NamedTuple):
 
     @classmethod
     def of_best(cls, scores: Tensor, count: int, size: int, num_keys: int, *, own: int | None = None) -> KeyRanges:
-        """The ``count`` blocks of ``size`` keys with the best scores (B, H, C), C > count, and block ``own``, not scored.
+        """The ``count`` < C blocks of ``size`` keys with the best scores (B, H, C), and block ``own``, which has none.
 
         >>> KeyRanges.of_best(torch.tensor([[[1.0, 3.0, 2.0]]]), 1, 4, 14, own=3).ranges
         tensor([[ 4,  8],
