@@ -94,7 +94,8 @@ class KeyRanges(NamedTuple):
         first = blocks.flatten() * size
         rows, each = scores.shape[0] * scores.shape[1], blocks.shape[-1]
         starts = torch.arange(0, (rows + 1) * each, each, device=scores.device) if each else first.new_zeros(rows + 1)
-        return cls(*scores.shape[:2], starts, torch.stack([first, (first + size).clamp_max(num_keys)], 1))
+        ranges = torch.stack([first, (first + size).clamp_max(num_keys)], 1)
+        return cls(scores.shape[0], scores.shape[1], starts, ranges)
 
     @property
     def total(self) -> int:
