@@ -136,7 +136,7 @@ class ForgetsBetweenChunks(Sound):
         return super().prefill(x, self.init_state(x.shape[0]))
 
 
-@broken("branches", "decoding gradients", claims=("causal", "decode"))
+@broken("branches", "decoding gradients", "decoding costs", claims=("causal", "decode"))
 class WritesOverItsState(Sound):
     """Keys are written where they stand, whoever else may still need what was there."""
 
@@ -228,6 +228,13 @@ class TellsOfHalfItsWork(Sound):
 class HidesItsState(Sound):
     def state_bytes(self, n: int) -> int:
         return super().state_bytes(n) // 2
+
+
+@broken("decoding costs", claims=("causal", "decode"))
+class MultipliesByATable(Sound):
+    def decode(self, x: Tensor, state: Any) -> StepOutput:
+        torch.ones(1, state.seen) @ torch.ones(state.seen, state.seen)
+        return super().decode(x, state)
 
 
 @broken("empty batch")

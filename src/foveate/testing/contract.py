@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.counting import count_operations
+from foveate.counting import Operations, count_operations
 from foveate.mixers.base import Mixer
 from foveate.patterns import Grid, Packed
 from foveate.testing.case import Subject
 
 CHOICES = 0.2  # share of the operations by which two random inputs may differ, where pairs are chosen by them
+LATER, MORE = 101, 16  # tokens before those whose decoding is counted; their number: a mini-batch, or blocks whole
 REFUSAL = (ValueError, TypeError, NotImplementedError)
 
 
@@ -79,6 +80,39 @@ def _state_bytes(mixer: Mixer, subject: Subject) -> None:
             state = mixer.decode(x[:, t : t + 1], state).state
         taken = bytes_of(state), bytes_of(at_once)
         assert taken == (told, told), f"state_bytes({n}) is {told}; the state takes {taken} (decoded, read at once)"
+
+
+@torch.no_grad()
+def decoding_costs(subject: Subject) -> None:
+    """Later tokens attend to no more pairs than they add to forward; their work is constant where the state is.
+
+    Elsewhere it grows linearly at most: twice as much from 2 n to 4 n tokens as from n to 2 n.
+    """
+    mixer, x = subject.mixer(torch.float32), subject.tokens(4 * LATER + MORE, batch=1).float()
+    counts = [_counted_after(mixer, x[:, :n], x[:, n : n + MORE]) for n in (LATER, 2 * LATER, 4 * LATER)]
+    added = _counted(mixer, x[:, : LATER + MORE]).pairs - _counted(mixer, x[:, :LATER]).pairs
+    assert counts[0].pairs <= added, f"{MORE} tokens after {LATER} add {added:,} pairs, but decoding took\n{counts[0]}"
+    few, some, many = (counted.flops + counted.elements for counted in counts)
+    grows = mixer.state_bytes(4 * LATER) > mixer.state_bytes(LATER)
+    assert many <= some + 2.2 * max(some - few, 0) * grows + 0.05 * few, (
+        f"work on {MORE} tokens after {LATER}, {2 * LATER} and {4 * LATER} is {few:,}, {some:,} and {many:,}: "
+        f"more than {'linear in what is kept' if grows else 'constant, as the state is'}"
+    )
+
+
+def _counted_after(mixer: Mixer, prompt: Tensor, tokens: Tensor) -> Operations:
+    """What decoding the tokens after a prompt computes."""
+    state = mixer.prefill(prompt, mixer.init_state(1, prompt.shape[1] + tokens.shape[1])).state
+    with count_operations() as counted:
+        for token in tokens.split(1, dim=1):
+            state = mixer.decode(token, state).state
+    return counted
+
+
+def _counted(mixer: Mixer, x: Tensor) -> Operations:
+    with count_operations() as counted:
+        mixer(x)
+    return counted
 
 
 def checked_count(what: str, n: int, value: Any) -> int:

@@ -61,6 +61,7 @@ PROPERTIES = (
     Property("cross", kinship.cross, needing("cross"), causal=False),
     Property("refusals", manners.refusals),
     Property("costs", manners.costs),
+    Property("decoding costs", manners.decoding_costs, needing("decode"), causal=True),
 )
 
 
@@ -74,7 +75,7 @@ def check_mixer(
     """Put a mixer to every property that its registered features lay claim to.
 
     >>> print(check_mixer("linear_transformer", seed=0))
-    linear_transformer: 20 passed, 1 skipped (seed=0)
+    linear_transformer: 24 passed, 1 skipped (seed=0)
 
     Args:
         mixer: a registered mixer class, its row, or its name.
