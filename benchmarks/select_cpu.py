@@ -71,7 +71,7 @@ class Share:
     tiles: int
     distinct_masks: int
     columns: int
-    computed: float  # pairs in tiles and columns over all pairs
+    computed: float  # pairs in tiles, columns and runs over all pairs
     goal: float | None
 
     @property
@@ -102,11 +102,12 @@ def measure(pattern: Pattern, options: argparse.Namespace) -> Share:
     q, k, v = (torch.randn(1, options.heads, options.length, options.dim) for _ in range(3))
     scene = Scene(options.length, options.length, q=q, k=k)
     resolved = resolve(pattern, scene)
-    selection = build(resolved, scene)
+    visit = native.KEYS_OF_VISIT[q.dtype]
+    selection = build(resolved, scene, keys_of_visit=visit)
     spec = Plan(selection, (), "softmax", options.dim**-0.5, None)
     runs: dict[str, Any] = {
         "choose": lambda: resolve(pattern, scene),
-        "build": lambda: build(resolved, scene),
+        "build": lambda: build(resolved, scene, keys_of_visit=visit),
         "attend": lambda: native.forward(spec, q, k, v),
     }
     times = take_turns(runs, dict.fromkeys(runs, options.repeats))
