@@ -179,7 +179,7 @@ def test_kda_fades_each_channel_and_then_overwrites() -> None:
     q, k, v = convolved(mixer, x)
     q, k = unit(q), unit(k)
     beta = torch.sigmoid(mixer.to_strength(x)).transpose(1, 2)
-    pace = split_heads(softplus(mixer.to_decay(x)), HEADS) * mixer.log_rate.exp().view(HEADS, 1, 1)
+    pace = split_heads(softplus(mixer.to_decay(x)), HEADS) * mixer.A_log.exp().view(HEADS, 1, 1)
     state, outs = torch.zeros(2, HEADS, 6, 6, dtype=torch.float64), []
     for t in range(LENGTH):
         faded = torch.exp(-pace[:, :, t]).unsqueeze(-1) * state
@@ -199,7 +199,7 @@ def test_delta_product_takes_several_steps_a_token(steps: int, gated: bool) -> N
     state, outs = torch.zeros(2, HEADS, 6, 6, dtype=torch.float64), []
     for t in range(LENGTH):
         if gated:
-            pace = softplus(mixer.to_decay(x[:, t])) * mixer.log_rate.exp()
+            pace = softplus(mixer.to_decay(x[:, t])) * mixer.A_log.exp()
             state = torch.exp(-pace)[..., None, None] * state
         for step in range(steps):
             state = overwritten(state, k[:, :, t, step], v[:, :, t, step], beta[:, :, t, step])

@@ -134,7 +134,7 @@ def test_retention_fades_and_rotates() -> None:
 @pytest.mark.parametrize("heads", [4, 6])
 @pytest.mark.parametrize("kind", [LightningAttention, LightningAttention2])
 def test_lightning_attention_fades_at_a_rate_of_each_head(kind: type[LightningAttention2], heads: int) -> None:
-    mixer, x = make(kind, heads=heads, pace=0.3), tokens()
+    mixer, x = make(kind, heads=heads, decay_scale=0.3), tokens()
     q, k, v = project(mixer, x)
     slopes = 0.3 * torch.tensor([2.0 ** (-8 * number / heads) for number in range(1, heads + 1)], dtype=torch.float64)
     weights = mixer.head_dim**-0.5 * silu(q) @ silu(k).mT * torch.exp(-slopes.view(-1, 1, 1) * ages(LENGTH)).tril()
@@ -144,7 +144,7 @@ def test_lightning_attention_fades_at_a_rate_of_each_head(kind: type[LightningAt
 @pytest.mark.paper("TransNormerLLM", "definition")
 @pytest.mark.parametrize("lrpe", [True, False])
 def test_transnormer_fades_and_turns_by_learned_angles(lrpe: bool) -> None:
-    mixer, x = make(TransNormerLLM, heads=HEADS, pace=0.7, lrpe=lrpe), tokens()
+    mixer, x = make(TransNormerLLM, heads=HEADS, decay_scale=0.7, lrpe=lrpe), tokens()
     q, k, v = project(mixer, x)
     slopes = 0.7 * 2.0 ** (-8 * torch.arange(1, HEADS + 1) / HEADS).double().view(HEADS, 1, 1)
     products = silu(q).unsqueeze(3) * silu(k).unsqueeze(2)  # (B, H, N, N, D)

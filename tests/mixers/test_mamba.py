@@ -44,13 +44,13 @@ def convolved(conv: ShortConv, x: Tensor) -> Tensor:
 
 def scanned(ssm: SelectiveScan, u: Tensor) -> Tensor:
     """S6, token by token."""
-    low, write, read = ssm.to_choices(u).split([ssm.rank, *[ssm.log_rate.shape[1]] * 2], -1)
+    low, write, read = ssm.to_choices(u).split([ssm.rank, *[ssm.A_log.shape[1]] * 2], -1)
     step = torch.log1p((ssm.to_step(low) + ssm.step_bias).exp())
-    state, outs = torch.zeros(len(u), *ssm.log_rate.shape, dtype=u.dtype), []
+    state, outs = torch.zeros(len(u), *ssm.A_log.shape, dtype=u.dtype), []
     for t in range(u.shape[1]):
-        fade = torch.exp(-step[:, t, :, None] * ssm.log_rate.exp())
+        fade = torch.exp(-step[:, t, :, None] * ssm.A_log.exp())
         state = fade * state + (step[:, t] * u[:, t]).unsqueeze(-1) * write[:, t, None, :]
-        outs.append((state @ read[:, t, :, None]).squeeze(-1) + ssm.skip * u[:, t])
+        outs.append((state @ read[:, t, :, None]).squeeze(-1) + ssm.D * u[:, t])
     return torch.stack(outs, 1)
 
 
@@ -88,12 +88,12 @@ def test_blocks_are_those_of_transformers(groups: int) -> None:
         config = transformers.Mamba2Config(**sizes, **heads)
         mixer = shaken(Mamba2(DIM, heads=4, groups=groups, state=5)).float()
         theirs = transformers.models.mamba2.modeling_mamba2.Mamba2Mixer(config, 0)
-        names = {"step_bias": "dt_bias", "log_rate": "A_log", "skip": "D", "scale": "norm.weight"}
+        names = {"step_bias": "dt_bias", "scale": "norm.weight"}
     else:
         mixer = shaken(Mamba(DIM, state=5)).float()
         theirs = transformers.models.mamba.modeling_mamba.MambaMixer(transformers.MambaConfig(**sizes), 0)
         names = {"to_choices": "x_proj", "to_step": "dt_proj", "step_bias": "dt_proj.bias"}
-        names |= {"log_rate": "A_log", "skip": "D", "branch.": "", "ssm.": ""}
+        names |= {"branch.": "", "ssm.": ""}
     weights = {}
     for name, value in mixer.state_dict().items():
         for ours, other in {"to_in": "in_proj", "to_out": "out_proj", "conv.": "conv1d.", **names}.items():
@@ -117,10 +117,10 @@ def test_mamba2_is_linear_attention_with_a_decay_a_head(groups: int) -> None:
     for head in range(4):
         state, group = torch.zeros(2, 5, v.shape[-1], dtype=x.dtype), head // (4 // groups)
         for t in range(23):
-            fade = torch.exp(-step[:, t, head] * mixer.log_rate[head].exp()).view(2, 1, 1)
+            fade = torch.exp(-step[:, t, head] * mixer.A_log[head].exp()).view(2, 1, 1)
             update = k[:, t, group, :, None] * v[:, t, None, head] * step[:, t, head].view(2, 1, 1)
             state = fade * state + update
-            out[:, t, head] = (q[:, t, group, None] @ state)[:, 0] + mixer.skip[head] * v[:, t, head]
+            out[:, t, head] = (q[:, t, group, None] @ state)[:, 0] + mixer.D[head] * v[:, t, head]
     y = (out.flatten(2) * silu(gate)).unflatten(-1, (groups, -1))
     y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     assert_close(mixer(x), mixer.to_out(y.flatten(2) * mixer.scale))
@@ -168,7 +168,7 @@ def test_steps_start_where_the_paper_starts_them(kind: Any) -> None:
 def test_a_hidden_token_neither_writes_nor_fades() -> None:
     ssm, u = shaken(SelectiveScan(6, state=3)), torch.randn(1, 30, 6, dtype=torch.float64)
     real = torch.rand(1, 30) < 0.6
-    assert_close(ssm(u, real=real).out[real], ssm(u[real].unsqueeze(0)).out[0])
+    assert_close(ssm(u, key_mask=real).out[real], ssm(u[real].unsqueeze(0)).out[0])
 
 
 @pytest.mark.parametrize("kind", [Mamba, Mamba2])
@@ -176,7 +176,7 @@ def test_half_precision_states_are_float32(kind: Any) -> None:
     mixer = kind(16).bfloat16()
     out, state = mixer.prefill(torch.randn(2, 9, 16).bfloat16(), mixer.init_state(2))
     assert out.dtype == state.tail.dtype == torch.bfloat16
-    assert state.scan.dtype == torch.float32
+    assert state[0].dtype == torch.float32
 
 
 # ---- DeciMamba -----------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_the_divisor_does_not_overflow_float16() -> None:
     ],
 )
 def test_lightning_attention_fades_at_a_constant_rate(name: str) -> None:
-    mixer, x = make(name, pace=0.5), tokens(37)
+    mixer, x = make(name, decay_scale=0.5), tokens(37)
     q, k, v = project(mixer, x)
     age = (torch.arange(37)[:, None] - torch.arange(37)).double()
     rate = 0.5 * torch.tensor([2**-2, 2**-4, 2**-6, 2**-8], dtype=torch.float64).view(4, 1, 1)
@@ -169,7 +169,7 @@ def test_gated_deltanet_fades_erases_and_writes() -> None:
     mixer, x = make("gated_deltanet"), tokens(37)
     q, k, v = (convolved(mixer, i, layer(x)) for i, layer in enumerate((mixer.to_q, mixer.to_k, mixer.to_v)))
     q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
-    alpha = torch.exp(-mixer.log_rate.exp() * torch.log1p(mixer.to_decay(x).exp())).transpose(1, 2)
+    alpha = torch.exp(-mixer.A_log.exp() * torch.log1p(mixer.to_decay(x).exp())).transpose(1, 2)
     beta = torch.sigmoid(mixer.to_strength(x)).transpose(1, 2)
     eye = torch.eye(mixer.head_dim, dtype=torch.float64)
     state, outs = torch.zeros(2, 4, mixer.head_dim, mixer.value_dim, dtype=torch.float64), []
@@ -248,7 +248,7 @@ def test_half_precision_states_are_float32(name: str) -> None:
 def test_the_gates_start_where_the_papers_start_them() -> None:
     mixer = row("gated_deltanet").mixer(512, heads=512)
     pace = torch.nn.functional.softplus(mixer.to_decay.bias)
-    rate = mixer.log_rate.exp()
+    rate = mixer.A_log.exp()
     assert pace.min() > 0.00099 and pace.max() < 0.101
     assert rate.min() > 0.999 and rate.max() < 16.001
     assert pace.log().std().item() == pytest.approx(4.605 / 12**0.5, rel=0.2)
@@ -269,7 +269,7 @@ def test_refusals_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="temperature"):
         make("gla", temperature=0)
     with pytest.raises(ValueError, match="pace"):
-        make("lightning_attention_2", pace=-1)
+        make("lightning_attention_2", decay_scale=-1)
     with pytest.raises(ValueError, match="at least one token"):
         ShortConv(4, 0)
     with pytest.raises(NotImplementedError, match="unless causal"):

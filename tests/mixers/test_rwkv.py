@@ -45,7 +45,7 @@ def wkv_formula(k: Tensor, v: Tensor, decay: Tensor, bonus: Tensor) -> Tensor:
 def rwkv4_formula(mixer: Any, x: Tensor) -> Tensor:
     layers = (mixer.to_r, mixer.to_k, mixer.to_v)
     r, k, v = (layer(mu * x + (1 - mu) * before(x)) for layer, mu in zip(layers, mixer.shares, strict=True))
-    wkv = wkv_formula(k, v, -mixer.log_rate.exp(), mixer.bonus)
+    wkv = wkv_formula(k, v, -mixer.A_log.exp(), mixer.bonus)
     return mixer.to_out(torch.sigmoid(r) * wkv)
 
 

@@ -427,9 +427,9 @@ def test_viper_modulates_its_scan_by_what_each_token_matches() -> None:
     step = torch.log1p((step + ssm.step_bias).exp())
     state, outs = torch.zeros(2, DIM, 4, dtype=x.dtype), []
     for t in range(9):
-        state = torch.exp(-step[:, t, :, None] * ssm.log_rate.exp()) * state
+        state = torch.exp(-step[:, t, :, None] * ssm.A_log.exp()) * state
         state = state + (step[:, t] * u[:, t]).unsqueeze(-1) * write[:, t, None, :]
-        outs.append((state * read[:, t, None, :]).sum(-1) + ssm.skip * u[:, t])
+        outs.append((state * read[:, t, None, :]).sum(-1) + ssm.D * u[:, t])
     y = torch.stack(outs, 1) * silu(gate)
     out, expected = mixer(x, context=patches), film(mixer.leave, mixer.to_out(y))
     assert_close(out, expected)

@@ -148,7 +148,7 @@ def diagonal(ssm: DiagonalSSM, x: Tensor) -> Tensor:
     h, outs = torch.zeros(len(x), *kept.shape, dtype=kept.dtype), []
     for token in x.unbind(1):
         h = kept * h + entry * token.unsqueeze(-1)
-        outs.append(2 * (torch.view_as_complex(ssm.read) * h).sum(-1).real + ssm.skip * token)
+        outs.append(2 * (torch.view_as_complex(ssm.read) * h).sum(-1).real + ssm.D * token)
     return torch.stack(outs, 1)
 
 
@@ -165,7 +165,7 @@ def test_s5_is_one_state_space_for_all_channels() -> None:
     h, outs = torch.zeros(2, 4, dtype=torch.complex128), []
     for token in x.unbind(1):
         h = kept * h + token.to(h.dtype) @ write.mT
-        outs.append(2 * (h @ torch.view_as_complex(mixer.read).mT).real + mixer.skip * token)
+        outs.append(2 * (h @ torch.view_as_complex(mixer.read).mT).real + mixer.D * token)
     g = gelu(torch.stack(outs, 1))
     assert_close(mixer(x), g * torch.sigmoid(mixer.to_gate(g)))
 
@@ -174,7 +174,7 @@ def test_s5_is_a_convolution_too() -> None:
     mixer, x = shaken(S5(DIM, state=8)), tokens(33)
     transition, entry = mixer.dynamics()
     write, read = entry[:, None] * torch.view_as_complex(mixer.write), torch.view_as_complex(mixer.read)
-    y = mixer.skip * x
+    y = mixer.D * x
     for source in range(DIM):
         filters = kernel(transition.expand(DIM, -1), read * write[:, source], 33)
         y = y + fft_conv(x[..., source : source + 1].expand(-1, -1, DIM), filters)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from foveate.catalogue.registry import row
-from foveate.mixers.recurrent_ssm.ttt import TaughtMixer
+from foveate.mixers.recurrent_ssm.ttt import TTTMixer
 from foveate.mixers.recurrent_ssm.ttt_video import TTTVideo
 from foveate.patterns import Grid, Layout, Packed, Sequence
 
@@ -18,9 +18,9 @@ every_row = pytest.mark.parametrize("name", ["ttt_linear", "ttt_mlp"])
 DIM, HEADS, BATCH = 12, 2, 4
 
 
-def make(name: str) -> TaughtMixer:
+def make(name: str) -> TTTMixer:
     mixer = row(name).mixer(DIM, heads=HEADS, mini_batch=BATCH).double()
-    assert isinstance(mixer, TaughtMixer)
+    assert isinstance(mixer, TTTMixer)
     for parameter in mixer.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return mixer
@@ -59,8 +59,8 @@ def test_the_layer_is_the_paper_s_written_out(name: str) -> None:
             loss = (net(k, leaves) - mixer.to_v(x[t])[own]).square().sum() / 2
             eta = mixer.rate * torch.sigmoid(mixer.to_rate(x[t])[h]) / width
             total = [old + eta * new for old, new in zip(total, torch.autograd.grad(loss, leaves), strict=True)]
-            pace = 1 / (place + 1) + mixer.pace[place]
-            now = [w - pace * step for w, step in zip(entered, total, strict=True)]
+            step_scale = 1 / (place + 1) + mixer.step_scale[place]
+            now = [w - step_scale * step for w, step in zip(entered, total, strict=True)]
             read[t, h] = net(q, now)
             entered = [w.detach() for w in now] if place == BATCH - 1 else entered
     expected = mixer.to_out(mixer.norm(read.flatten(1)))

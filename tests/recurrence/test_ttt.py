@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 from torch.testing import assert_close
 
-from foveate.recurrence.ttt import Learner, Taught, ttt_linear, ttt_mlp
+from foveate.recurrence.ttt import InnerModel, TTTOutput, ttt_linear, ttt_mlp
 from foveate.testing import reference_only
 
 B, H, D, F = 2, 3, 5, 7
@@ -24,11 +24,11 @@ class Problem(NamedTuple):
     eta: Tensor
     weights: tuple[Tensor, ...]
     norm: tuple[Tensor, Tensor]
-    pace: Tensor
+    step_scale: Tensor
 
-    def solve(self, **options: Any) -> Taught:
-        q, k, v, eta, weights, norm, pace = self
-        options = {"pace": pace, "batch": len(pace)} | options
+    def solve(self, **options: Any) -> TTTOutput:
+        q, k, v, eta, weights, norm, step_scale = self
+        options = {"step_scale": step_scale, "batch": len(step_scale)} | options
         if len(weights) == 1:
             return ttt_linear(q, k, v, eta, weights[0], norm, **options)
         return ttt_mlp(q, k, v, eta, (weights[0], weights[1]), norm, **options)
@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self[:4], *self.weights, *self.norm, self.pace]
+        return [*self[:4], *self.weights, *self.norm, self.step_scale]
 
 
 def problem(layers: int, length: int, batch: int = 4, dtype: torch.dtype = torch.float64) -> Problem:
@@ -63,7 +63,7 @@ def network(x: Tensor, weights: list[Tensor], weight: Tensor, bias: Tensor) -> T
 def one_head(one: Problem, b: int, h: int) -> Tensor:
     """Outputs (N, D) of one sequence and head: gradients by autograd, at the weights that entered the mini-batch."""
     weight, bias = one.norm[0][h], one.norm[1][h]
-    entered, outs, batch = [w[h] for w in one.weights], [], len(one.pace)
+    entered, outs, batch = [w[h] for w in one.weights], [], len(one.step_scale)
     for t in range(one.q.shape[2]):
         place = t % batch
         if place == 0:
@@ -72,7 +72,7 @@ def one_head(one: Problem, b: int, h: int) -> Tensor:
         loss = (network(one.k[b, h, t], leaves, weight, bias) - one.v[b, h, t]).square().sum() / 2
         gradients = torch.autograd.grad(loss, leaves)
         total = [old + one.eta[b, h, t] * new for old, new in zip(total, gradients, strict=True)]
-        now = [w - one.pace[place] * step for w, step in zip(entered, total, strict=True)]
+        now = [w - one.step_scale[place] * step for w, step in zip(entered, total, strict=True)]
         outs.append(network(one.q[b, h, t], now, weight, bias))
         entered = now if place == batch - 1 else entered
     return torch.stack(outs)
@@ -156,7 +156,7 @@ def test_a_pair_seen_again_and_again_is_learned(layers: int) -> None:
         one.eta.new_full((B, H, 200), 0.1),
         one.weights,
         norm,
-        one.pace,
+        one.step_scale,
     )
     errors = (long.solve().out - target).square().sum(-1)
     assert (errors[..., -1] < 0.05 * errors[..., 0] + 1e-3).all()
@@ -169,7 +169,7 @@ def test_low_precision_inputs_are_computed_in_single_precision(layers: int) -> N
         *(x.double() for x in low[:4]),
         tuple(w.double() for w in low.weights),
         (low.norm[0].double(), low.norm[1].double()),
-        low.pace.double(),
+        low.step_scale.double(),
     )
     out, state = low.solve()
     assert out.dtype == torch.bfloat16 and all(w.dtype == torch.float32 for w in (*state.weights, *state.pending))
@@ -208,10 +208,10 @@ def wrong(change: Callable[[Problem], Problem], **options: Any) -> Callable[[], 
         (wrong(lambda p: p, batch=3), "one factor for each place"),
         (wrong(lambda p: p, impl="native"), "reference"),
         (
-            wrong(lambda p: p, state=Learner((torch.zeros(B, H, D, D),), (torch.zeros(B, H, D + 1, D),), 0)),
+            wrong(lambda p: p, state=InnerModel((torch.zeros(B, H, D, D),), (torch.zeros(B, H, D + 1, D),), 0)),
             "state holds",
         ),
-        (wrong(lambda p: p, state=Learner(*[(torch.zeros(B, H, D + 1, D),)] * 2, 4)), "0 to 3"),
+        (wrong(lambda p: p, state=InnerModel(*[(torch.zeros(B, H, D + 1, D),)] * 2, 4)), "0 to 3"),
     ],
 )
 def test_what_does_not_fit_is_refused(call: Callable[[], Any], complaint: str) -> None:

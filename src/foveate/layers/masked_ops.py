@@ -8,23 +8,23 @@ from torch import Tensor
 TINY = 1e-6  # least divisor; features are of order 1
 
 
-def softmax_over_tokens(scores: Tensor, real: Tensor | None, dim: int) -> Tensor:
+def softmax_over_tokens(scores: Tensor, key_mask: Tensor | None, dim: int) -> Tensor:
     """Softmax along ``dim`` over the tokens that ``real`` marks; zeros elsewhere, also where no token is real.
 
     >>> softmax_over_tokens(torch.zeros(1, 3), torch.tensor([[True, False, True]]), 1)
     tensor([[0.5000, 0.0000, 0.5000]])
     """
-    if real is None:
+    if key_mask is None:
         return scores.softmax(dim)
     least = torch.finfo(scores.dtype).min
-    return scores.masked_fill(~real, least).softmax(dim).masked_fill(~real, 0)
+    return scores.masked_fill(~key_mask, least).softmax(dim).masked_fill(~key_mask, 0)
 
 
-def hide(x: Tensor, real: Tensor | None) -> Tensor:
+def hide(x: Tensor, key_mask: Tensor | None) -> Tensor:
     """Heads x (B, H, N, D) with zeros in the place of the tokens that are not real (B, N)."""
-    return x if real is None else x.masked_fill(~real[:, None, :, None], 0)
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)
 
 
-def count(real: Tensor | None, num_tokens: int) -> Tensor | int:
+def count(key_mask: Tensor | None, num_tokens: int) -> Tensor | int:
     """Real tokens of each sequence, to divide (B, H, N, D) by: (B, 1, 1, 1), at least 1."""
-    return max(num_tokens, 1) if real is None else real.sum(1).clamp_min(1).view(-1, 1, 1, 1)
+    return max(num_tokens, 1) if key_mask is None else key_mask.sum(1).clamp_min(1).view(-1, 1, 1, 1)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.patterns import Layout, Packed
+from foveate.precision import accum_dtype
 from foveate.recurrence import Recurrent, recur, step
 
 Lengths = Sequence[int] | None
@@ -32,14 +32,14 @@ class Inputs:
     bonus: Tensor | None = None
     scale: float | None = None
 
-    def only(self, real: Tensor) -> Inputs:
+    def mask_padding(self, key_mask: Tensor) -> Inputs:
         """These inputs with tokens outside ``real`` (B, M) neither writing to the state nor fading it."""
-        hidden = ~real[:, None, :]  # (B, 1, M)
+        hidden = ~key_mask[:, None, :]  # (B, 1, M)
         k, v = (x.masked_fill(hidden.unsqueeze(-1), 0) for x in (self.k, self.v))
         decay = self.decay
         if decay is not None:
             if decay.dim() == 1:
-                decay = decay[None, :, None].expand(real.shape[0], -1, real.shape[1])
+                decay = decay[None, :, None].expand(key_mask.shape[0], -1, key_mask.shape[1])
             decay = decay.masked_fill(hidden if decay.dim() == 3 else hidden.unsqueeze(-1), 0)
         low_rank = self.low_rank
         if low_rank is not None:
@@ -142,7 +142,7 @@ class RecurrentMixer(Mixer):
         q, k, v, tails = self.project(x, context, () if state is None else state.tails, lengths)
         inputs = self.inputs(x, q, k, v)
         if padding is not None:
-            inputs = inputs.only(padding)
+            inputs = inputs.mask_padding(padding)
         out, recurrent = self.run(inputs, lengths=lengths, state=None if state is None else state.recurrent)
         return StepOutput(self.read_out(x, out), RecurrentState(recurrent, tails))
 
@@ -159,7 +159,7 @@ class RecurrentMixer(Mixer):
 
     def empty_state(self, batch: int, capacity: int | None) -> RecurrentState:
         weight = self.weight
-        state = weight.new_zeros(batch, *self.state_shape, dtype=wide(weight.dtype))
+        state = weight.new_zeros(batch, *self.state_shape, dtype=accum_dtype(weight.dtype))
         return RecurrentState(state, tuple(weight.new_zeros(batch, *shape) for shape in self.tail_shapes))
 
     def mix_after(self, x: Tensor, state: RecurrentState) -> StepOutput:
@@ -175,15 +175,5 @@ class RecurrentMixer(Mixer):
 
     def state_bytes(self, n: int) -> int:
         tails = sum(math.prod(shape) for shape in self.tail_shapes)
-        state_size, tail_size = wide(self.weight.dtype).itemsize, self.weight.element_size()
+        state_size, tail_size = accum_dtype(self.weight.dtype).itemsize, self.weight.element_size()
         return math.prod(self.state_shape) * state_size + tails * tail_size
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32 at least."""
-    return x.to(wide(x.dtype))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states: float32 at least, since half precision forgets what it adds up."""
-    return torch.promote_types(dtype, torch.float32)

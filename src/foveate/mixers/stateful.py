@@ -18,7 +18,7 @@ Lengths = Sequence[int] | None
 class StatefulMixer(Mixer):
     """A mixer that says how tokens change a state: ``run``; forward, decoding and packing follow from it."""
 
-    def run(self, x: Tensor, state: Any, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(self, x: Tensor, state: Any, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         """Mix tokens x (B, N, C) after what ``state`` holds, a named tuple of tensors.
 
         Where it is None they are the first, and no state need be returned. ``lengths`` are those of packed
@@ -30,8 +30,8 @@ class StatefulMixer(Mixer):
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         if padding is not None:
             x = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
-        flat, real, lengths = laid_end_to_end(x, padding, layout)
-        return self.run(flat, None, lengths, real).out.reshape(x.shape)
+        flat, key_mask, lengths = laid_end_to_end(x, padding, layout)
+        return self.run(flat, None, lengths, key_mask).out.reshape(x.shape)
 
     def mix_after(self, x: Tensor, state: Any) -> StepOutput:
         return self.run(x, state, None, None)
@@ -55,8 +55,8 @@ def laid_end_to_end(
     """Tokens and padding as one pack with its lengths, if the layout is packed; otherwise as they are."""
     if not isinstance(layout, Packed) or x.shape[0] * x.shape[1] == 0:
         return x, padding, None
-    real = None if padding is None else padding.reshape(1, -1)
-    return x.flatten(0, 1).unsqueeze(0), real, list(layout.lengths) * x.shape[0]
+    key_mask = None if padding is None else padding.reshape(1, -1)
+    return x.flatten(0, 1).unsqueeze(0), key_mask, list(layout.lengths) * x.shape[0]
 
 
 def step_bias(count: int) -> nn.Parameter:

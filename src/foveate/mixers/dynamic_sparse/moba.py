@@ -8,9 +8,9 @@ from foveate.catalogue.registry import register
 from foveate.mixers.attention import JUMPS
 from foveate.mixers.core import PatternCore
 from foveate.mixers.pattern_mixer import PatternMixer
-from foveate.mixers.recurrent import wide
 from foveate.patterns import Pattern, topk_blocks
 from foveate.patterns.rules.dynamic import BlockChoice
+from foveate.precision import accum_dtype
 
 
 @register(
@@ -32,5 +32,5 @@ class MoBA(PatternMixer):
 
     def state_bytes(self, n: int) -> int:
         assert isinstance(self.core, PatternCore) and isinstance(self.core.pattern, BlockChoice)
-        means = n // self.core.pattern.block * self.kv_heads * self.head_dim * wide(self.weight.dtype).itemsize
+        means = n // self.core.pattern.block * self.kv_heads * self.head_dim * accum_dtype(self.weight.dtype).itemsize
         return super().state_bytes(n) + means

@@ -14,8 +14,8 @@ from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.base import join_heads
 from foveate.mixers.core import PatternCore
 from foveate.mixers.exact_io.chunked import ChunkedCore
-from foveate.mixers.recurrent import wide
 from foveate.patterns import Layout, Packed, Pattern, causal, full
+from foveate.precision import accum_dtype
 
 EVERYTHING: set[Feature] = {"causal", "noncausal", "cross", "padding", "packed", "grid", "decode", "gqa"}
 
@@ -113,7 +113,7 @@ class SigmoidAttention(AttentionMixer):
         log_bias = self.log_bias(counts).to(q.dtype)
         if not self.alibi:
             return [log_bias]
-        return [log_bias, alibi(alibi_slopes(self.heads, dtype=wide(q.dtype), device=q.device))]
+        return [log_bias, alibi(alibi_slopes(self.heads, dtype=accum_dtype(q.dtype), device=q.device))]
 
     def log_bias(self, counts: Tensor) -> Tensor:
         """-log n for each query, (B or 1, 1, N, 1)."""
@@ -122,9 +122,9 @@ class SigmoidAttention(AttentionMixer):
 
     def count_keys(self, x: Tensor, layout: Layout | None, padding: Tensor | None) -> Tensor:
         """How many keys each query may see, (B or 1, N)."""
-        real = x.new_ones(1, x.shape[1], dtype=torch.long) if padding is None else padding.long()
+        key_mask = x.new_ones(1, x.shape[1], dtype=torch.long) if padding is None else padding.long()
         lengths = layout.lengths if isinstance(layout, Packed) else (x.shape[1],)
-        parts = real.split(list(lengths), dim=1)
+        parts = key_mask.split(list(lengths), dim=1)
         if self.causal:
             return torch.cat([part.cumsum(1) for part in parts], dim=1)
         return torch.cat([part.sum(1, keepdim=True).expand_as(part) for part in parts], dim=1)

@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 from foveate.catalogue.registry import register
 from foveate.layers.masked_ops import softmax_over_tokens
 from foveate.mixers.base import Mixer, divided, split_heads
-from foveate.mixers.recurrent import widened
 from foveate.patterns import Layout
+from foveate.precision import to_accum
 
 
 class AdditiveMixer(Mixer):
@@ -49,10 +49,10 @@ class Fastformer(AdditiveMixer):
         p = k * self.pooled(q, self.score_q(q), padding)
         return self.transform(q * self.pooled(p, self.score_p(p), padding)) + q
 
-    def pooled(self, x: Tensor, scores: Tensor, real: Tensor | None) -> Tensor:
+    def pooled(self, x: Tensor, scores: Tensor, key_mask: Tensor | None) -> Tensor:
         """Mean over the real tokens of x (B, N, C), weighted per head by the softmax of ``scores`` (B, N, H)."""
-        shown = None if real is None else real.unsqueeze(-1)
-        weights = softmax_over_tokens(widened(scores) * self.head_dim**-0.5, shown, dim=1)
+        shown = None if key_mask is None else key_mask.unsqueeze(-1)
+        weights = softmax_over_tokens(to_accum(scores) * self.head_dim**-0.5, shown, dim=1)
         hidden = x if shown is None else x.masked_fill(~shown, 0)
         mean = weights.transpose(1, 2).unsqueeze(2).to(x.dtype) @ split_heads(hidden, self.heads)  # (B, H, 1, D)
         return mean.transpose(1, 2).flatten(2)
@@ -81,7 +81,7 @@ class EfficientAdditiveAttention(AdditiveMixer):
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         q, k = normalize(self.to_q(x), dim=-1), normalize(self.to_k(x), dim=-1)
-        scores = widened(q @ self.score) * self.dim**-0.5  # (B, N)
+        scores = to_accum(q @ self.score) * self.dim**-0.5  # (B, N)
         if padding is not None:
             scores = scores.masked_fill(~padding, 0)
         weights = normalize(scores, dim=1).to(q.dtype).unsqueeze(1)

@@ -12,7 +12,8 @@ from foveate.catalogue.registry import Reference, register
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import divided, join_heads
 from foveate.mixers.linear.linear import LightningAttention2
-from foveate.mixers.recurrent import Inputs, Lengths, Projected, RecurrentMixer, RecurrentState, widened
+from foveate.mixers.recurrent import Inputs, Lengths, Projected, RecurrentMixer, RecurrentState
+from foveate.precision import to_accum
 
 
 class Placed(RecurrentMixer):
@@ -106,7 +107,7 @@ class Retention(Placed):
 class LightningAttention(LightningAttention2):
     """TNL's token mixer: linear attention with a constant decay per head and layer, RMS norm and a gate.
 
-    >>> mixer = LightningAttention(64, heads=4, pace=0.5)
+    >>> mixer = LightningAttention(64, heads=4, decay_scale=0.5)
     >>> mixer(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])
     """
@@ -141,7 +142,7 @@ class TransNormerLLM(LightningAttention2, Placed):
             return x
         angles = self.angles.double().repeat_interleave(x.shape[1] // self.kv_heads, dim=0)  # (H or G, D)
         turned = positions[:, None] * angles.unsqueeze(1)  # exact at any position
-        cos, sin = turned.cos().to(widened(x).dtype), turned.sin().to(widened(x).dtype)
+        cos, sin = turned.cos().to(to_accum(x).dtype), turned.sin().to(to_accum(x).dtype)
         return torch.cat([x * cos, x * sin], dim=-1)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:

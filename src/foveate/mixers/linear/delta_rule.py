@@ -12,7 +12,8 @@ from foveate.catalogue.registry import Reference, register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import join_heads, split_heads
 from foveate.mixers.linear.gated import fresh_rates, small_steps
-from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, widened
+from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer
+from foveate.precision import to_accum
 from foveate.recurrence import Recurrent
 
 
@@ -44,7 +45,7 @@ class DeltaNet(RecurrentMixer):
 
     def strength(self, x: Tensor) -> Tensor:
         """beta, (B, N, G)."""
-        return self.strongest * torch.sigmoid(widened(self.to_strength(x)))
+        return self.strongest * torch.sigmoid(to_accum(self.to_strength(x)))
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         return Inputs(unit(q), unit(k), v, beta=self.strength(x).transpose(1, 2))
@@ -55,7 +56,7 @@ class DeltaNet(RecurrentMixer):
 
 def unit(x: Tensor) -> Tensor:
     """x (..., D) at length 1, in float32 at least."""
-    return normalize(widened(x), dim=-1, eps=1e-6)
+    return normalize(to_accum(x), dim=-1, eps=1e-6)
 
 
 @register(
@@ -74,7 +75,7 @@ class EFLA(DeltaNet):
     """
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        return Inputs(q, k, v, beta=exact_strength(self.strength(x).transpose(1, 2), widened(k)))
+        return Inputs(q, k, v, beta=exact_strength(self.strength(x).transpose(1, 2), to_accum(k)))
 
 
 def exact_strength(beta: Tensor, k: Tensor) -> Tensor:
@@ -118,12 +119,12 @@ class KDA(DeltaNet):
         with torch.no_grad():
             to_decay.bias.copy_(small_steps(channels))
         self.to_decay = nn.Sequential(nn.Linear(dim, rank, bias=False), to_decay)
-        self.log_rate = nn.Parameter(fresh_rates(self.kv_heads).log())
+        self.A_log = nn.Parameter(fresh_rates(self.kv_heads).log())
         self.to_gate = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, heads * self.value_dim))
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        pace = split_heads(softplus(widened(self.to_decay(x))), self.kv_heads)  # (B, G, N, D)
-        decay = -pace * widened(self.log_rate).exp()[:, None, None]
+        dt = split_heads(softplus(to_accum(self.to_decay(x))), self.kv_heads)  # (B, G, N, D)
+        decay = -dt * to_accum(self.A_log).exp()[:, None, None]
         return Inputs(unit(q), unit(k), v, decay=decay, beta=self.strength(x).transpose(1, 2))
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
@@ -133,8 +134,8 @@ class KDA(DeltaNet):
 class Steps(Inputs):
     """Inputs with several keys and values to a token, one after another; queries read after the last."""
 
-    def only(self, real: Tensor) -> Inputs:
-        return super().only(real.repeat_interleave(self.k.shape[2] // max(real.shape[1], 1), dim=1))
+    def mask_padding(self, key_mask: Tensor) -> Inputs:
+        return super().mask_padding(key_mask.repeat_interleave(self.k.shape[2] // max(key_mask.shape[1], 1), dim=1))
 
 
 @register(
@@ -181,7 +182,7 @@ class DeltaProduct(DeltaNet):
         self.convs = nn.ModuleList(ShortConv(w, conv) for w in (self.to_q.out_features, keys, values) if conv)
         self.to_decay = nn.Linear(dim, self.kv_heads) if gated else None
         if self.to_decay is not None:
-            self.log_rate = nn.Parameter(fresh_rates(self.kv_heads).log())
+            self.A_log = nn.Parameter(fresh_rates(self.kv_heads).log())
             with torch.no_grad():
                 self.to_decay.bias.copy_(small_steps(self.kv_heads))
 
@@ -195,8 +196,8 @@ class DeltaProduct(DeltaNet):
         """The fading before a token's first step, and none before the others, (B, G, N * steps)."""
         if self.to_decay is None:
             return None
-        pace = softplus(widened(self.to_decay(x))) * widened(self.log_rate).exp()
-        return pad(-pace.transpose(1, 2).unsqueeze(-1), (0, self.steps - 1)).flatten(2)
+        dt = softplus(to_accum(self.to_decay(x))) * to_accum(self.A_log).exp()
+        return pad(-dt.transpose(1, 2).unsqueeze(-1), (0, self.steps - 1)).flatten(2)
 
     def run(self, inputs: Inputs, *, lengths: Lengths = None, state: Tensor | None = None) -> Recurrent:
         longer = None if lengths is None else [length * self.steps for length in lengths]

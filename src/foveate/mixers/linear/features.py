@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 from foveate.catalogue.registry import register
 from foveate.mixers.base import StepOutput, divided, split_heads
 from foveate.mixers.linear.linear import LinearTransformer
-from foveate.mixers.recurrent import Lengths, RecurrentState, widened
+from foveate.mixers.recurrent import Lengths, RecurrentState
+from foveate.precision import to_accum
 from foveate.recurrence import recur
 from foveate.recurrence.linear.polynomial import polynomial_features
 
@@ -111,22 +112,22 @@ class JRT(BasedLinear):
         tokens.
         """
         self.check(x, None, None, padding)
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if padding is None else padding
-        x = x.masked_fill(~real.unsqueeze(-1), 0)
+        key_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if padding is None else padding
+        x = x.masked_fill(~key_mask.unsqueeze(-1), 0)
         if prefix is None:
-            known = real
+            known = key_mask
         else:
             reach = prefix.unsqueeze(-1) if isinstance(prefix, Tensor) else prefix
-            known = real & (real.cumsum(1) <= reach)
+            known = key_mask & (key_mask.cumsum(1) <= reach)
         state = RecurrentState(self.prefix_state(x, known), self.empty_state(x.shape[0], None).tails)
         out, state = super().flow(x, x, state, None, padding)
-        return StepOutput(out * real.unsqueeze(-1), state)
+        return StepOutput(out * key_mask.unsqueeze(-1), state)
 
     def prefix_state(self, x: Tensor, known: Tensor) -> Tensor:
         """The sums P and p over the tokens ``known`` (B, N), (B, G, F, Dv + 1)."""
         k, v = (split_heads(layer(x), self.kv_heads) for layer in (self.to_prefix_k, self.to_prefix_v))
         k = self.feature_map(k).masked_fill(~known[:, None, :, None], 0)
-        return recur(k[:, :, :0], k, pad(widened(v), (0, 1), value=1.0), causal=False).state
+        return recur(k[:, :, :0], k, pad(to_accum(v), (0, 1), value=1.0), causal=False).state
 
     def flow(
         self,
@@ -141,6 +142,6 @@ class JRT(BasedLinear):
         if lengths is None:
             return self.read_prompt(x, self.prefix, padding)
         pieces = x.split(list(lengths), dim=1)
-        real = [None] * len(pieces) if padding is None else padding.split(list(lengths), dim=1)
-        documents = [self.read_prompt(piece, self.prefix, each) for piece, each in zip(pieces, real, strict=True)]
+        key_mask = [None] * len(pieces) if padding is None else padding.split(list(lengths), dim=1)
+        documents = [self.read_prompt(piece, self.prefix, each) for piece, each in zip(pieces, key_mask, strict=True)]
         return StepOutput(torch.cat([out for out, _ in documents], dim=1), documents[-1].state)

@@ -10,7 +10,8 @@ from torch import Tensor
 from foveate.catalogue.registry import register
 from foveate.layers.masked_ops import TINY, count, hide
 from foveate.mixers.base import StepOutput
-from foveate.mixers.recurrent import Lengths, RecurrentMixer, wide, widened
+from foveate.mixers.recurrent import Lengths, RecurrentMixer
+from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence import recur
 
 
@@ -69,7 +70,7 @@ def flow_attention(
         states.append(summed.state)
         return summed.out
 
-    q, k = hide(widened(q).sigmoid(), real_queries), hide(widened(k).sigmoid(), real_keys)
+    q, k = hide(to_accum(q).sigmoid(), real_queries), hide(to_accum(k).sigmoid(), real_keys)
     of_q, of_k = torch.ones_like(q[..., :1]), torch.ones_like(k[..., :1])
     sinks: Tensor | int = count(real_queries, q.shape[2])
     sources: Tensor | int = count(real_keys, k.shape[2])
@@ -82,7 +83,7 @@ def flow_attention(
     conserved_out = total(k, q, sources / flow_in) / sources
     strength = conserved_out.clamp(max=1).exp()
     share = strength * sources / total(of_k, shown, strength).clamp_min(TINY)
-    out = total(q, k, widened(v) * share) / flow_in * conserved_in.sigmoid()
+    out = total(q, k, to_accum(v) * share) / flow_in * conserved_in.sigmoid()
     return Flowing(out.to(v.dtype), Flows(*states) if causal else None)
 
 
@@ -127,7 +128,7 @@ class FlowAttention(RecurrentMixer):
 
     def empty_state(self, batch: int, capacity: int | None) -> Flows:  # type: ignore[override]
         weight = self.weight
-        sums = (weight.new_zeros(batch, self.heads, *shape, dtype=wide(weight.dtype)) for shape in self.shapes)
+        sums = (weight.new_zeros(batch, self.heads, *shape, dtype=accum_dtype(weight.dtype)) for shape in self.shapes)
         return Flows(*sums)
 
     @property
@@ -137,5 +138,5 @@ class FlowAttention(RecurrentMixer):
         return [(1, 1), *[(width, 1)] * 4, (1, 1), (width, self.value_dim)]
 
     def state_bytes(self, n: int) -> int:
-        size = wide(self.weight.dtype).itemsize
+        size = accum_dtype(self.weight.dtype).itemsize
         return self.heads * sum(keys * values for keys, values in self.shapes) * size

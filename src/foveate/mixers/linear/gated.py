@@ -11,7 +11,8 @@ from torch.nn.functional import logsigmoid, normalize, silu, softplus
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import divided, join_heads, split_heads
-from foveate.mixers.recurrent import Inputs, RecurrentMixer, widened
+from foveate.mixers.recurrent import Inputs, RecurrentMixer
+from foveate.precision import to_accum
 
 
 class GatedNorm(nn.Module):
@@ -66,7 +67,7 @@ class GLA(RecurrentMixer):
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         logits = split_heads(self.to_decay(self.to_rank(x)), self.kv_heads)
-        return Inputs(q, k, v, decay=logsigmoid(widened(logits)) / self.temperature)
+        return Inputs(q, k, v, decay=logsigmoid(to_accum(logits)) / self.temperature)
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         return self.to_out(self.norm(x, heads))
@@ -113,16 +114,16 @@ class GatedDeltaNet(RecurrentMixer):
         super().__init__(dim, heads, head_dim=head_dim, value_dim=value_dim or 2 * head_dim, conv=conv, **options)
         self.to_strength = nn.Linear(dim, self.kv_heads, bias=False)
         self.to_decay = nn.Linear(dim, self.kv_heads)
-        self.log_rate = nn.Parameter(fresh_rates(self.kv_heads).log())
+        self.A_log = nn.Parameter(fresh_rates(self.kv_heads).log())
         self.norm = GatedNorm(dim, heads, self.value_dim)
         with torch.no_grad():
             self.to_decay.bias.copy_(small_steps(self.kv_heads))
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        strength = torch.sigmoid(widened(self.to_strength(x))).transpose(1, 2)  # (B, G, N)
-        pace = softplus(widened(self.to_decay(x))) * widened(self.log_rate).exp()
-        q, k = (normalize(widened(y), dim=-1, eps=1e-6) for y in (q, k))
-        return Inputs(q, k, v, decay=-pace.transpose(1, 2), beta=strength)
+        strength = torch.sigmoid(to_accum(self.to_strength(x))).transpose(1, 2)  # (B, G, N)
+        dt = softplus(to_accum(self.to_decay(x))) * to_accum(self.A_log).exp()
+        q, k = (normalize(to_accum(y), dim=-1, eps=1e-6) for y in (q, k))
+        return Inputs(q, k, v, decay=-dt.transpose(1, 2), beta=strength)
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         return self.to_out(self.norm(x, heads))

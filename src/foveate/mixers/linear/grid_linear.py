@@ -14,8 +14,8 @@ from foveate.layers.masked_ops import TINY, count, hide, softmax_over_tokens
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.mixers.linear.linear import elu_plus_one
-from foveate.mixers.recurrent import wide, widened
 from foveate.patterns import Grid, Layout
+from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence import recur
 
 
@@ -43,7 +43,7 @@ class GatedGridMixer(Mixer):
         self.to_out = nn.Linear(dim, dim)
         self.local: nn.Module = ShortConv(dim, local) if causal else LocalConv(dim, local, axes=axes)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, key_mask: Tensor | None) -> Tensor:
         """Heads out (B, H, N, D) of positive features q and k, in float32 at least, and values v."""
         raise NotImplementedError
 
@@ -55,7 +55,7 @@ class GatedGridMixer(Mixer):
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, 1)
-        return elu_plus_one(widened(q)), elu_plus_one(widened(k)), v
+        return elu_plus_one(to_accum(q)), elu_plus_one(to_accum(k)), v
 
     def read_out(self, x: Tensor, heads: Tensor, detail: Tensor) -> Tensor:
         return self.to_out((join_heads(heads).to(x.dtype) + detail) * self.to_gate(x))
@@ -103,19 +103,19 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
         if self.causal and isinstance(layout, Grid):
             raise ValueError(f"mala is causal on sequences only; got {layout}: build it with causal=False")
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None) -> Tensor:
-        out, *_ = self.sums(q, k, v, layout, real)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, key_mask: Tensor | None) -> Tensor:
+        out, *_ = self.sums(q, k, v, layout, key_mask)
         return out
 
     def sums(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None, state: Sums | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, key_mask: Tensor | None, state: Sums | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Heads out, and the sums over the keys so far."""
         first, past = (0, (None, None, None)) if state is None else (state.seen, state[:3])
         one = torch.ones_like(v[..., :1], dtype=k.dtype)
-        values = torch.cat([widened(v), hide(one, real)], dim=-1)
+        values = torch.cat([to_accum(v), hide(one, key_mask)], dim=-1)
         turned = (self.turn(q, layout, first), self.turn(k, layout, first))
-        runs = ((*turned, widened(v)), (q, k, one), (one, one, values))
+        runs = ((*turned, to_accum(v)), (q, k, one), (one, one, values))
         scales = (self.head_dim**-0.5, self.head_dim**-0.5, 1.0)
         products, keys, total = (
             recur(*run, scale=scale, state=before, causal=self.causal)
@@ -135,7 +135,9 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
         assert isinstance(self.local, ShortConv)
         weight, heads, width = self.weight, self.heads, self.head_dim
         shapes = ((width, width), (width, 1), (1, width + 1))
-        products, keys, values = (weight.new_zeros(batch, heads, *each, dtype=wide(weight.dtype)) for each in shapes)
+        products, keys, values = (
+            weight.new_zeros(batch, heads, *each, dtype=accum_dtype(weight.dtype)) for each in shapes
+        )
         return Sums(products, keys, values, 0, weight.new_zeros(batch, *self.local.tail_shape))
 
     def mix_after(self, x: Tensor, state: Sums) -> StepOutput:
@@ -178,17 +180,17 @@ class RankAugmentedLinearAttention(GatedGridMixer):
     def __init__(self, dim: int, heads: int = 8, *, causal: bool = False, **options: Any) -> None:
         super().__init__(dim, heads, causal=causal, **options)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None) -> Tensor:
-        number = count(real, k.shape[2])
-        k = k * self.bearing(q, k, real)
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, key_mask: Tensor | None) -> Tensor:
+        number = count(key_mask, k.shape[2])
+        k = k * self.bearing(q, k, key_mask)
         size = q @ k.sum(2, keepdim=True).transpose(2, 3) / number
         turned = (self.turn(q, layout), self.turn(k, layout))
-        return recur(*turned, widened(v) / number, scale=1.0, causal=False).out / size.clamp_min(TINY)
+        return recur(*turned, to_accum(v) / number, scale=1.0, causal=False).out / size.clamp_min(TINY)
 
-    def bearing(self, q: Tensor, k: Tensor, real: Tensor | None) -> Tensor:
+    def bearing(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """α (B, H, N, 1): how much each key has to do with the mean query, 1 on average."""
-        number = count(real, k.shape[2])
-        mean = hide(q, real).sum(2, keepdim=True) / number
+        number = count(key_mask, k.shape[2])
+        mean = hide(q, key_mask).sum(2, keepdim=True) / number
         scores = k @ mean.transpose(2, 3) * self.head_dim**-0.5
-        shown = None if real is None else real[:, None, :, None]
+        shown = None if key_mask is None else key_mask[:, None, :, None]
         return number * softmax_over_tokens(scores, shown, dim=2)

@@ -14,8 +14,9 @@ from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
 from foveate.mixers.linear.decayed import Placed
 from foveate.mixers.linear.linear import LinearTransformer
-from foveate.mixers.recurrent import Inputs, widened
+from foveate.mixers.recurrent import Inputs
 from foveate.patterns import Layout, full
+from foveate.precision import to_accum
 
 FARTHEST = 30.0  # features are exponentials of at most this: products of two and sums of them stay finite
 
@@ -35,7 +36,7 @@ class HedgehogMap(nn.Module):
         self.shift = nn.Parameter(torch.zeros(heads, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        exponents = widened(x @ self.turn.mT + self.shift.unsqueeze(1)).clamp(-FARTHEST, FARTHEST)
+        exponents = to_accum(x @ self.turn.mT + self.shift.unsqueeze(1)).clamp(-FARTHEST, FARTHEST)
         return torch.cat([exponents, -exponents], dim=-1).exp()
 
 

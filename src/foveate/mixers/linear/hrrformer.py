@@ -12,8 +12,8 @@ from torch.nn.functional import cosine_similarity
 from foveate.catalogue.registry import register
 from foveate.layers.masked_ops import hide, softmax_over_tokens
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
-from foveate.mixers.recurrent import widened
 from foveate.patterns import Layout
+from foveate.precision import to_accum
 
 Inverse = Literal["exact", "pseudo"]
 
@@ -72,8 +72,8 @@ class Hrrformer(Mixer):
         if not x.numel():
             return self.to_out(x)  # Fourier transforms refuse nothing
         q, k, v = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, 1)
-        values = hide(widened(v), padding)
-        found = unbound(widened(q), superposed(hide(widened(k), padding), values), self.inverse)
+        values = hide(to_accum(v), padding)
+        found = unbound(to_accum(q), superposed(hide(to_accum(k), padding), values), self.inverse)
         scores = cosine_similarity(values, found, dim=-1)  # (B, H, N)
         weights = softmax_over_tokens(scores, None if padding is None else padding.unsqueeze(1), dim=2)
         return self.to_out(join_heads(weights.unsqueeze(-1) * values).to(x.dtype))

@@ -12,7 +12,8 @@ from torch.nn.functional import pad, rms_norm, silu
 from foveate.attention import alibi_slopes
 from foveate.catalogue.registry import register
 from foveate.mixers.base import join_heads
-from foveate.mixers.recurrent import Inputs, RecurrentMixer, wide, widened
+from foveate.mixers.recurrent import Inputs, RecurrentMixer
+from foveate.precision import accum_dtype, to_accum
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class LinearTransformer(RecurrentMixer):
 
     def summed(self, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         """Features and values, with a column of ones beside v, by which ``recur`` sums the keys."""
-        return Inputs(q, k, pad(widened(v), (0, 1), value=1.0))  # the sum overflows float16 where outputs would not
+        return Inputs(q, k, pad(to_accum(v), (0, 1), value=1.0))  # the sum overflows float16 where outputs would not
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         return super().read_out(x, averaged(heads).to(x.dtype))
@@ -88,7 +89,7 @@ def averaged(heads: Tensor) -> Tensor:
 class LightningAttention2(RecurrentMixer):
     """Linear attention in which each head fades at a constant rate of its own, normalised instead of divided.
 
-    ``pace`` multiplies the decay rates; TransNormerLLM lets it fall from 1 in the first layer to 0 in the
+    ``decay_scale`` multiplies the decay rates; TransNormerLLM lets it fall from 1 in the first layer to 0 in the
     last.
 
     >>> mixer = LightningAttention2(64, heads=4)
@@ -96,11 +97,11 @@ class LightningAttention2(RecurrentMixer):
     torch.Size([2, 50, 64])
     """
 
-    def __init__(self, dim: int, heads: int = 8, *, pace: float = 1.0, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, decay_scale: float = 1.0, **options: Any) -> None:
         super().__init__(dim, heads, **options)
-        if not pace >= 0:
-            raise ValueError(f"pace is a factor on the decay rates, 0 or more; got {pace}")
-        self.pace = pace
+        if not decay_scale >= 0:
+            raise ValueError(f"pace is a factor on the decay rates, 0 or more; got {decay_scale}")
+        self.decay_scale = decay_scale
         self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
@@ -108,7 +109,7 @@ class LightningAttention2(RecurrentMixer):
 
     def decay(self, x: Tensor) -> Tensor:
         """Logarithm of what each head keeps of its state, (H,), in the dtype of x's state."""
-        return -self.pace * alibi_slopes(self.heads, dtype=wide(x.dtype), device=x.device)
+        return -self.decay_scale * alibi_slopes(self.heads, dtype=accum_dtype(x.dtype), device=x.device)
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         flat = join_heads(heads)

@@ -53,7 +53,7 @@ class LinearizedLLM(LinearTransformer):
         near, tail = self.local(join_heads(v), None if state is None else state.tails[0], lengths)
         inputs = self.inputs(x, q, k, v)
         if padding is not None:
-            inputs = inputs.only(padding)
+            inputs = inputs.mask_padding(padding)
         heads, recurrent = self.run(inputs, lengths=lengths, state=None if state is None else state.recurrent)
         return StepOutput(self.joined(heads, near), RecurrentState(recurrent, (tail,)))
 

@@ -10,7 +10,8 @@ from torch.nn.functional import layer_norm, logsigmoid, pad
 
 from foveate.catalogue.registry import Reference, register
 from foveate.mixers.base import StepOutput, join_heads
-from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState, wide, widened
+from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState
+from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence.linear.stabilise import NOTHING, Stabilised, stabilise
 
 LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gradient
@@ -62,14 +63,14 @@ class MLSTM(RecurrentMixer):
         before, (*tails, unit) = (None, (None,)) if state is None else state
         q, k, v, after = self.project(x, context, tuple(tails), lengths)
         gates = self.gates(x, padding, unit, lengths)
-        k, v = widened(k) * gates.weight.unsqueeze(-1), pad(widened(v), (0, 1), value=1.0)
+        k, v = to_accum(k) * gates.weight.unsqueeze(-1), pad(to_accum(v), (0, 1), value=1.0)
         heads, recurrent = self.run(Inputs(q, k, v, decay=gates.decay), lengths=lengths, state=before)
         out = self.read_out(x, normalised(heads, gates.after))
         return StepOutput(out, RecurrentState(recurrent, (*after, gates.last)))
 
     def gates(self, x: Tensor, padding: Tensor | None, unit: Tensor | None, lengths: Lengths) -> Stabilised:
         """Decays and input weights, (B, G, N); padding neither fades the state nor writes to it."""
-        decay, gate = logsigmoid(widened(self.to_forget(x))), widened(self.to_input(x))
+        decay, gate = logsigmoid(to_accum(self.to_forget(x))), to_accum(self.to_input(x))
         if padding is not None:
             hidden = ~padding.unsqueeze(-1)
             decay, gate = decay.masked_fill(hidden, 0), gate.masked_fill(hidden, -torch.inf)
@@ -88,7 +89,7 @@ class MLSTM(RecurrentMixer):
         return RecurrentState(recurrent, (*tails, recurrent.new_full((batch, self.kv_heads), NOTHING)))
 
     def state_bytes(self, n: int) -> int:
-        return super().state_bytes(n) + self.kv_heads * wide(self.weight.dtype).itemsize
+        return super().state_bytes(n) + self.kv_heads * accum_dtype(self.weight.dtype).itemsize
 
 
 def normalised(heads: Tensor, unit: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from foveate.catalogue.registry import register
 from foveate.layers.masked_ops import TINY
 from foveate.layouts.graph import Graph, edge_attention, edges_of
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
-from foveate.mixers.recurrent import widened
 from foveate.patterns import Grid, Layout
+from foveate.precision import to_accum
 from foveate.recurrence import recur
 
 
@@ -34,7 +34,7 @@ class EdgeAttention(nn.Module):
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         v = split_heads(self.to_v(x), self.heads)
         source, target = (
-            (widened(v) * widened(part)).sum(-1) for part in (self.as_source, self.as_target)
+            (to_accum(v) * to_accum(part)).sum(-1) for part in (self.as_source, self.as_target)
         )  # (B, H, N)
         scores = leaky_relu(source.index_select(2, edges[0]) + target.index_select(2, edges[1]), 0.2)
         return join_heads(edge_attention(scores, v, edges))
@@ -74,9 +74,9 @@ class GlobalLayer(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         """Heads out (B, H, N, D)."""
-        k = split_heads(widened(self.to_k(x)), self.heads).sigmoid()
-        q = k if self.to_q is None else split_heads(widened(self.to_q(x)), self.heads).sigmoid()
-        v = pad(widened(split_heads(self.to_v(x), self.heads)), (0, 1), value=1.0)
+        k = split_heads(to_accum(self.to_k(x)), self.heads).sigmoid()
+        q = k if self.to_q is None else split_heads(to_accum(self.to_q(x)), self.heads).sigmoid()
+        v = pad(to_accum(split_heads(self.to_v(x), self.heads)), (0, 1), value=1.0)
         out = recur(q, k, v, scale=1.0, causal=False).out
         return (out[..., :-1] / out[..., -1:].clamp_min(TINY)).to(x.dtype)
 

@@ -12,8 +12,8 @@ from foveate.catalogue.registry import register
 from foveate.layers.local_conv import LocalConv
 from foveate.layers.masked_ops import TINY, hide
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
-from foveate.mixers.recurrent import widened
 from foveate.patterns import Layout
+from foveate.precision import to_accum
 from foveate.recurrence import recur
 
 
@@ -29,7 +29,7 @@ def relu_attention(q: Tensor, k: Tensor, v: Tensor, *, least: float) -> Tensor:
     >>> torch.allclose(relu_attention(q, k, v, least=100), expected, atol=1e-5)
     True
     """
-    out = recur(q.relu(), k.relu(), pad(widened(v), (0, 1), value=1.0), scale=1.0, causal=False).out
+    out = recur(q.relu(), k.relu(), pad(to_accum(v), (0, 1), value=1.0), scale=1.0, causal=False).out
     return (out[..., :-1] / out[..., -1:].clamp_min(least)).to(v.dtype)
 
 

@@ -20,7 +20,7 @@ class Text(NamedTuple):
 
     k: Tensor
     v: Tensor
-    real: Tensor
+    key_mask: Tensor
 
 
 class Reading(NamedTuple):
@@ -89,28 +89,30 @@ class SmallE(Mixer):
     def look(self, x: Tensor, text: Text) -> Tensor:
         """Positions of the text tokens that fit x (B, N, C) by content, as features (B, N, P)."""
         places = self.places(text).expand(x.shape[0], -1, -1)
-        return one_head(self.to_q(self.norm(x)), text.k, places, text.real)
+        return one_head(self.to_q(self.norm(x)), text.k, places, text.key_mask)
 
     def fetch(self, seen: Tensor, text: Text) -> Tensor:
         """What stands at the positions that ``seen`` (B, N, P) points to, (B, N, C)."""
         places = self.places(text).expand(seen.shape[0], -1, -1)
-        return self.to_out(one_head(seen, places, text.v, text.real))
+        return self.to_out(one_head(seen, places, text.v, text.key_mask))
 
     def places(self, text: Text) -> Tensor:
         return sinusoids(text.k.shape[1], self.positions).to(text.k).unsqueeze(0)
 
-    def prepared(self, text: Tensor | None, real: Tensor | None, batch: int) -> Text:
+    def prepared(self, text: Tensor | None, key_mask: Tensor | None, batch: int) -> Text:
         """Keys and values of a text, or of the stand-in for one."""
         if text is None:
-            text, real = self.stand_in.expand(batch, -1, -1), None
+            text, key_mask = self.stand_in.expand(batch, -1, -1), None
         if text.dim() != 3 or text.shape[0] != batch or text.shape[2] != self.dim:
             raise ValueError(f"text is (batch, length, dim) = ({batch}, M, {self.dim}); got {tuple(text.shape)}")
-        if real is None:
-            real = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        if real.dtype != torch.bool or real.shape != text.shape[:2]:
-            raise ValueError(f"text_padding is boolean {tuple(text.shape[:2])}; got {real.dtype} {tuple(real.shape)}")
-        text = text.masked_fill(~real.unsqueeze(-1), 0)
-        return Text(self.to_k(text), self.to_v(text), real)
+        if key_mask is None:
+            key_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        if key_mask.dtype != torch.bool or key_mask.shape != text.shape[:2]:
+            raise ValueError(
+                f"text_padding is boolean {tuple(text.shape[:2])}; got {key_mask.dtype} {tuple(key_mask.shape)}"
+            )
+        text = text.masked_fill(~key_mask.unsqueeze(-1), 0)
+        return Text(self.to_k(text), self.to_v(text), key_mask)
 
     def init_state(
         self,
@@ -140,9 +142,9 @@ class SmallE(Mixer):
         return self.decoder.state_bytes(n) + self.tracker.state_bytes(n) + text
 
 
-def one_head(q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+def one_head(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
     """Softmax attention of q (B, N, D) to the ``real`` (B, M) ones among k (B, M, D) and v (B, M, Dv)."""
-    return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), key_padding(real)).squeeze(1)
+    return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), key_padding(key_mask)).squeeze(1)
 
 
 def sinusoids(length: int, width: int) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import Mixer, divided
-from foveate.mixers.recurrent import widened
 from foveate.patterns import Layout
+from foveate.precision import to_accum
 from foveate.recurrence import recur
 
 ALPHA = 4.0  # slope of the surrogate, times four
@@ -104,7 +104,7 @@ class SpikingSelfAttention(Mixer):
     def spikes(self, x: Tensor) -> Tensor:
         """Currents or spikes (T, B, N, C) to spikes (T, B, N, C)."""
         q, k, v = (self.split(spiking(x)) for spiking in (self.to_q, self.to_k, self.to_v))
-        counts = recur(q, k, widened(v), scale=1.0, causal=False).out  # whole numbers, exact up to 2^24 coincidences
+        counts = recur(q, k, to_accum(v), scale=1.0, causal=False).out  # whole numbers, exact up to 2^24 coincidences
         heads = (counts * self.scale).to(x.dtype).transpose(1, 2).flatten(2)
         return self.to_out(fire(heads.view_as(x), threshold=self.to_out.threshold / 2))
 

@@ -11,7 +11,8 @@ from torch.nn.functional import layer_norm, logsigmoid, normalize, silu, softplu
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
-from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState, widened
+from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState
+from foveate.precision import to_accum
 from foveate.recurrence import Recurrent
 
 TINY = 1e-30  # a gate closed further would have an infinite root's slope
@@ -44,7 +45,7 @@ class HGRN2(RecurrentMixer):
         self.norm = nn.RMSNorm(heads * self.value_dim, eps=1e-5)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        logits = widened(k)
+        logits = to_accum(k)
         key = (1 - self.lower) * torch.sigmoid(-logits)  # 1 - f, without cancelling
         decay = torch.log1p(-key) if self.lower else logsigmoid(logits)
         return Inputs(silu(q), key, v, decay=decay, scale=1.0)
@@ -116,7 +117,7 @@ class MetaLA(RecurrentMixer):
         return StepOutput(out, RecurrentState(after.recurrent, (tail,)))
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        decay = logsigmoid(widened(k)) / self.temperature
+        decay = logsigmoid(to_accum(k)) / self.temperature
         return Inputs(q, -torch.expm1(decay), v, decay=decay)
 
     def run(self, inputs: Inputs, *, lengths: Lengths = None, state: Tensor | None = None) -> Recurrent:
@@ -190,7 +191,7 @@ class Rodimus(RecurrentMixer):
         mixed = silu(convolved)
         inputs = self.selected(inner, mixed)
         if padding is not None:
-            inputs = inputs.only(padding)
+            inputs = inputs.mask_padding(padding)
         heads, recurrent = self.run(inputs, lengths=lengths, state=None if state is None else state.recurrent)
         out = self.norm((join_heads(heads) + self.residual * mixed) * silu(self.to_gate(x)))
         return StepOutput(self.to_out(out), RecurrentState(recurrent, (tail,)))
@@ -199,8 +200,8 @@ class Rodimus(RecurrentMixer):
         """The recurrence's inputs from widened tokens (B, N, W) before and after the convolution."""
         layers = (self.to_q, self.to_k, self.to_fading, self.to_tempering)
         q, k, fading, tempering = (split_heads(layer(mixed), self.heads) for layer in layers)
-        gate, temper = softplus(widened(fading)), torch.sigmoid(widened(tempering))
-        key = normalize(widened(k), dim=-1) * gate.clamp(min=TINY) ** temper
+        gate, temper = softplus(to_accum(fading)), torch.sigmoid(to_accum(tempering))
+        key = normalize(to_accum(k), dim=-1) * gate.clamp(min=TINY) ** temper
         value = torch.sigmoid(self.to_v(self.to_rank(inner))) * inner
         return Inputs(q, key, split_heads(value, self.heads), decay=-gate * temper)
 

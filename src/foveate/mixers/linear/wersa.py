@@ -11,8 +11,8 @@ from torch.nn.functional import pad, softplus
 from foveate.catalogue.registry import register
 from foveate.layers.masked_ops import TINY, hide
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
-from foveate.mixers.recurrent import widened
 from foveate.patterns import Layout
+from foveate.precision import to_accum
 from foveate.recurrence import recur
 
 HALF = math.sqrt(0.5)
@@ -48,7 +48,7 @@ def unhaar(coefficients: list[Tensor], num_tokens: int) -> Tensor:
     return rest[..., :num_tokens, :]
 
 
-def random_feature_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, real: Tensor | None = None) -> Tensor:
+def random_feature_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Softmax attention without pairs: exp(q·k) is the mean over random ω of exp(ω·q - |q|²/2) exp(ω·k - |k|²/2).
 
     q (B, H, N, D) and k (B, H, M, D) already scaled, v (B, H, M, Dv), ``planes`` (F, D) normal random numbers,
@@ -61,14 +61,14 @@ def random_feature_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, re
     >>> bool((near - (q @ k.transpose(2, 3)).softmax(-1) @ v).abs().mean() < 0.02)
     True
     """
-    planes = widened(planes)
-    logs_q, logs_k = (x @ planes.T - x.square().sum(-1, keepdim=True) / 2 for x in (widened(q), widened(k)))
-    if real is not None:
-        logs_k = logs_k.masked_fill(~real[:, None, :, None], torch.finfo(logs_k.dtype).min)
+    planes = to_accum(planes)
+    logs_q, logs_k = (x @ planes.T - x.square().sum(-1, keepdim=True) / 2 for x in (to_accum(q), to_accum(k)))
+    if key_mask is not None:
+        logs_k = logs_k.masked_fill(~key_mask[:, None, :, None], torch.finfo(logs_k.dtype).min)
     # factors per query, and one for all keys, cancel in the quotient
     phi_q = (logs_q - logs_q.detach().amax(-1, keepdim=True)).exp()
-    phi_k = hide((logs_k - logs_k.detach().amax((-2, -1), keepdim=True)).exp(), real)
-    out = recur(phi_q, phi_k, pad(widened(v), (0, 1), value=1.0), scale=1 / len(planes), causal=False).out
+    phi_k = hide((logs_k - logs_k.detach().amax((-2, -1), keepdim=True)).exp(), key_mask)
+    out = recur(phi_q, phi_k, pad(to_accum(v), (0, 1), value=1.0), scale=1 / len(planes), causal=False).out
     return (out[..., :-1] / out[..., -1:].clamp_min(TINY**2)).to(v.dtype)
 
 
@@ -115,24 +115,24 @@ class WERSA(Mixer):
         if padding is None:
             return self.attention(x, None)
         order = (~padding).sort(dim=1, stable=True).indices  # real tokens first: wavelets must not straddle padding
-        real = padding.gather(1, order)
-        x = x.gather(1, order.unsqueeze(-1).expand_as(x)).masked_fill(~real.unsqueeze(-1), 0)
+        key_mask = padding.gather(1, order)
+        x = x.gather(1, order.unsqueeze(-1).expand_as(x)).masked_fill(~key_mask.unsqueeze(-1), 0)
         back = order.argsort(dim=1).unsqueeze(-1)
-        return self.attention(x, real).gather(1, back.expand_as(x))
+        return self.attention(x, key_mask).gather(1, back.expand_as(x))
 
-    def attention(self, x: Tensor, real: Tensor | None) -> Tensor:
+    def attention(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """Mix tokens x (B, N, C), of which the ``real`` ones come first and others are zeros."""
         if not x.numel():
             return self.to_out(x)
         q, k, v = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, 1)
-        filters = self.filters(x, real)
+        filters = self.filters(x, key_mask)
         bandwidth = self.head_dim**0.25 * softplus(self.bandwidth)
         q, k = (self.filtered(y, filters) / bandwidth for y in (q, k))
-        return self.to_out(join_heads(random_feature_attention(q, k, v, self.planes, real)))
+        return self.to_out(join_heads(random_feature_attention(q, k, v, self.planes, key_mask)))
 
-    def filters(self, x: Tensor, real: Tensor | None) -> Tensor:
+    def filters(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """Factor (B, levels + 1) of each scale, fine to coarse."""
-        number = x.shape[1] if real is None else real.sum(1, keepdim=True).clamp_min(1)
+        number = x.shape[1] if key_mask is None else key_mask.sum(1, keepdim=True).clamp_min(1)
         return self.to_filters(x.sum(1) / number).sigmoid() * self.scales
 
     def filtered(self, x: Tensor, filters: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from foveate.autodiff import once
 from foveate.catalogue.registry import register
 from foveate.layers.masked_ops import hide
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
-from foveate.mixers.recurrent import widened
 from foveate.patterns import Layout
+from foveate.precision import to_accum
 
 TWICE = "YOSO's gradient is an estimate, which has no derivative: it cannot be differentiated twice"
 CHANNELS = 16  # values whose products with keys are gathered at once in backward: bounds its memory
@@ -180,8 +180,8 @@ class YOSO(Mixer):
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         source = x if context is None else context
         q, k, v = (split_heads(y, self.heads) for y in (self.to_q(x), self.to_k(source), self.to_v(source)))
-        q, k = normalize(widened(q), dim=-1), normalize(widened(k), dim=-1)
-        v = hide(widened(v), padding)
+        q, k = normalize(to_accum(q), dim=-1), normalize(to_accum(k), dim=-1)
+        v = hide(to_accum(v), padding)
         out = yoso_expectation(q, k, v, self.bits) if self.form == "expectation" else yoso(q, k, v, self.drawn(q))
         return self.to_out(join_heads(normalize(out, dim=-1)).to(x.dtype))
 

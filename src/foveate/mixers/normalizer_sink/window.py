@@ -16,10 +16,10 @@ from foveate.layers.rotary import rotate
 from foveate.mixers.attention import AttentionMixer, recent
 from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.core import PatternCore, joined
-from foveate.mixers.recurrent import wide, widened
 from foveate.patterns import Layout, Pattern, boolean_mask, causal, per_head
 from foveate.patterns import sinks as earliest
 from foveate.patterns.rules.choose import score
+from foveate.precision import accum_dtype, to_accum
 
 
 def streaming_core(*, sinks: int = 4, window: int = 1024) -> PatternCore:
@@ -110,7 +110,7 @@ class StreamingLLM(AttentionMixer):
         """One query, turned for keys in the window and for sinks: these get the logits that they lack as a bias."""
         seen = cache.last_sees(near)
         assert seen is not None
-        lacking = score(far, widened(sinks)) - score(near, widened(cache.k[:, :, : sinks.shape[2]]))
+        lacking = score(far, to_accum(sinks)) - score(near, to_accum(cache.k[:, :, : sinks.shape[2]]))
         bias = pad(lacking * self.head_dim**-0.5, (0, cache.k.shape[2] - sinks.shape[2]))
         return attend_ranges(near, cache.k, cache.v, seen, bias=bias)
 
@@ -159,7 +159,7 @@ class SWAT(AttentionMixer):
         return "sigmoid"
 
     def bias(self) -> Bias | None:
-        return alibi(balanced_slopes(self.heads, wide(self.weight.dtype), self.weight.device))
+        return alibi(balanced_slopes(self.heads, accum_dtype(self.weight.dtype), self.weight.device))
 
 
 def balanced_slopes(heads: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:

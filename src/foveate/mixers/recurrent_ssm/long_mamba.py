@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import StepOutput
-from foveate.mixers.recurrent import widened
-from foveate.mixers.recurrent_ssm.mamba import Chosen, Mamba, MambaState
+from foveate.mixers.recurrent_ssm.mamba import Mamba, MambaState, SSMParams
 from foveate.mixers.stateful import Lengths, StatefulMixer
+from foveate.precision import to_accum
 
 BLOCK = 1024  # tokens whose notes are gathered at once
 
@@ -69,10 +69,10 @@ class DeciMamba(Mamba):
             raise ValueError(f"keep, at least 1, counts the last tokens, too; got keep={keep} and last={last}")
         self.keep, self.last = keep, last
 
-    def run(self, x: Tensor, state: MambaState | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(self, x: Tensor, state: MambaState | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         if x.shape[1] <= self.keep:
-            return super().run(x, state, lengths, real)
-        out, kept, state = self.decimate(x, state, real)
+            return super().run(x, state, lengths, key_mask)
+        out, kept, state = self.decimate(x, state, key_mask)
         spread = torch.zeros_like(x).scatter(1, kept.unsqueeze(-1).expand_as(out), out)
         return StepOutput(spread, state)
 
@@ -80,23 +80,23 @@ class DeciMamba(Mamba):
         """Read a prompt x (B, N, C), decimated; ``decode`` then goes on from the state."""
         return super().prefill(x, self.empty_state(x.shape[0], None) if state is None else state)
 
-    def decimate(self, x: Tensor, state: MambaState | None = None, real: Tensor | None = None) -> Decimated:
+    def decimate(self, x: Tensor, state: MambaState | None = None, key_mask: Tensor | None = None) -> Decimated:
         """The layer over x (B, N, C), at the tokens it keeps only."""
         before, tail = (None, None) if state is None else state
         u, gate = self.to_in(x).chunk(2, dim=-1)
         u, tail = self.branch.conv(u, tail)
         ssm = self.branch.ssm
-        chosen = ssm.chosen(u, real)
-        importance = ssm.sizes(chosen).mean(-1).masked_fill(self.at_end(x, real), torch.inf)  # (B, N)
+        chosen = ssm.chosen(u, key_mask)
+        importance = ssm.sizes(chosen).mean(-1).masked_fill(self.at_end(x, key_mask), torch.inf)  # (B, N)
         kept = importance.topk(min(self.keep, x.shape[1]), dim=1).indices.sort(dim=1).values
         u, gate, *choices = (gathered(each, kept) for each in (u, gate, *chosen))
-        out, after = ssm.scan(u, Chosen(*choices), gate=gate, state=before)
+        out, after = ssm.scan(u, SSMParams(*choices), gate=gate, state=before)
         return Decimated(self.to_out(out), kept, MambaState(after, tail))
 
-    def at_end(self, x: Tensor, real: Tensor | None) -> Tensor:
+    def at_end(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """Where the last real tokens are, (B, N)."""
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if real is None else real
-        return real & (real.flip(1).cumsum(1).flip(1) <= self.last)
+        key_mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if key_mask is None else key_mask
+        return key_mask & (key_mask.flip(1).cumsum(1).flip(1) <= self.last)
 
 
 def tokens_to_keep(layers: int, base: int, *, fade: float = 0.75, least: int = 1) -> list[int]:
@@ -161,12 +161,12 @@ class NoteLayer(nn.Module):
         self.from_layers = nn.Linear(width, dim, bias=False) if across else None
 
     def forward(
-        self, h: Tensor, state: LayerState, real: Tensor | None, below: list[Pages]
+        self, h: Tensor, state: LayerState, key_mask: Tensor | None, below: list[Pages]
     ) -> tuple[Tensor, LayerState, Pages]:
         """What the layer adds to h (B, N, C), its state, and the pages that layers above may read."""
         x = self.norm(h)
-        y, scan = self.mamba.run(x, state.scan, None, real)
-        pages, notes = self.take_notes(x, state.notes, real)
+        y, scan = self.mamba.run(x, state.scan, None, key_mask)
+        pages, notes = self.take_notes(x, state.notes, key_mask)
         fear = torch.cat([state.fear, torch.sigmoid(self.to_fear(y))], dim=1)  # of the token before
         asking = torch.where(fear > self.threshold, fear, 0)[:, : x.shape[1]]
         query = self.to_query(x)
@@ -175,12 +175,12 @@ class NoteLayer(nn.Module):
             out = out + self.from_layers(recalled(query, [*below, pages]))
         return out, LayerState(scan, notes, fear[:, -1:]), pages
 
-    def take_notes(self, x: Tensor, notes: Notes, real: Tensor | None) -> tuple[Pages, Notes]:
+    def take_notes(self, x: Tensor, notes: Notes, key_mask: Tensor | None) -> tuple[Pages, Notes]:
         """The pool as each token finds it, and as the last one leaves it: the newest note takes the oldest's place."""
         importance = torch.sigmoid(self.to_importance(x))
         noted = importance.squeeze(-1) > self.threshold
-        if real is not None:
-            noted = noted & real
+        if key_mask is not None:
+            noted = noted & key_mask
         ahead = (~noted).long().argsort(dim=1, stable=True)  # noted tokens in their order, then the others
         written = torch.cat([notes.pool, gathered(importance * self.to_note(x), ahead)], dim=1)
         count = noted.long().cumsum(1)
@@ -204,7 +204,7 @@ def recalled(query: Tensor, pages: list[Pages]) -> Tensor:
 
 def recalled_by(query: Tensor, found: list[tuple[Tensor, Tensor]]) -> Tensor:
     notes, written = (torch.cat(each, dim=2) for each in zip(*found, strict=True))
-    scores = widened(query.unsqueeze(2) @ notes.mT).squeeze(2) * query.shape[-1] ** -0.5
+    scores = to_accum(query.unsqueeze(2) @ notes.mT).squeeze(2) * query.shape[-1] ** -0.5
     none = ~written.any(-1, keepdim=True)
     weights = scores.masked_fill(~written & ~none, -torch.inf).softmax(-1).masked_fill(none, 0)
     return (weights.to(notes.dtype).unsqueeze(2) @ notes).squeeze(2)
@@ -265,12 +265,14 @@ class MemMamba(StatefulMixer):
             for layer in range(depth)
         )
 
-    def run(self, x: Tensor, state: tuple[LayerState, ...] | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(
+        self, x: Tensor, state: tuple[LayerState, ...] | None, lengths: Lengths, key_mask: Tensor | None
+    ) -> StepOutput:
         h, states = x, state or self.empty_state(x.shape[0], None)
         after: list[LayerState] = []
         pages: list[Pages] = []
         for layer, before in zip(self.layers, states, strict=True):
-            added, left, page = layer(h, before, real, pages)
+            added, left, page = layer(h, before, key_mask, pages)
             h = h + added
             after.append(left)
             pages.append(page)

@@ -11,14 +11,14 @@ from torch.nn.functional import softplus
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput
-from foveate.mixers.recurrent import wide, widened
 from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
+from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence.selective.api import Scanned, scan
 
 NO_STEP = -1e4  # a logit of step sizes at which softplus is exactly 0: such a token neither writes nor fades
 
 
-class Chosen(NamedTuple):
+class SSMParams(NamedTuple):
     """What tokens choose of the scan: step sizes before softplus, writing and reading vectors."""
 
     step: Tensor  # (B, N, C), without its bias
@@ -42,15 +42,15 @@ class SelectiveScan(nn.Module):
         self.to_step = nn.Linear(self.rank, channels, bias=False)
         nn.init.uniform_(self.to_step.weight, -(self.rank**-0.5), self.rank**-0.5)
         self.step_bias = step_bias(channels)
-        self.log_rate = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(channels, 1))
-        self.skip = nn.Parameter(torch.ones(channels))
+        self.A_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(channels, 1))
+        self.D = nn.Parameter(torch.ones(channels))
 
-    def chosen(self, u: Tensor, real: Tensor | None = None) -> Chosen:
+    def chosen(self, u: Tensor, key_mask: Tensor | None = None) -> SSMParams:
         """What the tokens u (B, N, C) choose; those that are not ``real`` (B, N) take steps of size 0."""
-        states = self.log_rate.shape[1]
+        states = self.A_log.shape[1]
         low, b, c = self.to_choices(u).split([self.rank, states, states], dim=-1)
         step = self.to_step(low)
-        return Chosen(step if real is None else step.masked_fill(~real.unsqueeze(-1), NO_STEP), b, c)
+        return SSMParams(step if key_mask is None else step.masked_fill(~key_mask.unsqueeze(-1), NO_STEP), b, c)
 
     def forward(
         self,
@@ -59,15 +59,15 @@ class SelectiveScan(nn.Module):
         gate: Tensor | None = None,
         state: Tensor | None = None,
         lengths: Lengths = None,
-        real: Tensor | None = None,
+        key_mask: Tensor | None = None,
     ) -> Scanned:
         """Scan u (B, N, C) after ``state`` (B, C, S), or each of its documents, and gate it by silu(``gate``)."""
-        return self.scan(u, self.chosen(u, real), gate=gate, state=state, lengths=lengths)
+        return self.scan(u, self.chosen(u, key_mask), gate=gate, state=state, lengths=lengths)
 
     def scan(
         self,
         u: Tensor,
-        chosen: Chosen,
+        chosen: SSMParams,
         *,
         gate: Tensor | None = None,
         state: Tensor | None = None,
@@ -76,10 +76,10 @@ class SelectiveScan(nn.Module):
         return scan(
             u,
             chosen.step,
-            -widened(self.log_rate).exp(),
+            -to_accum(self.A_log).exp(),
             chosen.B,
             chosen.C,
-            D=self.skip,
+            D=self.D,
             z=gate,
             dt_bias=self.step_bias,
             softplus=True,
@@ -91,8 +91,8 @@ class SelectiveScan(nn.Module):
         """The step sizes (B, N, C), positive."""
         return self.sizes(self.chosen(u))
 
-    def sizes(self, chosen: Chosen) -> Tensor:
-        return softplus(widened(chosen.step) + widened(self.step_bias))
+    def sizes(self, chosen: SSMParams) -> Tensor:
+        return softplus(to_accum(chosen.step) + to_accum(self.step_bias))
 
     def matrix(self, u: Tensor) -> Tensor:
         """The masked attention (B, C, N, N) that the scan amounts to: out of a channel is it times u of the channel.
@@ -104,17 +104,17 @@ class SelectiveScan(nn.Module):
         size = self.sizes(chosen).mT  # (B, C, N)
         passed = size.cumsum(-1)
         since = (passed.unsqueeze(-1) - passed.unsqueeze(-2)).tril()  # (B, C, N, N)
-        rates = widened(self.log_rate).exp()
+        rates = to_accum(self.A_log).exp()
         out = torch.zeros_like(since)
         for state, rate in enumerate(rates.unbind(1)):
-            pairs = widened(chosen.C[..., state])[:, :, None] * widened(chosen.B[..., state])[:, None, :]
+            pairs = to_accum(chosen.C[..., state])[:, :, None] * to_accum(chosen.B[..., state])[:, None, :]
             out = out + pairs.unsqueeze(1) * (-rate[:, None, None] * since).exp()
-        skip = widened(self.skip)[None, :, None].expand(1, -1, u.shape[1])
-        return (out * size.unsqueeze(-2)).tril() + torch.diag_embed(skip)
+        D = to_accum(self.D)[None, :, None].expand(1, -1, u.shape[1])
+        return (out * size.unsqueeze(-2)).tril() + torch.diag_embed(D)
 
     def init_state(self, batch: int) -> Tensor:
         """The state before the first token."""
-        return self.log_rate.new_zeros(batch, *self.log_rate.shape, dtype=wide(self.log_rate.dtype))
+        return self.A_log.new_zeros(batch, *self.A_log.shape, dtype=accum_dtype(self.A_log.dtype))
 
 
 class MambaState(NamedTuple):
@@ -143,12 +143,12 @@ class Branch(nn.Module):
         gate: Tensor | None = None,
         state: MambaState | None = None,
         lengths: Lengths = None,
-        real: Tensor | None = None,
+        key_mask: Tensor | None = None,
     ) -> StepOutput:
         """Pass over u (B, N, C), whose tokens that are not ``real`` are zeros."""
         before, tail = (None, None) if state is None else state
         convolved, tail = self.conv(u, tail, lengths)
-        out, after = self.ssm(convolved, gate=gate, state=before, lengths=lengths, real=real)
+        out, after = self.ssm(convolved, gate=gate, state=before, lengths=lengths, key_mask=key_mask)
         return StepOutput(out, MambaState(after, tail))
 
     def init_state(self, batch: int) -> MambaState:
@@ -193,9 +193,9 @@ class Mamba(StatefulMixer):
         self.branch = Branch(inner, state=state, conv=conv, rank=rank or -(-dim // 16))
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def run(self, x: Tensor, state: MambaState | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(self, x: Tensor, state: MambaState | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         u, gate = self.to_in(x).chunk(2, dim=-1)
-        out, state = self.branch(u, gate=gate, state=state, lengths=lengths, real=real)
+        out, state = self.branch(u, gate=gate, state=state, lengths=lengths, key_mask=key_mask)
         return StepOutput(self.to_out(out), state)
 
     def attention_matrix(self, x: Tensor) -> Tensor:

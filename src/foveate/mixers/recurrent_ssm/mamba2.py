@@ -11,8 +11,8 @@ from torch.nn.functional import rms_norm, silu, softplus
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
-from foveate.mixers.recurrent import wide, widened
 from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
+from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence import recur
 
 
@@ -23,13 +23,13 @@ class Mamba2State(NamedTuple):
     tail: Tensor
 
 
-class Duals(NamedTuple):
+class SSDInputs(NamedTuple):
     """A state space as linear attention: heads of queries C, keys B, values x, and logarithmic decays."""
 
     q: Tensor  # (B, H, N, S)
     k: Tensor  # (B, groups, N, S)
     v: Tensor  # (B, H, N, D)
-    pace: Tensor  # step sizes (B, H, N)
+    dt: Tensor  # step sizes (B, H, N)
     decay: Tensor  # (B, H, N)
 
 
@@ -79,19 +79,19 @@ class Mamba2(StatefulMixer):
         self.to_in = nn.Linear(dim, inner + sum(self.widths) + heads, bias=False)  # z, x, B, C, Δ
         self.conv = ShortConv(sum(self.widths), conv, bias=True, activation="silu")
         self.step_bias = step_bias(heads)
-        self.log_rate = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
-        self.skip = nn.Parameter(torch.ones(heads))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
         self.scale = nn.Parameter(torch.ones(inner))  # of the norm
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def run(self, x: Tensor, state: Mamba2State | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(self, x: Tensor, state: Mamba2State | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         before, tail = (None, None) if state is None else state
         gate, mixed, steps = self.projected(x)
         mixed, tail = self.conv(mixed, tail, lengths)
-        duals = self.duals(mixed, steps, real)
-        written = duals.v * duals.pace.unsqueeze(-1)
-        out, after = recur(duals.q, duals.k, written, decay=duals.decay, scale=1.0, state=before, lengths=lengths)
-        y = join_heads(out + widened(self.skip).view(-1, 1, 1) * duals.v).to(x.dtype)
+        ssd = self.ssd_inputs(mixed, steps, key_mask)
+        written = ssd.v * ssd.dt.unsqueeze(-1)
+        out, after = recur(ssd.q, ssd.k, written, decay=ssd.decay, scale=1.0, state=before, lengths=lengths)
+        y = join_heads(out + to_accum(self.D).view(-1, 1, 1) * ssd.v).to(x.dtype)
         return StepOutput(self.to_out(self.normed(y * silu(gate))), Mamba2State(after, tail))
 
     def normed(self, y: Tensor) -> Tensor:
@@ -103,15 +103,15 @@ class Mamba2(StatefulMixer):
         """The gate z, what is convolved (x, B and C), and the logits of step sizes."""
         return self.to_in(x).split([self.widths[0], sum(self.widths), self.heads], dim=-1)
 
-    def duals(self, mixed: Tensor, steps: Tensor, real: Tensor | None) -> Duals:
+    def ssd_inputs(self, mixed: Tensor, steps: Tensor, key_mask: Tensor | None) -> SSDInputs:
         values, keys, queries = mixed.split(self.widths, dim=-1)
-        pace = softplus(widened(steps) + widened(self.step_bias))
-        if real is not None:
-            pace = pace.masked_fill(~real.unsqueeze(-1), 0)
-        pace = pace.transpose(1, 2)
+        dt = softplus(to_accum(steps) + to_accum(self.step_bias))
+        if key_mask is not None:
+            dt = dt.masked_fill(~key_mask.unsqueeze(-1), 0)
+        dt = dt.transpose(1, 2)
         q = split_heads(queries, self.groups).unsqueeze(2).expand(-1, -1, self.heads // self.groups, -1, -1)
-        decay = -pace * widened(self.log_rate).exp().view(-1, 1)
-        return Duals(q.flatten(1, 2), split_heads(keys, self.groups), split_heads(values, self.heads), pace, decay)
+        decay = -dt * to_accum(self.A_log).exp().view(-1, 1)
+        return SSDInputs(q.flatten(1, 2), split_heads(keys, self.groups), split_heads(values, self.heads), dt, decay)
 
     def attention_matrix(self, x: Tensor) -> Tensor:
         """The masked attention (B, H, N, N) that the state space amounts to: it takes heads of x to those of y.
@@ -121,13 +121,15 @@ class Mamba2(StatefulMixer):
         torch.Size([1, 2, 5, 5])
         """
         _, mixed, steps = self.projected(x)
-        duals = self.duals(self.conv(mixed).out, steps, None)
-        age = duals.decay.cumsum(-1)
+        ssd = self.ssd_inputs(self.conv(mixed).out, steps, None)
+        age = ssd.decay.cumsum(-1)
         fading = (age.unsqueeze(-1) - age.unsqueeze(-2)).tril().exp()
-        keys = duals.k.repeat_interleave(self.heads // self.groups, dim=1)
-        scores = widened(duals.q) @ widened(keys).mT * fading * duals.pace.unsqueeze(-2)
-        return scores.tril() + torch.diag_embed(widened(self.skip).view(1, -1, 1).expand(1, -1, x.shape[1]))
+        keys = ssd.k.repeat_interleave(self.heads // self.groups, dim=1)
+        scores = to_accum(ssd.q) @ to_accum(keys).mT * fading * ssd.dt.unsqueeze(-2)
+        return scores.tril() + torch.diag_embed(to_accum(self.D).view(1, -1, 1).expand(1, -1, x.shape[1]))
 
     def empty_state(self, batch: int, capacity: int | None) -> Mamba2State:
         shape = (batch, self.heads, self.states, self.head_dim)
-        return Mamba2State(self.weight.new_zeros(shape, dtype=wide(self.weight.dtype)), self.conv.init_state(batch))
+        return Mamba2State(
+            self.weight.new_zeros(shape, dtype=accum_dtype(self.weight.dtype)), self.conv.init_state(batch)
+        )

@@ -85,11 +85,11 @@ class RestoreRWKV(Mixer):
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         assert isinstance(layout, Grid)
-        real = None if padding is None else padding.unsqueeze(-1)
-        x = self.shift(x if real is None else x.masked_fill(~real, 0), layout)
+        key_mask = None if padding is None else padding.unsqueeze(-1)
+        x = self.shift(x if key_mask is None else x.masked_fill(~key_mask, 0), layout)
         k, v = self.to_k(x), self.to_v(x)
-        if real is not None:
-            k = k.masked_fill(~real, HIDDEN)
+        if key_mask is not None:
+            k = k.masked_fill(~key_mask, HIDDEN)
         for rate, bonus, order in zip(self.rates, self.bonuses, self.paths(layout), strict=True):
             v = order.undo(bi_wkv(order.apply(k), order.apply(v), rate / x.shape[1], bonus / x.shape[1]))
         return self.to_out(torch.sigmoid(self.to_r(x)) * v)

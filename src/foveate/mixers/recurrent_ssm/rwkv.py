@@ -13,8 +13,9 @@ from torch.nn.functional import layer_norm, normalize, silu
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.token_shift import last_of, mixed, previous, ramp
 from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
-from foveate.mixers.recurrent import Inputs, wide, widened
+from foveate.mixers.recurrent import Inputs
 from foveate.mixers.stateful import Lengths, StatefulMixer
+from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence import Recurrent, recur
 
 
@@ -75,12 +76,12 @@ class MatrixRWKV(StatefulMixer):
 
     # ---- forward and step ------------------------------------------------------------------------------
 
-    def run(self, x: Tensor, state: RWKVState | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(self, x: Tensor, state: RWKVState | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         before = self.empty_state(x.shape[0], None) if state is None else state
         *seen, gate = self.mixtures(previous(x, before.last, lengths), x)
         inputs = self.inputs(*seen)
-        if real is not None:
-            inputs = inputs.only(real)
+        if key_mask is not None:
+            inputs = inputs.mask_padding(key_mask)
         matrix = before.matrix if lengths is None else before.matrix.expand(len(lengths), -1, -1, -1)
         heads, matrix = self.recall(inputs, matrix, lengths)
         normed = layer_norm(heads, heads.shape[-1:], eps=1e-5 * self.head_dim)
@@ -92,7 +93,7 @@ class MatrixRWKV(StatefulMixer):
         return recur(**vars(inputs), state=state, lengths=lengths)
 
     def empty_state(self, batch: int, capacity: int | None) -> RWKVState:
-        dtype = wide(self.weight.dtype)
+        dtype = accum_dtype(self.weight.dtype)
         state = self.weight.new_zeros(self.state_shape) if self.initial is None else self.initial
         return RWKVState(self.weight.new_zeros(batch, self.dim), state.to(dtype).expand(batch, -1, -1, -1))
 
@@ -136,7 +137,7 @@ class RWKV6(MatrixRWKV):
     def inputs(self, *seen: Tensor) -> Inputs:
         for_r, for_k, for_v, for_decay = seen
         r, k, v = self.to_r(for_r), self.to_k(for_k), self.to_v(for_v)
-        decay = -widened(self.to_decay(for_decay)).exp()
+        decay = -to_accum(self.to_decay(for_decay)).exp()
         r, k, v, decay = (split_heads(y, self.heads) for y in (r, k, v, decay))
         return Inputs(r, k, v, decay=decay, bonus=self.bonus, scale=1.0)
 
@@ -182,8 +183,8 @@ class RWKV7(MatrixRWKV):
     def parts(self, *seen: Tensor) -> list[Tensor]:
         """Receptance, key, value, log-decay, removal key and its rate, (B, H, N, D) each."""
         for_r, for_k, for_v, for_decay, for_rate = seen
-        k, rate = widened(self.to_k(for_k)), torch.sigmoid(widened(self.to_rate(for_rate)))
-        decay = -math.exp(-0.5) * torch.sigmoid(widened(self.to_decay(for_decay)))
+        k, rate = to_accum(self.to_k(for_k)), torch.sigmoid(to_accum(self.to_rate(for_rate)))
+        decay = -math.exp(-0.5) * torch.sigmoid(to_accum(self.to_decay(for_decay)))
         key = k * (1 + (rate - 1) * self.retained)
         parts = (self.to_r(for_r), key, self.to_v(for_v), decay, k * self.removal, rate)
         return [split_heads(part, self.heads) for part in parts]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.token_shift import last_of, mixed, previous, ramp
 from foveate.mixers.base import StepOutput
-from foveate.mixers.recurrent import wide, widened
 from foveate.mixers.stateful import Lengths, StatefulMixer
+from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence.linear.stabilise import NOTHING, stabilise
 from foveate.recurrence.selective.api import linear_scan
 
@@ -56,24 +56,24 @@ class RWKV4(StatefulMixer):
         super().__init__(dim, causal=causal)
         self.to_r, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         self.shares = nn.Parameter(ramp(dim).repeat(3, 1))  # of the token itself, in what r, k and v see
-        self.log_rate = nn.Parameter(-5 + 8 * ramp(dim))
+        self.A_log = nn.Parameter(-5 + 8 * ramp(dim))
         self.bonus = nn.Parameter(torch.full((dim,), 0.3).log())
 
-    def run(self, x: Tensor, state: RWKV4State | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(self, x: Tensor, state: RWKV4State | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         state = self.empty_state(x.shape[0], None) if state is None else state
         before = previous(x, state.last, lengths)
         r, k, v = (
             layer(mixed(before, x, share))
             for layer, share in zip((self.to_r, self.to_k, self.to_v), self.shares, strict=True)
         )
-        decay = -widened(self.log_rate).exp()
+        decay = -to_accum(self.A_log).exp()
         averages = None if lengths is not None else state.averages
-        wkv, averages = weighed_average(widened(k), widened(v), decay, self.bonus, averages, lengths, real)
+        wkv, averages = weighed_average(to_accum(k), to_accum(v), decay, self.bonus, averages, lengths, key_mask)
         out = self.to_out(torch.sigmoid(r) * wkv.to(r.dtype))
         return StepOutput(out, RWKV4State(last_of(state.last, x), averages))
 
     def empty_state(self, batch: int, capacity: int | None) -> RWKV4State:
-        zeros = self.weight.new_zeros(batch, 2 * self.dim, dtype=wide(self.weight.dtype))
+        zeros = self.weight.new_zeros(batch, 2 * self.dim, dtype=accum_dtype(self.weight.dtype))
         last = self.weight.new_zeros(batch, self.dim)
         return RWKV4State(last, Averages(zeros, torch.full_like(zeros[:, : self.dim], NOTHING)))
 
@@ -85,7 +85,7 @@ def weighed_average(
     bonus: Tensor,
     averages: Averages | None = None,
     lengths: Lengths = None,
-    real: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Averages]:
     """RWKV-4's wkv (B, N, C) of keys and values (B, N, C), log-decays (C,) at most 0 and bonuses (C,).
 
@@ -97,8 +97,11 @@ def weighed_average(
     tensor([1., 2.])
     """
     decays, gates = decay.expand_as(k), k
-    if real is not None:
-        decays, gates = decays.masked_fill(~real.unsqueeze(-1), 0), k.masked_fill(~real.unsqueeze(-1), -torch.inf)
+    if key_mask is not None:
+        decays, gates = (
+            decays.masked_fill(~key_mask.unsqueeze(-1), 0),
+            k.masked_fill(~key_mask.unsqueeze(-1), -torch.inf),
+        )
     unit, state = (None, None) if averages is None else (averages.unit, averages.sums)
     stable = stabilise(decays, gates, dim=1, unit=unit, lengths=lengths)
     weighed = torch.cat([stable.weight * v, stable.weight], dim=-1)

@@ -58,23 +58,25 @@ class ScanMixer(Mixer):
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         if padding is not None:
             x = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
-        flat, real, lengths = laid_end_to_end(x, padding, layout)
+        flat, key_mask, lengths = laid_end_to_end(x, padding, layout)
         place = layout if isinstance(layout, Grid) else Line(flat.shape[1])
         u, gate = self.to_in(flat).chunk(2, dim=-1)
-        y = self.after(self.scanned(self.before(u, place), place, lengths, real))
+        y = self.after(self.scanned(self.before(u, place), place, lengths, key_mask))
         return self.to_out(y * silu(gate)).reshape(x.shape)
 
-    def scanned(self, u: Tensor, place: Layout, lengths: Lengths, real: Tensor | None) -> Tensor:
+    def scanned(self, u: Tensor, place: Layout, lengths: Lengths, key_mask: Tensor | None) -> Tensor:
         """The sum of all passes over u (B, N, channels)."""
         orders = self.orders(place)
-        runs = [partial(self.walk, each, order, lengths, real) for each, order in zip(self.passes, orders, strict=True)]
+        runs = [
+            partial(self.walk, each, order, lengths, key_mask) for each, order in zip(self.passes, orders, strict=True)
+        ]
         return scan_orders(runs, u, orders)
 
-    def walk(self, run: nn.Module, order: Order, lengths: Lengths, real: Tensor | None, u: Tensor) -> Tensor:
+    def walk(self, run: nn.Module, order: Order, lengths: Lengths, key_mask: Tensor | None, u: Tensor) -> Tensor:
         """One pass over u, which is in that order already; packed documents are walked in their own order."""
         backwards = lengths is not None and not order.is_identity
         lengths = lengths[::-1] if lengths is not None and backwards else lengths
-        return run(u, lengths=lengths, real=None if real is None else order.apply(real)).out
+        return run(u, lengths=lengths, key_mask=None if key_mask is None else order.apply(key_mask)).out
 
 
 @register(
@@ -274,9 +276,9 @@ class ZigMa(Mixer):
         assert isinstance(layout, Grid)
         order, lines = self.path(layout)
         sequences, length = x.shape[0] * lines, x.shape[1] // lines
-        real = None if padding is None else order.apply(padding).reshape(sequences, length)
+        key_mask = None if padding is None else order.apply(padding).reshape(sequences, length)
         along = order.apply(x).reshape(sequences, length, self.dim)
-        return order.undo(self.mamba(along, padding=real).reshape(x.shape))
+        return order.undo(self.mamba(along, padding=key_mask).reshape(x.shape))
 
     def path(self, grid: Grid) -> tuple[Order, int]:
         """This layer's order, and how many sequences of equal length it falls into."""
@@ -325,12 +327,12 @@ class SMamba(Mixer):
         self.forwards, self.backwards = Mamba(dim, **sizes), Mamba(dim, **sizes)
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
-        flat, real, lengths = laid_end_to_end(x, padding, layout)
-        if real is not None:
-            flat = flat.masked_fill(~real.unsqueeze(-1), 0)
+        flat, key_mask, lengths = laid_end_to_end(x, padding, layout)
+        if key_mask is not None:
+            flat = flat.masked_fill(~key_mask.unsqueeze(-1), 0)
         out = flat.new_zeros(())
         for mamba, order in zip((self.forwards, self.backwards), bidirectional(Line(flat.shape[1])), strict=True):
             ahead = lengths if lengths is None or order.is_identity else lengths[::-1]
-            seen = None if real is None else order.apply(real)
+            seen = None if key_mask is None else order.apply(key_mask)
             out = out + order.undo(mamba.run(order.apply(flat), None, ahead, seen).out)
         return out.reshape(x.shape)

@@ -11,8 +11,8 @@ from torch.nn.functional import gelu
 
 from foveate.catalogue.registry import Reference, register
 from foveate.mixers.base import StepOutput
-from foveate.mixers.recurrent import widened
 from foveate.mixers.stateful import Lengths, StatefulMixer
+from foveate.precision import to_accum
 from foveate.recurrence.selective.api import causal_conv
 from foveate.recurrence.ssm import Discrete, Evolved, discretize, evolve, evolve_shared, hippo_rates
 
@@ -35,8 +35,8 @@ class Dynamics(nn.Module):
         self.log_step = nn.Parameter(torch.empty(steps).uniform_(math.log(1e-3), math.log(1e-1)))
 
     def forward(self) -> Discrete:
-        rates = torch.complex(-widened(self.log_decay).exp(), widened(self.frequency))
-        step = widened(self.log_step).exp()
+        rates = torch.complex(-to_accum(self.log_decay).exp(), to_accum(self.frequency))
+        step = to_accum(self.log_step).exp()
         return discretize(rates, step.unsqueeze(-1) if rates.dim() == 2 else step, self.method)
 
 
@@ -52,7 +52,7 @@ class DiagonalSSM(nn.Module):
         pairs = halved(state)
         self.dynamics = Dynamics(hippo_rates(pairs).expand(channels, pairs), steps=channels, method=method)
         self.read = complex_parameter(channels, pairs)
-        self.skip = nn.Parameter(torch.randn(channels))
+        self.D = nn.Parameter(torch.randn(channels))
 
     def forward(
         self,
@@ -67,7 +67,7 @@ class DiagonalSSM(nn.Module):
         transition, entry = self.dynamics()
         read = as_complex(self.read)
         y, after = evolve(x, transition, entry, read, state=state, final=final, lengths=lengths, chunk=chunk)
-        return Evolved(y + self.skip * x, after)
+        return Evolved(y + self.D * x, after)
 
     def init_state(self, batch: int) -> Tensor:
         """The state before the first token."""
@@ -114,7 +114,7 @@ class S4D(StatefulMixer):
         self.ssm = DiagonalSSM(dim, state, method=method)
         self.to_out = nn.Linear(dim, 2 * dim)
 
-    def run(self, x: Tensor, state: State | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(self, x: Tensor, state: State | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         before = None if state is None else state.numbers
         y, after = self.ssm(x, before, final=state is not None, lengths=lengths, chunk=self.chunk)
         out, gate = self.to_out(gelu(y)).chunk(2, dim=-1)
@@ -151,18 +151,18 @@ class S5(StatefulMixer):
         self.dynamics = Dynamics(hippo_rates(pairs), steps=pairs, method=method)
         self.write = complex_parameter(pairs, dim, scale=dim**-0.5)
         self.read = complex_parameter(dim, pairs, scale=pairs**-0.5)
-        self.skip = nn.Parameter(torch.randn(dim))
+        self.D = nn.Parameter(torch.randn(dim))
         self.to_gate = nn.Linear(dim, dim)
 
-    def run(self, x: Tensor, state: State | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(self, x: Tensor, state: State | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         if lengths is not None:
             pieces = [self.run(piece, None, None, None).out for piece in x.split(list(lengths), dim=1)]
             return StepOutput(torch.cat(pieces, dim=1), None)
         transition, entry = self.dynamics()
         write = entry.unsqueeze(-1) * as_complex(self.write)  # (S, C)
-        inputs = widened(x).to(write.dtype) @ write.mT  # (B, N, S)
+        inputs = to_accum(x).to(write.dtype) @ write.mT  # (B, N, S)
         states, after = evolve_shared(inputs, transition, state=None if state is None else state.numbers)
-        y = 2 * (states @ as_complex(self.read).mT).real.to(x.dtype) + self.skip * x
+        y = 2 * (states @ as_complex(self.read).mT).real.to(x.dtype) + self.D * x
         g = gelu(y)
         return StepOutput(g * torch.sigmoid(self.to_gate(g)), State(after))
 
@@ -218,12 +218,12 @@ class H3(StatefulMixer):
         self.shift = nn.Parameter(torch.randn(dim, shift) * shift**-0.5)  # what is read of the last keys, newest last
         self.ssm = DiagonalSSM(self.heads, state)
 
-    def run(self, x: Tensor, state: Shifted | None, lengths: Lengths, real: Tensor | None) -> StepOutput:
+    def run(self, x: Tensor, state: Shifted | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         batch, length, _ = x.shape
         before, tail = (None, None) if state is None else state
         k, v = self.to_k(x), self.to_v(x)
-        if real is not None:  # biases are no tokens
-            k, v = (each.masked_fill(~real.unsqueeze(-1), 0) for each in (k, v))
+        if key_mask is not None:  # biases are no tokens
+            k, v = (each.masked_fill(~key_mask.unsqueeze(-1), 0) for each in (k, v))
         k, tail = causal_conv(k, self.shift, tail=tail, lengths=lengths)
         q, k, v = (each.unflatten(-1, (self.heads, self.head_dim)) for each in (self.to_q(x), k, v))
         products = k.unsqueeze(-1) * v.unsqueeze(-2)  # (B, N, H, D, D)
@@ -251,7 +251,7 @@ def complex_parameter(*shape: int, scale: float = 1.0) -> nn.Parameter:
 
 
 def as_complex(parameter: Tensor) -> Tensor:
-    return torch.view_as_complex(widened(parameter))
+    return torch.view_as_complex(to_accum(parameter))
 
 
 def halved(state: int) -> int:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from foveate.catalogue.registry import Feature, register
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
-from foveate.mixers.recurrent import wide, widened
 from foveate.patterns import Layout, Packed
-from foveate.recurrence.ttt import Learner, Taught, beginner, ttt_linear, ttt_mlp
+from foveate.precision import accum_dtype, to_accum
+from foveate.recurrence.ttt import InnerModel, TTTOutput, init_inner_state, ttt_linear, ttt_mlp
 
 SUPPORTS: set[Feature] = {"causal", "padding", "packed", "decode"}
 NOTES = (
@@ -22,7 +22,7 @@ NOTES = (
 )
 
 
-class TaughtMixer(Mixer):
+class TTTMixer(Mixer):
     """Projections around an inner network that is taught k -> v and asked q; a mechanism says which network.
 
     ``mini_batch`` tokens take their gradients at the same weights; ``rate`` is the greatest learning rate, before
@@ -49,7 +49,7 @@ class TaughtMixer(Mixer):
         width = heads * self.head_dim
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, width, bias=False) for _ in range(3))
         self.to_rate = nn.Linear(dim, heads)
-        self.pace = nn.Parameter(torch.zeros(mini_batch))
+        self.step_scale = nn.Parameter(torch.zeros(mini_batch))
         self.inner = nn.ParameterList(
             torch.cat([0.02 * torch.randn(heads, fan_in, fan_out), torch.zeros(heads, 1, fan_out)], dim=1)
             for fan_in, fan_out in self.layers
@@ -67,7 +67,7 @@ class TaughtMixer(Mixer):
         """Inputs and outputs of the inner network's layers, its biases left out."""
         raise NotImplementedError
 
-    def teach(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, state: Learner | None) -> Taught:
+    def teach(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, state: InnerModel | None) -> TTTOutput:
         raise NotImplementedError
 
     # ---- forward and step ----------------------------------------------------------------------------------
@@ -84,34 +84,34 @@ class TaughtMixer(Mixer):
         moved = x.masked_fill(~padding.unsqueeze(-1), 0).gather(1, order)
         return torch.zeros_like(x).scatter(1, order, self.run(moved, None).out)
 
-    def empty_state(self, batch: int, capacity: int | None) -> Learner:
-        return beginner(tuple(widened(weight) for weight in self.inner), batch)
+    def empty_state(self, batch: int, capacity: int | None) -> InnerModel:
+        return init_inner_state(tuple(to_accum(weight) for weight in self.inner), batch)
 
-    def mix_after(self, x: Tensor, state: Learner) -> StepOutput:
+    def mix_after(self, x: Tensor, state: InnerModel) -> StepOutput:
         return self.run(x, state)
 
-    def run(self, x: Tensor, state: Learner | None) -> StepOutput:
+    def run(self, x: Tensor, state: InnerModel | None) -> StepOutput:
         """Tokens x (B, N, C) read after a state, or from the beginning."""
         seen = 0 if state is None else state.seen
         places = torch.arange(seen, seen + x.shape[1], device=x.device) % self.mini_batch
         q, k, v = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
-        eta = self.rate / self.head_dim * torch.sigmoid(widened(self.to_rate(x))).transpose(1, 2)  # (B, H, N)
+        eta = self.rate / self.head_dim * torch.sigmoid(to_accum(self.to_rate(x))).transpose(1, 2)  # (B, H, N)
         taught = self.teach(rotate(q, places), rotate(k, places), v, eta, state)
         return StepOutput(self.to_out(self.norm(join_heads(taught.out))), taught.state)
 
     @property
     def shared(self) -> dict[str, Any]:
         """What the operator takes beside the tokens and the weights."""
-        moved = widened(self.pace)
+        moved = to_accum(self.step_scale)
         count = torch.arange(1, self.mini_batch + 1, device=moved.device, dtype=moved.dtype)
-        pace = (1 / count + moved).clamp(min=0)
-        return {"norm": (self.norm_weight, self.norm_bias), "pace": pace, "batch": self.mini_batch}
+        step_scale = (1 / count + moved).clamp(min=0)
+        return {"norm": (self.norm_weight, self.norm_bias), "step_scale": step_scale, "batch": self.mini_batch}
 
     # ---- costs ---------------------------------------------------------------------------------------------
 
     def state_bytes(self, n: int) -> int:
         size = sum((ins + 1) * outs for ins, outs in self.layers)
-        return 2 * self.heads * size * wide(self.weight.dtype).itemsize
+        return 2 * self.heads * size * accum_dtype(self.weight.dtype).itemsize
 
 
 @register(
@@ -121,7 +121,7 @@ class TaughtMixer(Mixer):
     supports=SUPPORTS,
     notes=NOTES,
 )
-class TTTLinear(TaughtMixer):
+class TTTLinear(TTTMixer):
     """A state that is a linear map, taught by gradient descent to turn each key into its value.
 
     >>> mixer = TTTLinear(64, heads=4)
@@ -133,7 +133,7 @@ class TTTLinear(TaughtMixer):
     def layers(self) -> list[tuple[int, int]]:
         return [(self.head_dim, self.head_dim)]
 
-    def teach(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, state: Learner | None) -> Taught:
+    def teach(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, state: InnerModel | None) -> TTTOutput:
         return ttt_linear(q, k, v, eta, self.inner[0], state=state, **self.shared)
 
 
@@ -144,7 +144,7 @@ class TTTLinear(TaughtMixer):
     supports=SUPPORTS,
     notes=NOTES,
 )
-class TTTMLP(TaughtMixer):
+class TTTMLP(TTTMixer):
     """A state that is a network of two layers, taught by gradient descent to turn each key into its value.
 
     ``expand`` is how many times wider its hidden layer is.
@@ -163,6 +163,6 @@ class TTTMLP(TaughtMixer):
         hidden = self.expand * self.head_dim
         return [(self.head_dim, hidden), (hidden, self.head_dim)]
 
-    def teach(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, state: Learner | None) -> Taught:
+    def teach(self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, state: InnerModel | None) -> TTTOutput:
         first, second = self.inner
         return ttt_mlp(q, k, v, eta, (first, second), state=state, **self.shared)

@@ -11,9 +11,9 @@ from torch.nn.functional import normalize, silu
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import JUMPS
 from foveate.mixers.base import Mixer
-from foveate.mixers.recurrent import widened
-from foveate.mixers.recurrent_ssm.mamba import NO_STEP, Chosen, SelectiveScan
+from foveate.mixers.recurrent_ssm.mamba import NO_STEP, SelectiveScan, SSMParams
 from foveate.patterns import Layout
+from foveate.precision import to_accum
 
 
 class FiLM(nn.Module):
@@ -85,25 +85,25 @@ class ViperScan(Mixer):
         self.dynamics = FiLM(match, inner + 2 * state)  # of Δ, B and C
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
-        real = padding if context is None else None
-        if real is not None:
-            x = x.masked_fill(~real.unsqueeze(-1), 0)
+        key_mask = padding if context is None else None
+        if key_mask is not None:
+            x = x.masked_fill(~key_mask.unsqueeze(-1), 0)
         matched = self.matched(x, x if context is None else context, padding)
         u, gate = self.to_in(x).chunk(2, dim=-1)
         u = silu(self.enter(u, matched))
-        chosen = self.modulated(self.ssm.chosen(u), matched, real)
+        chosen = self.modulated(self.ssm.chosen(u), matched, key_mask)
         return self.leave(self.to_out(self.ssm.scan(u, chosen, gate=gate).out), matched)
 
-    def matched(self, x: Tensor, patches: Tensor, real: Tensor | None) -> Tensor:
+    def matched(self, x: Tensor, patches: Tensor, key_mask: Tensor | None) -> Tensor:
         """What each token sees of the patches it matches best, (B, N, match); zeros where there are none."""
         if patches.shape[1] == 0:
             return x.new_zeros(*x.shape[:2], self.to_value.out_features)
-        if real is not None:
-            patches = patches.masked_fill(~real.unsqueeze(-1), 0)
-        query, key = (normalize(widened(y), dim=-1) for y in (self.to_query(x), self.to_key(patches)))
+        if key_mask is not None:
+            patches = patches.masked_fill(~key_mask.unsqueeze(-1), 0)
+        query, key = (normalize(to_accum(y), dim=-1) for y in (self.to_query(x), self.to_key(patches)))
         likeness = query @ key.mT / self.temperature  # (B, N, M), the token-grid correlation
-        if real is not None:
-            likeness = likeness.masked_fill(~real.unsqueeze(1), -torch.inf)
+        if key_mask is not None:
+            likeness = likeness.masked_fill(~key_mask.unsqueeze(1), -torch.inf)
         best, index = likeness.topk(min(self.top, likeness.shape[-1]), dim=-1)
         none = best.isneginf().all(-1, keepdim=True)
         weights = best.masked_fill(none, 0).softmax(-1).masked_fill(none, 0).to(x.dtype)
@@ -111,8 +111,8 @@ class ViperScan(Mixer):
         seen = self.to_value(patches)[batch, index]  # (B, N, top, match)
         return (weights.unsqueeze(2) @ seen).squeeze(2)
 
-    def modulated(self, chosen: Chosen, matched: Tensor, real: Tensor | None) -> Chosen:
+    def modulated(self, chosen: SSMParams, matched: Tensor, key_mask: Tensor | None) -> SSMParams:
         """What the tokens choose of the scan, modulated by what they match."""
         widths = [each.shape[-1] for each in chosen]
         step, b, c = self.dynamics(torch.cat(chosen, dim=-1), matched).split(widths, dim=-1)
-        return Chosen(step if real is None else step.masked_fill(~real.unsqueeze(-1), NO_STEP), b, c)
+        return SSMParams(step if key_mask is None else step.masked_fill(~key_mask.unsqueeze(-1), NO_STEP), b, c)

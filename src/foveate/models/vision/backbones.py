@@ -40,8 +40,8 @@ class GatedSoftmaxAttention(RankAugmentedLinearAttention):
         q, k, v = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, 1)
         return q, k, v
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, real: Tensor | None) -> Tensor:
-        return attend(self.turn(q, layout), self.turn(k, layout), v, self.within(real))
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, key_mask: Tensor | None) -> Tensor:
+        return attend(self.turn(q, layout), self.turn(k, layout), v, self.within(key_mask))
 
 
 @model(

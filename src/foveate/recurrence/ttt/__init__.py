@@ -1,6 +1,6 @@
 """Test-time training."""
 
-from foveate.recurrence.ttt.api import TTT, Taught, ttt_linear, ttt_mlp
-from foveate.recurrence.ttt.inputs import Learner, Norm, beginner
+from foveate.recurrence.ttt.api import TTT, TTTOutput, ttt_linear, ttt_mlp
+from foveate.recurrence.ttt.inputs import InnerModel, Norm, init_inner_state
 
-__all__ = ["TTT", "Learner", "Norm", "Taught", "beginner", "ttt_linear", "ttt_mlp"]
+__all__ = ["TTT", "InnerModel", "Norm", "TTTOutput", "init_inner_state", "ttt_linear", "ttt_mlp"]

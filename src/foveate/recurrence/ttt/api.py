@@ -11,14 +11,14 @@ from foveate.dispatch import Facts, Operator
 from foveate.precision import accum_dtype
 from foveate.recurrence.ttt.impl.dual import DUAL
 from foveate.recurrence.ttt.impl.reference import REFERENCE
-from foveate.recurrence.ttt.inputs import Call, Learner, Lesson, Norm, beginner
+from foveate.recurrence.ttt.inputs import Call, InnerModel, Norm, TTTInputs, init_inner_state
 
 
-class Taught(NamedTuple):
+class TTTOutput(NamedTuple):
     """Outputs (B, H, N, D) in v's dtype, and the inner network after the last token."""
 
     out: Tensor
-    state: Learner
+    state: InnerModel
 
 
 def ttt_linear(
@@ -29,11 +29,11 @@ def ttt_linear(
     weight: Tensor,
     norm: tuple[Tensor, Tensor],
     *,
-    pace: Tensor | None = None,
+    step_scale: Tensor | None = None,
     batch: int = 16,
-    state: Learner | None = None,
+    state: InnerModel | None = None,
     impl: str = "auto",
-) -> Taught:
+) -> TTTOutput:
     """Teach a linear map to turn k into v while reading, and let it answer q: TTT-Linear.
 
     The state is the map f(x) = x + LN(x W + b). Token t takes the gradient of |f(k_t) - v_t|^2 / 2 at the weights
@@ -66,7 +66,7 @@ def ttt_linear(
 
     Raises ValueError where shapes do not fit together.
     """
-    return _ttt(q, k, v, eta, (weight,), norm, pace, batch, state, impl)
+    return _ttt(q, k, v, eta, (weight,), norm, step_scale, batch, state, impl)
 
 
 def ttt_mlp(
@@ -77,11 +77,11 @@ def ttt_mlp(
     weights: tuple[Tensor, Tensor],
     norm: tuple[Tensor, Tensor],
     *,
-    pace: Tensor | None = None,
+    step_scale: Tensor | None = None,
     batch: int = 16,
-    state: Learner | None = None,
+    state: InnerModel | None = None,
     impl: str = "auto",
-) -> Taught:
+) -> TTTOutput:
     """`ttt_linear` with a network of two layers in place of the linear map: TTT-MLP.
 
     f(x) = x + LN(gelu(x W_1 + b_1) W_2 + b_2), with GELU in its tanh form. ``weights`` are (H, D + 1, F) and
@@ -93,7 +93,7 @@ def ttt_mlp(
     >>> ttt_mlp(q, k, v, torch.full((2, 4, 50), 0.1), weights, norm).out.shape
     torch.Size([2, 4, 50, 8])
     """
-    return _ttt(q, k, v, eta, weights, norm, pace, batch, state, impl)
+    return _ttt(q, k, v, eta, weights, norm, step_scale, batch, state, impl)
 
 
 def _ttt(
@@ -103,18 +103,18 @@ def _ttt(
     eta: Tensor,
     weights: tuple[Tensor, ...],
     norm: tuple[Tensor, Tensor],
-    pace: Tensor | None,
+    step_scale: Tensor | None,
     batch: int,
-    state: Learner | None,
+    state: InnerModel | None,
     impl: str,
-) -> Taught:
-    _check(q, k, v, eta, weights, norm, pace, batch, state)
+) -> TTTOutput:
+    _check(q, k, v, eta, weights, norm, step_scale, batch, state)
     dtype = accum_dtype(q, k, v, eta, *weights)
-    pace = q.new_ones(batch, dtype=dtype) if pace is None else pace
+    step_scale = q.new_ones(batch, dtype=dtype) if step_scale is None else step_scale
     heads = Norm(*(x.to(dtype).unsqueeze(1) for x in norm))
-    lesson = Lesson(q.to(dtype), k.to(dtype), v.to(dtype), eta.to(dtype).unsqueeze(-1), heads, pace.to(dtype))
-    out, learner = TTT(Call(lesson, state or beginner(tuple(x.to(dtype) for x in weights), q.shape[0])), impl)
-    return Taught(out.to(v.dtype), learner)
+    inputs = TTTInputs(q.to(dtype), k.to(dtype), v.to(dtype), eta.to(dtype).unsqueeze(-1), heads, step_scale.to(dtype))
+    out, inner = TTT(Call(inputs, state or init_inner_state(tuple(x.to(dtype) for x in weights), q.shape[0])), impl)
+    return TTTOutput(out.to(v.dtype), inner)
 
 
 def _check(
@@ -124,9 +124,9 @@ def _check(
     eta: Tensor,
     weights: tuple[Tensor, ...],
     norm: tuple[Tensor, Tensor],
-    pace: Tensor | None,
+    step_scale: Tensor | None,
     batch: int,
-    state: Learner | None,
+    state: InnerModel | None,
 ) -> None:
     if q.dim() != 4 or not q.shape == k.shape == v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
@@ -134,8 +134,8 @@ def _check(
     heads, dim = q.shape[1], q.shape[3]
     if eta.shape != q.shape[:3]:
         raise ValueError(f"eta is (batch, heads, length), {tuple(q.shape[:3])}; got {tuple(eta.shape)}")
-    if batch < 1 or (pace is not None and pace.shape != (batch,)):
-        raise ValueError(f"batch is 1 or more and pace one factor for each place in it; got {batch} and {pace}")
+    if batch < 1 or (step_scale is not None and step_scale.shape != (batch,)):
+        raise ValueError(f"batch is 1 or more and pace one factor for each place in it; got {batch} and {step_scale}")
     widths = [dim, *(weight.shape[-1] for weight in weights[:-1]), dim]
     wanted = [(heads, fan_in + 1, fan_out) for fan_in, fan_out in pairwise(widths)]
     if [tuple(weight.shape) for weight in weights] != wanted:
@@ -146,7 +146,7 @@ def _check(
         _check_state(state, [(q.shape[0], *shape) for shape in wanted], batch)
 
 
-def _check_state(state: Learner, wanted: list[tuple[int, ...]], batch: int) -> None:
+def _check_state(state: InnerModel, wanted: list[tuple[int, ...]], batch: int) -> None:
     for tensors in state[:2]:
         if [tuple(x.shape) for x in tensors] != wanted:
             raise ValueError(f"the state holds weights {wanted}; got {[tuple(x.shape) for x in tensors]}")
@@ -155,7 +155,7 @@ def _check_state(state: Learner, wanted: list[tuple[int, ...]], batch: int) -> N
 
 
 def _described(call: Call) -> Facts:
-    return {"layers": len(call.learner.weights)}
+    return {"layers": len(call.inner.weights)}
 
 
-TTT: Operator[Call, tuple[Tensor, Learner]] = Operator("ttt", [DUAL, REFERENCE], describe=_described)
+TTT: Operator[Call, tuple[Tensor, InnerModel]] = Operator("ttt", [DUAL, REFERENCE], describe=_described)

@@ -15,7 +15,7 @@ from foveate.counting import counted_times, lacks_numbers
 EPS = 1e-6  # of the layer norm inside the inner network
 
 
-class Learner(NamedTuple):
+class InnerModel(NamedTuple):
     """The inner network between two tokens: its weights (B, H, fan-in + 1, fan-out), a layer each, the last row of
     each being its bias; what the unfinished mini-batch would subtract; and how many tokens that has seen."""
 
@@ -31,7 +31,7 @@ class Norm(NamedTuple):
     bias: Tensor
 
 
-class Lesson(NamedTuple):
+class TTTInputs(NamedTuple):
     """What teaches: q, k, v (B, H, N, D), learning rates (B, H, N, 1), the norm (H, 1, D) and the pace (batch,)."""
 
     q: Tensor
@@ -39,41 +39,43 @@ class Lesson(NamedTuple):
     v: Tensor
     eta: Tensor
     norm: Norm
-    pace: Tensor
+    step_scale: Tensor
 
-    def part(self, first: int, end: int) -> Lesson:
+    def part(self, first: int, end: int) -> TTTInputs:
         q, k, v, eta = (x[:, :, first:end] for x in self[:4])
-        return Lesson(q, k, v, eta, self.norm, self.pace)
+        return TTTInputs(q, k, v, eta, self.norm, self.step_scale)
 
 
 class Call(NamedTuple):
     """A call of `ttt_linear` or `ttt_mlp`, checked and in the arithmetic's dtype."""
 
-    lesson: Lesson
-    learner: Learner
+    inputs: TTTInputs
+    inner: InnerModel
 
     @property
     def batch(self) -> int:
         """Tokens in a mini-batch."""
-        return len(self.lesson.pace)
+        return len(self.inputs.step_scale)
 
     @property
     def mini_batches(self) -> list[tuple[int, int]]:
         """Ranges of tokens that end where a mini-batch does, after one that has seen so many."""
-        length = self.lesson.q.shape[2]
-        ends = [*range(self.batch - self.learner.seen, length, self.batch), length] if length else []
+        length = self.inputs.q.shape[2]
+        ends = [*range(self.batch - self.inner.seen, length, self.batch), length] if length else []
         return list(pairwise([0, *ends]))
 
 
-def by_mini_batch(teach: Callable[[Lesson, Learner], tuple[Tensor, Learner]], call: Call) -> tuple[Tensor, Learner]:
+def by_mini_batch(
+    teach: Callable[[TTTInputs, InnerModel], tuple[Tensor, InnerModel]], call: Call
+) -> tuple[Tensor, InnerModel]:
     """Outputs (B, H, N, D), and the inner network after the last token."""
-    lesson, learner = call
-    outs = [lesson.q[:, :, :0]]
-    for alike in _standing_for(call.mini_batches) if lacks_numbers(lesson.q) else [[one] for one in call.mini_batches]:
+    inputs, inner = call
+    outs = [inputs.q[:, :, :0]]
+    for alike in _standing_for(call.mini_batches) if lacks_numbers(inputs.q) else [[one] for one in call.mini_batches]:
         with counted_times(len(alike)):
-            out, learner = teach(lesson.part(*alike[0]), learner)
+            out, inner = teach(inputs.part(*alike[0]), inner)
         outs += [out] * len(alike)
-    return torch.cat(outs, 2), learner
+    return torch.cat(outs, 2), inner
 
 
 def _standing_for(ranges: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -81,10 +83,10 @@ def _standing_for(ranges: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return [list(run) for _, run in groupby(ranges, key=lambda each: each[1] - each[0])]
 
 
-def beginner(weights: tuple[Tensor, ...], batch: int) -> Learner:
+def init_inner_state(weights: tuple[Tensor, ...], batch: int) -> InnerModel:
     """The inner networks of a batch, (H, fan-in + 1, fan-out) each, before the first token."""
     mine = tuple(weight.expand(batch, *weight.shape) for weight in weights)
-    return Learner(mine, tuple(map(torch.zeros_like, mine)), 0)
+    return InnerModel(mine, tuple(map(torch.zeros_like, mine)), 0)
 
 
 def with_one(x: Tensor) -> Tensor:
@@ -92,13 +94,13 @@ def with_one(x: Tensor) -> Tensor:
     return pad(x, (0, 1), value=1.0)
 
 
-def moved(weights: tuple[Tensor, ...], pending: tuple[Tensor, ...], pace: Tensor) -> tuple[Tensor, ...]:
-    return tuple(weight - pace * step for weight, step in zip(weights, pending, strict=True))
+def moved(weights: tuple[Tensor, ...], pending: tuple[Tensor, ...], step_scale: Tensor) -> tuple[Tensor, ...]:
+    return tuple(weight - step_scale * step for weight, step in zip(weights, pending, strict=True))
 
 
-def one_further(learner: Learner, pace: Tensor) -> Learner:
+def one_further(inner: InnerModel, step_scale: Tensor) -> InnerModel:
     """The learner; at the end of a mini-batch with its gradients taken over into the weights."""
-    if learner.seen < len(pace):
-        return learner
-    weights = moved(learner.weights, learner.pending, pace[-1])
-    return Learner(weights, tuple(map(torch.zeros_like, weights)), 0)
+    if inner.seen < len(step_scale):
+        return inner
+    weights = moved(inner.weights, inner.pending, step_scale[-1])
+    return InnerModel(weights, tuple(map(torch.zeros_like, weights)), 0)

@@ -7,49 +7,49 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from foveate.dispatch import Facts, Implementation, as_it_is, nothing
-from foveate.recurrence.ttt.inputs import EPS, Call, Learner, Lesson, by_mini_batch, one_further, with_one
+from foveate.recurrence.ttt.inputs import EPS, Call, InnerModel, TTTInputs, by_mini_batch, one_further, with_one
 
 
-def run(call: Call) -> tuple[Tensor, Learner]:
+def run(call: Call) -> tuple[Tensor, InnerModel]:
     """Outputs (B, H, N, D), and the inner network after the last token."""
     return by_mini_batch(_by_batch, call)
 
 
-def _by_batch(lesson: Lesson, learner: Learner) -> tuple[Tensor, Learner]:
+def _by_batch(inputs: TTTInputs, inner: InnerModel) -> tuple[Tensor, InnerModel]:
     """Tokens of one mini-batch at once: what their gradients do to a query is attention with weights q k^T."""
-    inputs, slopes = _backward(lesson, learner.weights)
-    places = slice(learner.seen, learner.seen + lesson.q.shape[2])
-    pace = lesson.pace[places, None]  # (n, 1)
-    x, z, pending = lesson.q, lesson.q, []
-    layers = zip(inputs, slopes, learner.weights, learner.pending, strict=True)
+    layer_inputs, slopes = _backward(inputs, inner.weights)
+    places = slice(inner.seen, inner.seen + inputs.q.shape[2])
+    step_scale = inputs.step_scale[places, None]  # (n, 1)
+    x, z, pending = inputs.q, inputs.q, []
+    layers = zip(layer_inputs, slopes, inner.weights, inner.pending, strict=True)
     for layer, (seen, slope, weight, before) in enumerate(layers):
         x = with_one(gelu(z, approximate="tanh") if layer else z)  # (B, H, n, fan-in + 1)
-        taught = lesson.eta * slope
-        z = x @ weight - pace * (x @ before + (x @ seen.mT).tril() @ taught)
+        taught = inputs.eta * slope
+        z = x @ weight - step_scale * (x @ before + (x @ seen.mT).tril() @ taught)
         pending.append(before + seen.mT @ taught)
-    out = lesson.q + normed(z) * lesson.norm.weight + lesson.norm.bias
-    return out, one_further(Learner(learner.weights, tuple(pending), places.stop), lesson.pace)
+    out = inputs.q + normed(z) * inputs.norm.weight + inputs.norm.bias
+    return out, one_further(InnerModel(inner.weights, tuple(pending), places.stop), inputs.step_scale)
 
 
-def _backward(lesson: Lesson, weights: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def _backward(inputs: TTTInputs, weights: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """Each layer's inputs (B, H, n, fan-in + 1), and the loss's gradients by its outputs (B, H, n, fan-out)."""
-    inputs, outputs, z = [], [], lesson.k
+    layer_inputs, outputs, z = [], [], inputs.k
     for layer, weight in enumerate(weights):
-        inputs.append(with_one(gelu(z, approximate="tanh") if layer else z))
-        z = inputs[-1] @ weight
+        layer_inputs.append(with_one(gelu(z, approximate="tanh") if layer else z))
+        z = layer_inputs[-1] @ weight
         outputs.append(z)
-    slopes = [_slope_of_norm(z, lesson)]
+    slopes = [_slope_of_norm(z, inputs)]
     for weight, z in zip(reversed(weights[1:]), reversed(outputs[:-1]), strict=True):
         slopes.append(slopes[-1] @ weight[..., :-1, :].mT * _slope_of_gelu(z))
-    return inputs, slopes[::-1]
+    return layer_inputs, slopes[::-1]
 
 
-def _slope_of_norm(z: Tensor, lesson: Lesson) -> Tensor:
+def _slope_of_norm(z: Tensor, inputs: TTTInputs) -> Tensor:
     """The gradient of |k + LN(z) - v|^2 / 2 by z."""
     centred = z - z.mean(-1, keepdim=True)
     spread = (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
     unit = centred / spread
-    error = (lesson.k + unit * lesson.norm.weight + lesson.norm.bias - lesson.v) * lesson.norm.weight
+    error = (inputs.k + unit * inputs.norm.weight + inputs.norm.bias - inputs.v) * inputs.norm.weight
     along = (error * unit).mean(-1, keepdim=True)
     return (error - error.mean(-1, keepdim=True) - unit * along) / spread
 
@@ -66,7 +66,7 @@ def normed(z: Tensor) -> Tensor:
 
 
 def _facts(call: Call) -> Facts:
-    return {"tokens": call.lesson.q.shape[2], "mini-batch": call.batch, "passes": len(call.mini_batches)}
+    return {"tokens": call.inputs.q.shape[2], "mini-batch": call.batch, "passes": len(call.mini_batches)}
 
 
 DUAL = Implementation("dual", nothing, as_it_is, run, facts=_facts)

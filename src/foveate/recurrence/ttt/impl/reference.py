@@ -7,10 +7,20 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from foveate.dispatch import Facts, Implementation, as_it_is, nothing
-from foveate.recurrence.ttt.inputs import EPS, Call, Learner, Lesson, Norm, by_mini_batch, moved, one_further, with_one
+from foveate.recurrence.ttt.inputs import (
+    EPS,
+    Call,
+    InnerModel,
+    Norm,
+    TTTInputs,
+    by_mini_batch,
+    moved,
+    one_further,
+    with_one,
+)
 
 
-def run(call: Call) -> tuple[Tensor, Learner]:
+def run(call: Call) -> tuple[Tensor, InnerModel]:
     """Outputs (B, H, N, D), and the inner network after the last token."""
     return by_mini_batch(_by_token, call)
 
@@ -29,20 +39,20 @@ def _loss(weights: tuple[Tensor, ...], k: Tensor, v: Tensor, norm: Norm) -> Tens
     return (_network(k, weights, norm) - v).square().sum() / 2
 
 
-def _by_token(lesson: Lesson, learner: Learner) -> tuple[Tensor, Learner]:
+def _by_token(inputs: TTTInputs, inner: InnerModel) -> tuple[Tensor, InnerModel]:
     """One token after the other, each learning by automatic differentiation at the mini-batch's first weights."""
     outs = []
-    for t in range(lesson.q.shape[2]):
-        q, k, v, eta, norm, pace = lesson.part(t, t + 1)
-        gradients = torch.func.grad(_loss)(learner.weights, k, v, norm)
-        pending = tuple(old + eta * new for old, new in zip(learner.pending, gradients, strict=True))
-        outs.append(_network(q, moved(learner.weights, pending, pace[learner.seen]), norm))
-        learner = one_further(Learner(learner.weights, pending, learner.seen + 1), pace)
-    return torch.cat(outs, 2), learner
+    for t in range(inputs.q.shape[2]):
+        q, k, v, eta, norm, step_scale = inputs.part(t, t + 1)
+        gradients = torch.func.grad(_loss)(inner.weights, k, v, norm)
+        pending = tuple(old + eta * new for old, new in zip(inner.pending, gradients, strict=True))
+        outs.append(_network(q, moved(inner.weights, pending, step_scale[inner.seen]), norm))
+        inner = one_further(InnerModel(inner.weights, pending, inner.seen + 1), step_scale)
+    return torch.cat(outs, 2), inner
 
 
 def _facts(call: Call) -> Facts:
-    return {"tokens": call.lesson.q.shape[2]}
+    return {"tokens": call.inputs.q.shape[2]}
 
 
 REFERENCE = Implementation("reference", nothing, as_it_is, run, facts=_facts)
