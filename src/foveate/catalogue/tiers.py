@@ -64,12 +64,16 @@ class Preset:
 
 @dataclass(frozen=True)
 class ModelRow(FunctionRow):
-    """A model: ``function(**sizes)`` returns a module that takes inputs of a kind."""
+    """A model: ``function(**sizes)`` returns a module that takes inputs of a kind.
+
+    ``sample(batch, size)`` makes inputs at the sizes of ``tiny`` for a model whose inputs are of no usual shape.
+    """
 
     tier: ClassVar[str] = "model"
     inputs: Input = "tokens"
     supports: frozenset[ModelFeature] = frozenset()
     presets: Mapping[str, Preset] = field(default_factory=dict)
+    sample: Callable[[int, int], Tensor] | None = None
 
     def make(self, preset: str | None = None, **sizes: Any) -> nn.Module:
         """Build it, at a preset's sizes or at others.
@@ -180,13 +184,14 @@ def model(
         papers: keys of papers of tier model, or of the operator it was published with; None with ``reference`` and
             ``family`` for one that the catalogue does not have.
         inputs: what it takes: tokens (B, N), vectors (B, N, C), image (B, C, H, W), video (B, C, T, H, W), points
-            (B, N, 3) or audio (B, T). `foveate.testing.check_model` feeds it such.
+            (B, N, 3) or audio (B, T). `foveate.testing.check_model` feeds it such, tokens below 16 and vectors as wide
+            as ``tiny["dim"]``; ``sample(batch, size)`` among ``more`` makes others.
         presets: the paper's sizes by name, with its counts of parameters.
         tiny: sizes for tests.
         supports: "features" if it has ``features(inputs)``, the maps of its stages; "decode" if it has ``init_state``,
             ``prefill`` and ``decode``.
         uses: what users may want it for, if ``inputs`` and the papers' domains do not say it.
-        more: ``reference``, ``family``, ``notes``, ``exempt``.
+        more: ``reference``, ``family``, ``notes``, ``exempt``, ``sample``.
 
     Raises ValueError for an unknown paper, family or kind of input, for a paper of another tier, and for a name that
     is taken.

@@ -1,8 +1,10 @@
-"""The conformance suite: what every mechanism must hold to, for ours and for yours."""
+"""The suites of the tiers: what every row must hold to, for ours and for yours."""
 
 from foveate.testing.closeness import reference_only
+from foveate.testing.method import check_method
 from foveate.testing.mixer import check_mixer
+from foveate.testing.model import check_model
 from foveate.testing.pattern import check_pattern
 from foveate.testing.report import Check, Report
 
-__all__ = ["Check", "Report", "check_mixer", "check_pattern", "reference_only"]
+__all__ = ["Check", "Report", "check_method", "check_mixer", "check_model", "check_pattern", "reference_only"]

@@ -33,6 +33,7 @@ class DeltaCore:
 
     base: Core = field(default_factory=streaming_core)
     stride: int = 64
+    exempt: ClassVar[dict[str, str]] = {"decoding": "it is for prompts: a query alone is fully attended"}
 
     def __post_init__(self) -> None:
         if self.stride < 1:
