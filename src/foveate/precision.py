@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -16,8 +15,12 @@ def accum_dtype(*given: Tensor | torch.dtype) -> torch.dtype:
     >>> accum_dtype(torch.bfloat16, torch.float16), accum_dtype(torch.float16, torch.float64)
     (torch.float32, torch.float64)
     """
-    dtypes = (x.dtype if isinstance(x, Tensor) else x for x in given)
-    return reduce(torch.promote_types, dtypes, torch.float32)
+    found = torch.float32
+    for x in given:
+        dtype = x.dtype if isinstance(x, Tensor) else x
+        if dtype is not found:
+            found = torch.promote_types(found, dtype)
+    return found
 
 
 def to_accum(x: Tensor) -> Tensor:
@@ -36,4 +39,7 @@ def no_autocast(device: str) -> AbstractContextManager[None]:
     ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
     torch.float32
     """
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+    if not is_autocast_available(device):
+        return nullcontext()
+    switched_on = torch.compiler.is_compiling() or torch.is_autocast_enabled(device)  # to switch off takes microseconds
+    return torch.autocast(device, enabled=False) if switched_on else nullcontext()

@@ -170,8 +170,9 @@ def _natively(
     call, listed = described(q, k, v, kind, scale, EVERY), _argument(seen, bias, q.shape[0], q.shape[1], k.shape[2])
     if call is None or listed is None:
         return None
-    c.check(kernel(call.argument, listed))
-    return call.out
+    argument, out = call
+    c.check(kernel(argument, listed))
+    return out
 
 
 def _argument(seen: KeyRanges, bias: Tensor | None, batch: int, heads: int, num_keys: int) -> bytes | None:

@@ -7,9 +7,7 @@ Whatever is not plain, or not right, gets None and goes the long way, which says
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from foveate.attention.impl.plan import WIDEST
@@ -29,19 +27,17 @@ def attend_plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float
     call = None if kernel is None or band is None else described(q, k, v, 0, scale, band)
     if kernel is None or call is None:
         return None
-    c.check(kernel(call.argument))
-    return call.out
+    argument, out = call
+    status = kernel(argument)
+    if status:
+        c.check(status)
+    return out
 
 
-class Described(NamedTuple):
-    """A call of a kernel, and the tensor that it writes to."""
-
-    argument: bytes
-    out: Tensor
-
-
-def described(q: Tensor, k: Tensor, v: Tensor, kind: int, scale: float | None, band: Band) -> Described | None:
-    """A plain call as kernels take it; None if it is none."""
+def described(
+    q: Tensor, k: Tensor, v: Tensor, kind: int, scale: float | None, band: Band
+) -> tuple[bytes, Tensor] | None:
+    """A plain call as kernels take it, and the tensor that they write to; None if it is none."""
     at = addresses(q, k, v)
     if at is None or not (q.dtype is k.dtype is v.dtype and q.dim() == k.dim() == v.dim() == 4):
         return None
@@ -51,7 +47,7 @@ def described(q: Tensor, k: Tensor, v: Tensor, kind: int, scale: float | None, b
     fits = batch == k_batch == v_batch and dim == k_dim and num_keys == v_keys and 0 < dim <= WIDEST
     if not (fits and k_heads and v_heads and value_dim <= WIDEST) or heads % k_heads or heads % v_heads:
         return None
-    out = torch.empty((batch, heads, num_queries, value_dim), dtype=q.dtype, device="cpu")
+    out = q.new_empty((batch, heads, num_queries, value_dim))  # sooner made than by torch.empty
     head = HEAD.pack(
         at[0], heads, *q.stride(),
         at[1], k_heads, *k.stride(),
@@ -61,7 +57,7 @@ def described(q: Tensor, k: Tensor, v: Tensor, kind: int, scale: float | None, b
         dim**-0.5 if scale is None else scale, 0.0,
         *band,
     )  # fmt: skip
-    return Described(head + REST, out)
+    return head + REST, out
 
 
 def _may_be_band(pattern: object) -> bool:

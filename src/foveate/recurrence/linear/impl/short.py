@@ -56,8 +56,8 @@ def recur_plain(
     if 0 in shared or heads % states or (state is not None and state.shape != (batch, states, dim, value_dim)):
         return None
     channels = dim if decay is not None and decay.dim() == 4 else 1
-    out = torch.empty((batch, heads, length, value_dim), dtype=v.dtype, device="cpu")
-    final = torch.empty((batch, states, dim, value_dim), dtype=torch.float32, device="cpu")
+    out = v.new_empty((batch, heads, length, value_dim))
+    final = v.new_empty((batch, states, dim, value_dim), dtype=torch.float32)
     head = HEAD.pack(
         at[0], DTYPES[q.dtype], heads, *q.stride(),
         at[1], DTYPES[k.dtype], k_heads, *k.stride(),
