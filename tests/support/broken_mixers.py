@@ -90,7 +90,7 @@ class ReadsItsNeighbours(Bent):
         return out - 0.1 * x.mean(0)
 
 
-@broken("definition", "odd lengths", "single precision", claims=("causal",))
+@broken("implementations agree", "odd lengths", "single precision", claims=("causal",))
 class StraysFromItsDefinition(Bent):
     def bend(self, out: Tensor, x: Tensor) -> Tensor:
         strays = FORCED.get() is None and x.shape[1] in (65, 130)
@@ -168,7 +168,7 @@ class IgnoresPadding(Sound):
         return causal if self.causal else full
 
 
-@broken("blind rows", claims=("causal", "padding"))
+@broken("fully masked rows", claims=("causal", "padding"))
 class FillsBlindRows(Sound):
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         out, padding = super().forward(x, **options), options.get("padding")

@@ -20,9 +20,8 @@ from foveate.patterns import Layout, Pattern, Scene, causal, full, sinks, window
 from foveate.patterns.algebra import Bounds, Boxes, Index
 from foveate.patterns.rules.sequence import Window
 from foveate.recurrence import recur
-from foveate.testing import check_mixer, check_pattern, reference_only
+from foveate.testing import check_mixer, check_pattern, precision, reference_only
 from foveate.testing import pattern_attention as seeing
-from foveate.testing import precision as numbers
 from foveate.testing.case import Subject
 from foveate.testing.mixer import PROPERTIES
 
@@ -54,9 +53,9 @@ def test_low_precision_must_do_on_most_inputs(passing: tuple[bool, ...], monkeyp
     def judge(*_: object) -> None:
         assert next(judged), "error"
 
-    monkeypatch.setattr(numbers, "_low_precision", judge)
+    monkeypatch.setattr(precision, "_low_precision", judge)
     with nullcontext() if sum(passing) >= 2 else pytest.raises(AssertionError, match="error"):
-        numbers.single_precision(Subject(Sound.row, {}, causal=True))
+        precision.single_precision(Subject(Sound.row, {}, causal=True))
 
 
 def test_a_failure_names_the_property_the_seed_and_the_numbers() -> None:
@@ -191,7 +190,7 @@ def _coarse(out: Tensor, q: Tensor) -> Tensor:
     return (out * 1.02) if q.dtype == torch.bfloat16 else out
 
 
-@pytest.mark.parametrize(("bend", "lacks"), [(_off, {"attention", "blind rows"}), (_coarse, {"half precision"})])
+@pytest.mark.parametrize(("bend", "lacks"), [(_off, {"attention", "fully masked rows"}), (_coarse, {"half precision"})])
 def test_broken_attention_is_found(bend: Any, lacks: set[str], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def bent(q: Tensor, *args: Any, **options: Any) -> Tensor:
         out = attend(q, *args, **options)
@@ -202,11 +201,11 @@ def test_broken_attention_is_found(bend: Any, lacks: set[str], seed: int, monkey
     assert {check.name for check in report.failed} == lacks
 
 
-def test_attention_that_fills_blind_rows_is_found(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_that_fills_fully_masked_rows_is_found(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **options: Any) -> Tensor:
         out = attend(q, k, v, pattern, **options)
         return torch.where(out == 0, v.mean(), out)
 
     monkeypatch.setattr(seeing, "attend", filled)
     report = check_pattern(full, seed=seed, lengths=(37,), raise_on_failure=False)
-    assert {check.name for check in report.failed} == {"blind rows"}
+    assert {check.name for check in report.failed} == {"fully masked rows"}

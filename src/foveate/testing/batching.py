@@ -51,7 +51,7 @@ def neighbours(subject: Subject) -> None:
         assert_same(f"sequence {row} of a batch of 3", out[row : row + 1], alone)
 
 
-def blind_rows(subject: Subject) -> None:
+def fully_masked_rows(subject: Subject) -> None:
     """Rows that see no key are zero, and leave no gradient that is not finite."""
     place = subject.places(37)[0]
     mixer, x = subject.mixer(), subject.tokens(place.length).requires_grad_()

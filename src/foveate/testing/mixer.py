@@ -9,11 +9,7 @@ from typing import Any
 
 from foveate.catalogue.registry import Feature, Row, row
 from foveate.mixers.base import Mixer
-from foveate.testing import batching as company
-from foveate.testing import contract as manners
-from foveate.testing import equivalence as kinship
-from foveate.testing import extremes
-from foveate.testing import precision as numbers
+from foveate.testing import batching, contract, equivalence, extremes, precision
 from foveate.testing import time as order
 from foveate.testing.case import Subject
 from foveate.testing.report import Check, Report, fresh_seed, verdict
@@ -37,31 +33,31 @@ def needing(*features: Feature) -> frozenset[Feature]:
 
 
 PROPERTIES = (
-    Property("definition", numbers.definition),
-    Property("odd lengths", numbers.odd_lengths),
-    Property("gradients", numbers.gradients),
-    Property("differences", numbers.differences),
-    Property("single precision", numbers.single_precision),
-    Property("half precision", numbers.half_precision),
+    Property("implementations agree", precision.implementations_agree),
+    Property("odd lengths", precision.odd_lengths),
+    Property("gradients", precision.gradients),
+    Property("differences", precision.differences),
+    Property("single precision", precision.single_precision),
+    Property("half precision", precision.half_precision),
     Property("causality", order.causality, needing("causal"), causal=True),
-    Property("causal gradients", order.blind_gradients, needing("causal"), causal=True),
+    Property("causal gradients", order.causal_gradients, needing("causal"), causal=True),
     Property("decode", order.decoding, needing("decode"), causal=True),
     Property("prefill", order.prompts, needing("decode"), causal=True),
     Property("prefill in chunks", order.chunks, needing("decode"), causal=True),
     Property("branches", order.branches, needing("decode"), causal=True),
     Property("decoding gradients", order.decoding_gradients, needing("decode"), causal=True),
     Property("packed", order.packed, needing("packed")),
-    Property("padding", company.padding, needing("padding")),
-    Property("neighbours", company.neighbours),
+    Property("padding", batching.padding, needing("padding")),
+    Property("neighbours", batching.neighbours),
     Property("empty batch", extremes.empty_batch),
     Property("equal tokens", extremes.equal_tokens),
-    Property("blind rows", company.blind_rows, needing("padding")),
-    Property("full budget", kinship.full_budget),
-    Property("shared keys", kinship.shared_keys, needing("gqa")),
-    Property("cross", kinship.cross, needing("cross"), causal=False),
-    Property("refusals", manners.refusals),
-    Property("costs", manners.costs),
-    Property("decoding costs", manners.decoding_costs, needing("decode"), causal=True),
+    Property("fully masked rows", batching.fully_masked_rows, needing("padding")),
+    Property("full budget", equivalence.full_budget),
+    Property("shared keys", equivalence.shared_keys, needing("gqa")),
+    Property("cross", equivalence.cross, needing("cross"), causal=False),
+    Property("refusals", contract.refusals),
+    Property("costs", contract.costs),
+    Property("decoding costs", contract.decoding_costs, needing("decode"), causal=True),
 )
 
 

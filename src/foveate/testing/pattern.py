@@ -6,21 +6,20 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from foveate.patterns import Layout, Pattern
-from foveate.testing import pattern_answers as looking
-from foveate.testing import pattern_attention as seeing
-from foveate.testing.pattern_case import Sight
+from foveate.testing import pattern_answers, pattern_attention
+from foveate.testing.pattern_case import PatternCase
 from foveate.testing.report import Report, fresh_seed, verdict
 
 LENGTHS = (1, 37, 65, 130)
 
-PROPERTIES: dict[str, Callable[[Sight], None]] = {
-    "selection": looking.selection,
-    "bounds": looking.bounds,
-    "causality": looking.causality,
-    "decoding": looking.decoding,
-    "attention": seeing.attention,
-    "half precision": seeing.half_precision,
-    "blind rows": seeing.blind_rows,
+PROPERTIES: dict[str, Callable[[PatternCase], None]] = {
+    "selection": pattern_answers.selection,
+    "bounds": pattern_answers.bounds,
+    "causality": pattern_answers.causality,
+    "decoding": pattern_answers.decoding,
+    "attention": pattern_attention.attention,
+    "half precision": pattern_attention.half_precision,
+    "fully masked rows": pattern_attention.fully_masked_rows,
 }
 
 
@@ -56,9 +55,9 @@ def check_pattern(
     seed = fresh_seed() if seed is None else seed
     if lengths is None:
         lengths = LENGTHS if layout is None or layout.length is None else (layout.length,)
-    sights = [Sight(pattern, layout, n, m) for m in lengths for n in dict.fromkeys((m, 1 + m // 3))]
+    sights = [PatternCase(pattern, layout, n, m) for m in lengths for n in dict.fromkeys((m, 1 + m // 3))]
     checks = [
-        verdict(name, seed, [(f"{sight}: ", partial(test, sight)) for sight in sights])
+        verdict(name, seed, [(f"{case}: ", partial(test, case)) for case in sights])
         for name, test in PROPERTIES.items()
     ]
     report = Report(str(pattern), seed, tuple(checks))

@@ -25,7 +25,7 @@ class Heads(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
+class PatternCase:
     """A pattern on a layout, with N queries and M keys."""
 
     pattern: Pattern
@@ -62,11 +62,11 @@ class Boxed(NamedTuple):
     pairs: Tensor
 
 
-def random_boxes(sight: Sight, resolved: Pattern, scene: Scene, count: int = 60) -> Boxed:
+def random_boxes(case: PatternCase, resolved: Pattern, scene: Scene, count: int = 60) -> Boxed:
     """Boxes of pairs at random places, of random sizes."""
-    q_edges = _random_range(sight.num_queries, count)
-    k_edges = _random_range(sight.num_keys, count)
-    q, k = torch.arange(sight.num_queries), torch.arange(sight.num_keys)
+    q_edges = _random_range(case.num_queries, count)
+    k_edges = _random_range(case.num_keys, count)
+    q, k = torch.arange(case.num_queries), torch.arange(case.num_keys)
     in_q, in_k = _inside(q, *q_edges), _inside(k, *k_edges)
     at_q, at_k = q + scene.offset, k
     position = Interval(*_span(at_q, in_q), *_span(at_k, in_k))

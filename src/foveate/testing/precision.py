@@ -16,8 +16,11 @@ MOVE = 1e-6  # of central differences
 INPUTS = 3  # in low precision most of them must pass: on one the definition may by chance hit the exact numbers
 
 
-def definition(subject: Subject) -> None:
-    """Forward equals the definition, in float64."""
+def implementations_agree(subject: Subject) -> None:
+    """Forward equals the same mixer on operators that run their definitions, in float64.
+
+    Whether the mixer is what its paper says, no suite can tell: that is for its own tests.
+    """
     for place in subject.places(37, 65):
         _equals_definition(subject, place)
 

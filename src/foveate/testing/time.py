@@ -22,7 +22,7 @@ def causality(subject: Subject) -> None:
         assert_same(f"outputs before token {cut}, which changed", moved, out[:, :cut])
 
 
-def blind_gradients(subject: Subject) -> None:
+def causal_gradients(subject: Subject) -> None:
     """Outputs before token t have no gradient to it."""
     place = subject.places(65)[0]
     mixer, x = subject.mixer(), subject.tokens(place.length).requires_grad_()
