@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import readme_table
+from benchmarks import decode_mixers, readme_table
 from benchmarks.attend_cpu import main
 from benchmarks.attend_cpu_groups import Case, shifted
 from benchmarks.attend_cpu_measure import measure
@@ -67,6 +67,14 @@ def test_the_readme_shows_the_headlines_that_were_measured(run: Callable[..., di
     case["name"] = dict(readme_table.HEADLINES)["decode"]
     page = readme_table._of_groups(groups)
     assert f"{lead(case):.1f}x" in page and page.count("\n| ") == 3
+
+
+def test_decoding_steps_are_checked_and_timed_beside_dense_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"length": 150, "dim": 32, "heads": 4, "repeats": 3, "threads": 1}
+    given = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    decode_mixers.main([*given, "--row", "moba", "--row", "delta_attention"])
+    shown = capsys.readouterr().out
+    assert "moba" in shown and "delta_attention" in shown and "150 tokens, 4 heads of 8" in shown
 
 
 def small_case(*rivals: Rival) -> Case:

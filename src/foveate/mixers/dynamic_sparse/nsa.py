@@ -18,6 +18,7 @@ from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_he
 from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Compressor, Finished, num_blocks
 from foveate.patterns import Layout, boolean_mask
 from foveate.plain import traced
+from foveate.precision import to_accum
 
 
 class KV(NamedTuple):
@@ -165,11 +166,16 @@ class NSA(Mixer):
         """One token: no choice or mask is made but of what it reads."""
         q = split_heads(self.to_q(x), self.heads)
         gates = split_heads(torch.sigmoid(self.to_gates(x)), self.heads).unsqueeze(-1)  # (B, H, 1, 3, 1)
-        blocks = KV(*compressed.tensors) if compressed.length else None
-        chosen = self.selector.last_sees(q, None if blocks is None else blocks.k, everything.seen)
+        weights, of_blocks = None, torch.zeros_like(q)
+        if compressed.length:  # all of them have ended: the weights to choose by are those of the branch
+            keys, values = map(to_accum, compressed.tensors)
+            by_group = to_accum(q).unflatten(1, (self.kv_heads, -1)).squeeze(3)  # (B, G, H / G, D)
+            weights = torch.softmax(by_group @ keys.mT * self.head_dim**-0.5, dim=-1)
+            of_blocks = (weights @ values).flatten(1, 2).unsqueeze(2).to(q.dtype)
+        chosen = self.selector.last_sees(weights, everything.seen)
         first = max(near.k.shape[2] - self.window, 0)
         branches = (
-            torch.zeros_like(q) if blocks is None else attend(q, *blocks),
+            of_blocks,
             attend_ranges(q, everything.k, everything.v, chosen),
             attend(q, near.k[:, :, first:], near.v[:, :, first:]),
         )

@@ -141,14 +141,16 @@ class BlockSelector:
         return total
 
     @torch.no_grad()
-    def last_sees(self, q: Tensor, compressed: Tensor | None, num_keys: int) -> KeyRanges:
-        """The blocks that the last query (B, H, 1, D) chooses, as ranges of keys for each group of heads."""
-        num_blocks, place = -(-num_keys // self.size), torch.tensor([[num_keys - 1]], device=q.device)
-        if compressed is None or num_blocks <= self.count:
+    def last_sees(self, weights: Tensor | None, num_keys: int) -> KeyRanges:
+        """The blocks that the last query chooses, as ranges of keys for each group of heads.
+
+        ``weights`` (B, G, H / G, C) are its heads' on the compressed blocks.
+        """
+        num_blocks = -(-num_keys // self.size)
+        if weights is None or num_blocks <= self.count:
             return KeyRanges.of([((0, num_keys),)])
-        weights = shares(score(q * q.shape[3] ** -0.5, to_accum(compressed))).clamp_min(0)
-        weights = weights.unflatten(1, (compressed.shape[1], -1)).sum(2)
-        ranked = self.ranked(self.importance(weights, num_blocks), place)
+        place = torch.tensor([[num_keys - 1]], device=weights.device)
+        ranked = self.ranked(self.importance(weights.sum(2, keepdim=True), num_blocks), place)
         return KeyRanges.of_best(ranked[:, :, 0], self.count, self.size, num_keys)
 
 
