@@ -131,3 +131,14 @@ def test_threads_share_out_long_lists() -> None:
                 assert_close(out.double(), expected, rtol=CLOSE[q.dtype], atol=CLOSE[q.dtype])
     finally:
         torch.set_num_threads(before)
+
+
+def test_lists_that_do_not_lie_in_order_are_read_all_the_same() -> None:
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 70, 8), torch.randn(2, 2, 70, 8)
+    starts, ranges = torch.tensor([0, 1, 3]), torch.tensor([[3, 9], [0, 20], [50, 70]])
+    expected = dense(q, k, v, marked([((3, 9),), ((0, 20), (50, 70))], 4, 70), None, "softmax", 8**-0.5)
+    apart = torch.stack([starts, starts], 1)[:, 0], torch.stack([ranges, ranges], 2)[:, :, 1]
+    for lists in ((starts, ranges), apart, (starts, ranges.mT.contiguous().mT)):
+        assert_close(attend_ranges(q, k, v, KeyRanges(1, 2, *lists)).double(), expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="ranges of 1 entries and 2 heads, but q has 2 and 3"):
+            attend_ranges(q[:, :3].requires_grad_(), k, v, KeyRanges(1, 2, *lists))

@@ -144,6 +144,9 @@ def attend_ranges(
 
     Shapes and dtypes are those of ``attend``; ``bias``, (B or 1, H or 1, 1, M), is added to the logits of each key.
     """
+    if seen.batches not in (1, q.shape[0]) or q.shape[1] % seen.heads:
+        have = f"{seen.batches} entries and {seen.heads} heads"
+        raise ValueError(f"ranges of {have}, but q has {q.shape[0]} and {q.shape[1]}")
     out = _natively(q, k, v, seen, bias, weights, scale)
     if out is not None:
         return out
@@ -167,7 +170,8 @@ def _natively(
     kernel = _kernel() if kind is not None and ATTEND.takes("native", "auto") else None
     if kernel is None or kind is None:
         return None
-    call, listed = described(q, k, v, kind, scale, EVERY), _argument(seen, bias, q.shape[0], q.shape[1], k.shape[2])
+    call = described(q, k, v, kind, scale, EVERY)
+    listed = None if call is None else _argument(seen, bias, q.shape[0], q.shape[1], k.shape[2])
     if call is None or listed is None:
         return None
     argument, out = call
@@ -176,10 +180,10 @@ def _natively(
 
 
 def _argument(seen: KeyRanges, bias: Tensor | None, batch: int, heads: int, num_keys: int) -> bytes | None:
-    """The second argument of the kernel; None where the bias is none that it reads."""
-    if seen.batches not in (1, batch) or heads % seen.heads:
-        raise ValueError(f"ranges of {seen.batches} entries and {seen.heads} heads, but q has {batch} and {heads}")
+    """The second argument of the kernel; None where the bias or the lists are none that it reads."""
     starts, ranges = _address(seen.starts), _address(seen.ranges)
+    if not starts or (not ranges and len(seen.ranges)):
+        return None
     if bias is None:
         return SEEN.pack(seen.batches, seen.heads, starts, ranges, 0, 0, 0, 0)
     if bias.dtype != torch.float32 or (bias.requires_grad and torch.is_grad_enabled()) or not is_plain(bias):
@@ -195,6 +199,7 @@ def _with_block(marks: Tensor, block: int) -> Tensor:
 
 
 def _address(numbers: Tensor | array[int]) -> int:
+    """Where the kernel reads a list; 0 if it does not lie in order."""
     if isinstance(numbers, Tensor):
         return c.strided(numbers, (torch.int64,), numbers.shape) if numbers.is_contiguous() else 0
     return numbers.buffer_info()[0]
