@@ -4,7 +4,19 @@ from foveate.testing.closeness import reference_only
 from foveate.testing.method import check_method
 from foveate.testing.mixer import check_mixer
 from foveate.testing.model import check_model
+from foveate.testing.parallel import check_parallel
 from foveate.testing.pattern import check_pattern
+from foveate.testing.recipe import check_recipe
 from foveate.testing.report import Check, Report
 
-__all__ = ["Check", "Report", "check_method", "check_mixer", "check_model", "check_pattern", "reference_only"]
+__all__ = [
+    "Check",
+    "Report",
+    "check_method",
+    "check_mixer",
+    "check_model",
+    "check_parallel",
+    "check_pattern",
+    "check_recipe",
+    "reference_only",
+]
