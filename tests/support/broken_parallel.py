@@ -1,4 +1,4 @@
-"""Computations over process groups that are each broken in one way, around a sound one: attention on parts of the text."""
+"""Computations over process groups, each broken in one way, around a sound one: attention on parts of a text."""
 
 from __future__ import annotations
 

@@ -73,13 +73,13 @@ def check_parallel(
 ) -> Report:
     """Put a computation over a process group to every property that such hold to.
 
-    Four processes (gloo) compute in groups of 2, 3 and 4, and in one whose ranks are not the first: each gets its part of
-    the inputs, and together they must give what one device gives, values and gradients. Of an input that every rank has
-    whole, the gradients add up; of a result that every rank has whole, the first rank's counts. Processes start
+    Four processes (gloo) compute in groups of 2, 3 and 4, and in one whose ranks are not the first: each gets its part
+    of the inputs, and together they must give what one device gives, values and gradients. Of an input that every rank
+    has whole, the gradients add up; of a result that every rank has whole, the first rank's counts. Processes start
     afresh (``forkserver``): a script calls this under ``if __name__ == "__main__":``.
 
     Args:
-        computation: its row, its name or the function, which must be one of a module's, not one inside another function.
+        computation: its row, its name or the function, which must be a module's own, not one inside another.
         seed: of all random numbers; a fresh one by default. Every failure names it.
         raise_on_failure: whether a failure raises, or is only reported.
 
