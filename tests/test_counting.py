@@ -60,6 +60,16 @@ def test_static_patterns_are_counted_pair_by_pair(
     assert counted.flops == counted["attend"].flops == 2 * (5 + 3) * pairs
 
 
+@pytest.mark.parametrize(("n", "m"), [(200, 200), (70, 333), (150, 40)])
+@pytest.mark.parametrize("pattern", [causal, window(70, 0), window(3) & causal, window(200, 5)])
+def test_tiles_of_bands_are_those_that_hold_any_pair(pattern: Pattern, n: int, m: int) -> None:
+    with count_operations() as counted:
+        attend(*qkv(n, m, batch=1), pattern)
+    mask = pattern.mask(n, m)[0, 0]
+    tiles = sum(bool(tile.any()) for rows in mask.split(64) for tile in rows.split(64, dim=1))
+    assert counted.computed == 4 * tiles * 64**2
+
+
 def test_padding_is_counted_for_each_entry() -> None:
     real = torch.arange(60).expand(2, -1) < torch.tensor([[60], [17]])
     with count_operations() as counted:

@@ -101,6 +101,17 @@ def test_the_bias_is_the_table_at_the_distance() -> None:
         torch.testing.assert_close(found[entry, head, token, point], wanted[0])
 
 
+def test_the_bias_starts_small_and_unbounded_offsets_stay_inside() -> None:
+    assert SampledBias(8, Grid(20, 30)).table.std().item() == pytest.approx(0.01, rel=0.1)
+    layer = shaken(DeformableSampling(DIM, offset_range=None).double())
+    with torch.no_grad():
+        layer.norm.weight.fill_(1)
+        layer.norm.bias.fill_(0)
+        layer.to_offset.weight.copy_(100 * torch.tensor([[1, -1, 1, -1, 1, -1], [1, 1, 1, -1, -1, -1]]))
+    positions = layer.positions(torch.randn(2, 35, DIM, dtype=torch.float64), GRID)
+    assert positions.amin((0, 1, 2)).tolist() == [0, 0] and positions.amax((0, 1, 2)).tolist() == [4, 6]
+
+
 def test_attention_to_sampled_points_is_the_papers() -> None:
     """Equations 6 to 8: softmax(q·k~ / √d + bias) over points, k~ and v~ projected from sampled features."""
     heads, width = 2, 3
