@@ -3,7 +3,8 @@
 python -m benchmarks.decode_mixers [--length 32768] [--dim 512] [--heads 8] [--repeats 300] [--threads 1] [--row moba]
 
 Each step is a whole mixer's, projections included, after a prompt of ``length`` tokens; its rival is flash_attention's
-step after a prompt of as many tokens as the mechanism reads keys. Both go on from step to step, by turns.
+step after a prompt of as many tokens as the mechanism reads keys. Both go on from step to step, by turns. Rodimus+ has
+its recurrence beside the rival, too; NSA, which has three keys and values to a token, its own projections before it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ from foveate import attend
 from foveate.catalogue.registry import mixer as made
 from foveate.kernels.cpu.loader import status
 from foveate.lab.measure import machine
-from foveate.mixers.base import Mixer
+from foveate.mixers.base import Mixer, join_heads, split_heads
+from foveate.mixers.dynamic_sparse.nsa import NSA
 from foveate.mixers.linear.shared_key import RodimusPlus
 from foveate.patterns.ranges import total, visible_ranges
 
@@ -49,9 +52,9 @@ def of_delta(mixer: Any, length: int) -> float:
 
 
 def of_nsa(mixer: Any, length: int) -> float:
-    """Compressed blocks, whose keys are read once more to choose by; chosen blocks; the window."""
+    """Compressed blocks, chosen blocks, the window."""
     chosen = mixer.selector
-    return 1.5 * (length // chosen.stride) + chosen.count * chosen.size + mixer.window
+    return length // chosen.stride + chosen.count * chosen.size + mixer.window
 
 
 READ: dict[str, Keys] = {
@@ -75,13 +78,15 @@ class Step:
     row: str
     keys: int
     error: float
-    together: int  # steps of a run, whose time is theirs on average
+    cycle: int  # steps after which they are alike again
     times: dict[str, Times]
+    least: dict[
+        str, float
+    ]  # seconds of a step, each of a cycle at its best: other work on the machine moves that least
 
     @property
     def ratio(self) -> float:
-        """By the minima, which other work on the machine moves least."""
-        return self.times["step"].minimum / self.times["dense"].minimum
+        return self.least["step"] / self.least["dense"]
 
 
 class Decoder:
@@ -102,6 +107,21 @@ class Decoder:
         return tuple(self.outs)
 
 
+class Behind:
+    """Attention to so many keys behind NSA's projections."""
+
+    def __init__(self, mixer: NSA, token: Tensor, keys: int) -> None:
+        self.mixer, self.token = mixer, token
+        self.k, self.v = (torch.randn(1, mixer.kv_heads, keys, mixer.head_dim) for _ in range(2))
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        mixer, token = self.mixer, self.token
+        mixer.keys_values(token)
+        torch.sigmoid(mixer.to_gates(token))
+        heads = attend(split_heads(mixer.to_q(token), mixer.heads), self.k, self.v)
+        return (mixer.to_out(join_heads(heads)),)
+
+
 def measure(row: str, options: argparse.Namespace) -> Step:
     torch.manual_seed(0)
     given = {"heads": options.heads}
@@ -111,28 +131,31 @@ def measure(row: str, options: argparse.Namespace) -> Step:
     beside = [mixer.recurrent] if isinstance(mixer, RodimusPlus) else []  # its recurrence, which reads no keys
     x = torch.randn(1, options.length + 1, options.dim)
     checked = min(CHECKED, options.length)
-    together = getattr(mixer, "stride", 1)  # one in so many steps attends to all keys
-    turns = max(options.repeats // together, 5)
-    keys, steps = round(READ[row](mixer, options.length)), turns * together + WARM
+    cycle = getattr(mixer, "stride", 1)  # one in so many steps attends to all keys
+    turns = max(options.repeats // cycle, 8)
+    keys, steps = round(READ[row](mixer, options.length)), turns * cycle + WARM
     capacity = options.length + steps + 1
     (out,) = Decoder([mixer], x[:, : checked + 1], checked + 1)()
     error = float((out - mixer(x[:, : checked + 1])[:, -1:]).abs().max())
     if not error <= TOLERANCE:
         raise SystemExit(f"{row}: a step is {error:.1e} off the whole sequence; nothing timed")
     step = Decoder([mixer], x, capacity)
-    rival = Decoder([dense, *beside], x[:, : max(keys - steps // 2, 2)], capacity)
+    rival: Run = Decoder([dense, *beside], x[:, : max(keys - steps // 2, 2)], capacity)
     width = options.dim // options.heads
+    if isinstance(mixer, NSA):
+        rival = Behind(mixer, x[:, -1:], keys)
     q, k, v = (torch.randn(1, options.heads, n, width) for n in (1, keys, keys))
     runs: dict[str, Run] = {"step": step, "dense": rival, "attend": lambda: (attend(q, k, v),)}
     for run in runs.values():
         for _ in range(WARM):
             run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(turns):
+    for _ in range(turns * cycle):
         for name, run in runs.items():
-            seconds[name].append(sum(seconds_of(run) for _ in range(together)) / together)
+            seconds[name].append(seconds_of(run))
     times = {name: Times.of(values) for name, values in seconds.items()}
-    return Step(row, keys, error, together, times)
+    least = {name: fmean(min(values[at::cycle]) for at in range(cycle)) for name, values in seconds.items()}
+    return Step(row, keys, error, cycle, times, least)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
