@@ -10,9 +10,11 @@ its recurrence beside the rival, too; NSA, which has three keys and values to a 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -34,6 +36,7 @@ from foveate.patterns.ranges import total, visible_ranges
 
 GOAL = 1.5  # times the dense step
 TOLERANCE = 1e-3  # between the step and the whole sequence
+SETTINGS = {"length": 32768, "dim": 512, "heads": 8, "repeats": 300, "threads": 1}
 WARM = 5  # steps before the first that is timed
 CHECKED = 5000  # tokens of the prompt before that step
 PIECE = 4096  # tokens of the prompt read at once
@@ -160,25 +163,27 @@ def measure(row: str, options: argparse.Namespace) -> Step:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default in (("length", 32768), ("dim", 512), ("heads", 8), ("repeats", 300), ("threads", 1)):
+    for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--row", action="append", choices=READ, help="only these")
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode_mixers.json", help="JSON to bring up to date")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    load, steps = os.getloadavg(), []
+    steps = []
     with Progress(transient=True) as progress, torch.no_grad():
         for row in progress.track(options.row or list(READ)):
             steps.append(measure(row, options))
-            if not options.row:  # those measured so far
-                save(steps, options, load)
+            save(steps[-1], options)
     show(steps, options)
 
 
-def save(steps: list[Step], options: argparse.Namespace, load: tuple[float, float, float]) -> None:
-    measured = [asdict(step) | {"ratio": step.ratio} for step in steps]
-    about = {"machine": machine.describe(), "isa": status().isa, "load before and after": [load, os.getloadavg()]}
-    record = about | {"goal": GOAL, "settings": vars(options), "steps": measured}
-    write_json(RESULTS / "decode_mixers.json", record)
+def save(step: Step, options: argparse.Namespace) -> None:
+    """Bring the record up to date in one row, measured with these settings under this load of the machine."""
+    found = json.loads(options.out.read_text(encoding="utf-8"))["steps"] if options.out.exists() else {}
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    found[step.row] = asdict(step) | {"ratio": step.ratio, "settings": settings, "load": os.getloadavg()[0]}
+    about = {"machine": machine.describe(), "isa": status().isa, "goal": GOAL}
+    write_json(options.out, about | {"steps": {row: found[row] for row in READ if row in found}})
 
 
 def show(steps: list[Step], options: argparse.Namespace) -> None:

@@ -69,12 +69,15 @@ def test_the_readme_shows_the_headlines_that_were_measured(run: Callable[..., di
     assert f"{lead(case):.1f}x" in page and page.count("\n| ") == 3
 
 
-def test_decoding_steps_are_checked_and_timed_beside_dense_ones(capsys: pytest.CaptureFixture[str]) -> None:
+def test_decoding_steps_are_checked_and_timed_beside_dense_ones(tmp_path: Path) -> None:
     sizes = {"length": 150, "dim": 32, "heads": 4, "repeats": 3, "threads": 1}
     given = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-    decode_mixers.main([*given, "--row", "moba", "--row", "delta_attention"])
-    shown = capsys.readouterr().out
-    assert "moba" in shown and "delta_attention" in shown and "150 tokens, 4 heads of 8" in shown
+    out = tmp_path / "decode.json"
+    for row in ("moba", "delta_attention", "nsa"):
+        decode_mixers.main([*given, "--row", row, "--out", str(out)])
+    steps = json.loads(out.read_text())["steps"]
+    assert set(steps) == {"moba", "delta_attention", "nsa"}
+    assert all(step["error"] < 1e-3 and step["ratio"] > 0 and step["settings"] == sizes for step in steps.values())
 
 
 def small_case(*rivals: Rival) -> Case:

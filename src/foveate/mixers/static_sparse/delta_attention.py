@@ -139,8 +139,8 @@ class DeltaAttention(AttentionMixer):
         sparse, errors = self.sparse(q, cache), state.delta
         if first < q.shape[2]:
             some = slice(first, None, self.stride)
-            scene = Scene(q.shape[2], cache.seen, Sequence())
-            exact = attend(q[:, :, some], cache.k, cache.v, Parts.of(causal, scene).part(some, slice(None)))
+            seen = full if q.shape[2] == 1 else Parts.of(causal, Scene(q.shape[2], cache.seen)).part(some, slice(None))
+            exact = attend(q[:, :, some], cache.k, cache.v, seen)
             errors = torch.cat([errors, exact - sparse[:, :, some]], dim=2)
         latest = (torch.arange(q.shape[2], device=q.device) - first).div(self.stride, rounding_mode="floor") + 1
         out = sparse + (errors if q.shape[2] == errors.shape[2] == 1 else errors[:, :, latest])
