@@ -179,3 +179,9 @@ def test_the_index_knows_every_row_of_the_package() -> None:
         if entry.tier != "operator":
             row = entry.load()
             assert (row.tier, row.family, row.summary) == (entry.tier, entry.family, entry.summary)
+
+
+def test_a_row_is_checked_by_the_suite_of_its_tier() -> None:
+    assert "neighbours" in run("check", "swiftformer", "--seed", "3")
+    assert "generation" in run("check", "streaming_llm", "--tier", "inference", "--seed", "3")
+    assert "ravlt is of the tier model, not inference" in run("check", "ravlt", "--tier", "inference", status=2)

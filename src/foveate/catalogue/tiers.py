@@ -91,8 +91,8 @@ class ModelRow(FunctionRow):
 class MethodRow(FunctionRow):
     """A method: ``function(**options)`` returns a `Method`.
 
-    ``full_budget`` are the options at which it changes nothing that a model computes; ``keeps`` says how many tokens
-    its cache holds at most after n tokens with the options of ``tiny``, where that is bounded.
+    ``full_budget`` are options with which, added to ``tiny``, it changes nothing that a model computes; ``keeps`` says
+    how many tokens its cache holds at most after n tokens with the options of ``tiny``, where that is bounded.
     """
 
     tier: ClassVar[str] = "inference"
@@ -231,7 +231,8 @@ def method(
     Args: as of :func:`model`, and
 
         tiny: options at which a few dozen tokens are already sparse.
-        full_budget: options at which the model computes what it would without; None where there are none.
+        full_budget: options that, added to ``tiny``, let the model compute what it would without the method; None where
+            none do.
         keeps: of a number of tokens: how many of them the cache holds at most, with the options of ``tiny``.
     """
     return _adding(MethodRow, name, papers, more | {"tiny": tiny}, full_budget=full_budget, keeps=keeps)

@@ -1,4 +1,4 @@
-"""`foveate check`: the conformance suite on one mechanism, the catalogue's or the user's own."""
+"""`foveate check`: the suite of its tier on one row, the catalogue's or a mixer of the user's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from foveate.cli.complete import mechanisms
 from foveate.cli.screen import FAILED, out
 
-HELP = """Put a mechanism to every property it lays claim to.
+HELP = """Put a row of the catalogue to every property that its tier asks or it lays claim to.
 
 Gradients, causality, decoding, packed sequences, padding, costs and more.
 Status 1 if one fails. MODULE:CLASS is a registered mixer of your own;
@@ -21,6 +21,8 @@ modules are also looked for in the current folder.
 [bold]Examples[/bold]
 
   foveate check streaming_llm
+  foveate check streaming_llm --tier inference
+  foveate check ravlt
   foveate check my_mixers:Gaussian --seed 7
 """
 
@@ -30,11 +32,17 @@ def check(
         str, typer.Argument(metavar="NAME|MODULE:CLASS", help="What to check.", autocompletion=mechanisms)
     ],
     seed: Annotated[int | None, typer.Option(help="Of all random numbers; a fresh one unless given.")] = None,
+    tier: Annotated[
+        str | None, typer.Option(help="Of which tier, where it is of two: inference, for an operator as a method.")
+    ] = None,
 ) -> None:
-    from foveate.testing import check_mixer
+    from foveate.testing import check_mixer, check_row
 
     module, colon, name = mechanism.partition(":")
-    report = check_mixer(_own(module, name) if colon else mechanism, seed=seed, raise_on_failure=False)
+    if colon:
+        report = check_mixer(_own(module, name), seed=seed, raise_on_failure=False)
+    else:
+        report = check_row(mechanism, tier=tier, seed=seed, raise_on_failure=False)
     out().print(report)
     if not report.ok:
         raise typer.Exit(FAILED)

@@ -52,7 +52,7 @@ def described(entry: Entry) -> Iterator[Text | Padding]:
 USE = {
     "model": "from foveate.catalogue import tiers\nmodel = tiers.row({name}).make()",
     "inference": "from foveate.catalogue import tiers\nchange = tiers.row({name}).make().install(model)",
-    "recipe": "from foveate.catalogue import tiers\nstudent = tiers.row({name}).make().prepare(model)",
+    "recipe": "from foveate.catalogue import tiers\nstudent = tiers.row({name}).make(...).prepare(model)",
     "distributed": "from foveate.catalogue import tiers\nout = tiers.row({name}).function(*shards, group=group)",
     "hook": "from foveate.testing import check_hook\ncheck_hook({name}, full=True)  # at the sizes below",
     "probe": "from foveate.catalogue import tiers\nprint(tiers.row({name}).run().verdict)",
@@ -83,7 +83,7 @@ def _options(row: Any) -> Table:
 
 def _stages(row: Any) -> Table:
     table = _headed("stage", "steps", "learning rate")
-    for stage in row.make().stages:
+    for stage in row.make(**row.tiny).stages:
         table.add_row(stage.name, f"{stage.steps:,}", f"{stage.lr:g}")
     return table
 

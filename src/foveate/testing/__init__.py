@@ -1,5 +1,6 @@
 """The suites of the tiers: what every row must hold to, for ours and for yours."""
 
+from foveate.testing.by_tier import check_row
 from foveate.testing.closeness import reference_only
 from foveate.testing.doc import check_doc
 from foveate.testing.hook import check_hook
@@ -24,5 +25,6 @@ __all__ = [
     "check_pattern",
     "check_probe",
     "check_recipe",
+    "check_row",
     "reference_only",
 ]

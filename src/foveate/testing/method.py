@@ -90,7 +90,8 @@ def check_method(
     else:
         row = row_of(method, MethodRow, "check_method")
         exempt = dict(row.exempt)
-        subject = MethodSubject(row.make, row.tiny, row.full_budget, "", True, row.keeps, model or small_llama)
+        full = None if row.full_budget is None else {**row.tiny, **row.full_budget}
+        subject = MethodSubject(row.make, row.tiny, full, "", True, row.keeps, model or small_llama)
     return run_suite(row.name, subject, PROPERTIES, exempt=exempt, seed=seed, raise_on_failure=raise_on_failure)
 
 

@@ -119,11 +119,11 @@ class L2ViTAttention(ReluMixer):
 
 
 @register(
-    "lit",
+    "lit_attention",
     papers=("LiT",),
     formula="o_i = Σ_j w_ij v_j / Σ_j w_ij + DWConv(v)_i, w_ij = relu(q_i)·relu(k_j), few heads",
     supports={"noncausal", "padding", "grid"},
-    notes="foveate.adapt.lit puts it into a trained diffusion transformer, which keeps all other weights.",
+    notes="The recipe lit puts it into a trained diffusion transformer, which keeps all other weights.",
 )
 class LiTAttention(ReluMixer):
     """ReLU linear attention with few, wide heads, and a 5 x 5 depthwise convolution of the values beside it.

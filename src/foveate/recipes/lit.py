@@ -5,17 +5,75 @@ Wang et al., LiT: Delving into a Simplified Linear Diffusion Transformer for Ima
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from foveate.catalogue.contracts import Stage
+from foveate.catalogue.tiers import recipe
 from foveate.mixers.linear.relu_linear import LiTAttention
 from foveate.patterns import Grid
+from foveate.recipes.small_dit import SelfAttention, SmallDiT, noisy_images
 
 Chosen = type[nn.Module] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class LiTRecipe:
+    """LiT's recipe with its options; see :func:`lit`."""
+
+    attention: Chosen
+    heads: int
+    kernel: int
+    noise_weight: float
+    variance_weight: float
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """A copy of the model whose self-attention is linear, and new."""
+        student = copy.deepcopy(model)
+        inherit(student, self.attention, heads=self.heads, kernel=self.kernel)
+        return student
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("distil", lambda name: True, self.loss, lr=1e-4),)
+
+    def loss(self, student: nn.Module, teacher: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Of noisy images, embedded times and the noise."""
+        *inputs, noise = batch
+        with torch.no_grad():
+            wanted = teacher(*inputs)
+        weights = {"noise_weight": self.noise_weight, "variance_weight": self.variance_weight}
+        return distillation_loss(student(*inputs), wanted, noise, **weights)
+
+
+@recipe("lit", papers=("LiT",), teacher=SmallDiT, batch=noisy_images, inherits=0.5, tiny={"attention": SelfAttention})
+def lit(
+    attention: Chosen,
+    *,
+    heads: int = 2,
+    kernel: int = 5,
+    noise_weight: float = 0.5,
+    variance_weight: float = 0.05,
+) -> LiTRecipe:
+    """A trained diffusion transformer with linear attention: other weights inherited, noise and variance distilled.
+
+    >>> student = lit(SelfAttention).prepare(SmallDiT())
+    >>> type(student.blocks[0].attention.mixer).__name__
+    'LiTAttention'
+
+    Args:
+        attention: the class of the model's self-attention, or which modules it is by name and module.
+        heads, kernel: of the linear attention, as of :func:`inherit`.
+        noise_weight, variance_weight: of the teacher's outputs in the loss, as of :func:`distillation_loss`.
+    """
+    return LiTRecipe(attention, heads, kernel, noise_weight, variance_weight)
 
 
 class InPlace(nn.Module):

@@ -7,58 +7,14 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, mse_loss, scaled_dot_product_attention
+from torch.nn.functional import mse_loss
 from torch.testing import assert_close
 
 from foveate import Grid
-from foveate.adapt.lit import distillation_loss, inherit
-from foveate.mixers.base import join_heads, split_heads
-
-DIM, SIDE, CHANNELS = 16, 6, 2
-
-
-class SelfAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = split_heads(self.qkv(x), 12).chunk(3, 1)
-        return self.proj(join_heads(scaled_dot_product_attention(q, k, v, attn_mask=mask)))
-
-
-class DiTBlock(nn.Module):
-    """Attention and an MLP, each shifted, scaled and gated by the time step, as in DiT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.norm = SelfAttention(), nn.LayerNorm(DIM, elementwise_affine=False)
-        self.first, self.second = nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
-        self.condition = nn.Linear(DIM, 6 * DIM)
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        shift, scale, gate, shift2, scale2, gate2 = self.condition(time).unsqueeze(1).chunk(6, -1)
-        x = x + gate * self.attention(self.norm(x) * (1 + scale) + shift)
-        hidden = self.norm(x) * (1 + scale2) + shift2
-        return x + gate2 * self.second(gelu(self.first(hidden)))
-
-
-class DiT(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.leave = nn.Linear(CHANNELS, DIM), nn.Linear(DIM, 2 * CHANNELS)
-        self.blocks = nn.ModuleList(DiTBlock() for _ in range(2))
-
-    def forward(self, images: Tensor, time: Tensor) -> Tensor:
-        x = self.enter(images.flatten(2).transpose(1, 2))
-        for block in self.blocks:
-            x = block(x, time)
-        return self.leave(x).transpose(1, 2).unflatten(2, (SIDE, SIDE))
-
-
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    noise = torch.randn(4, CHANNELS, SIDE, SIDE)
-    return noise + torch.linspace(-1, 1, SIDE), torch.randn(4, DIM), noise
+from foveate.recipes.lit import distillation_loss, inherit, lit
+from foveate.recipes.small_dit import CHANNELS, DIM, SIDE, SelfAttention
+from foveate.recipes.small_dit import SmallDiT as DiT
+from foveate.recipes.small_dit import noisy_images as batch
 
 
 @pytest.mark.paper("LiT", "works_when")
@@ -76,6 +32,13 @@ def test_all_weights_but_the_attentions_are_inherited() -> None:
     x = torch.randn(2, SIDE**2, DIM).double()
     assert_close(student.blocks[1].attention(x), mixer(x, layout=Grid(SIDE, SIDE)))
     assert_close(student.blocks[1].attention(x[:, 1:]), mixer(x[:, 1:]))
+
+
+def test_the_recipe_leaves_its_teacher_as_it_is() -> None:
+    teacher = DiT()
+    student = lit(SelfAttention, heads=1).prepare(teacher)
+    assert isinstance(teacher.blocks[0].attention, SelfAttention)
+    assert student.blocks[0].attention.mixer.heads == 1
 
 
 def test_attentions_may_be_named() -> None:
