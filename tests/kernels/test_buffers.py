@@ -136,7 +136,7 @@ def test_addresses_are_taken_in_one_place() -> None:
 def test_every_buffer_names_its_device() -> None:
     """And its dtype, unless that follows from the values."""
     nameless = []
-    for part in ("attention", "recurrence", "native", "patterns"):
+    for part in ("attention", "recurrence", "kernels", "patterns", "cache"):
         for path in (SOURCES / part).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}:
