@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from tests.support.counted_work import largest
+from tests.support.formulas import follows
 from torch import Tensor
 
 from foveate import Packed, alibi, attend, causal, key_padding, relative_table, sigmoid, softmax, window
@@ -59,6 +60,11 @@ def turned(x: Tensor, places: Tensor, base: float) -> Tensor:
     angles = places.double().unsqueeze(-1) * base ** (-torch.arange(half, dtype=torch.float64) / half)
     number = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([number.real, number.imag], -1)
+
+
+def standard(x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
 def stepped(model: torch.nn.Module, x: Tensor) -> Tensor:
@@ -131,19 +137,30 @@ def test_chunked_attention_survives_extreme_logits_and_keeps_to_padding_and_docu
 
 
 @pytest.mark.paper("Sigmoid-Attention", "definition")
-@pytest.mark.parametrize("length", [None, 100])
+@pytest.mark.parametrize(("length", "slanted", "kv_heads"), [(None, False, 4), (100, False, 2), (None, True, 2)])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_sigmoid_attention_is_its_formula(length: int | None, is_causal: bool) -> None:
-    model = mixer("sigmoid_attention", 32, heads=4, length=length, qk_norm=True, causal=is_causal).double()
-    x = heads(2, 21, 32)
+def test_sigmoid_attention_is_its_formula(length: int | None, slanted: bool, kv_heads: int, is_causal: bool) -> None:
+    options = {"kv_heads": kv_heads, "length": length, "alibi": slanted, "qk_norm": True, "causal": is_causal}
+    model, x = mixer("sigmoid_attention", 32, heads=4, **options).double(), heads(2, 21, 32)
     real = torch.arange(21).expand(2, -1) < torch.tensor([[21], [13]])
-    q, k, v = (split_heads(layer(x), 4) for layer in (model.to_q, model.to_k, model.to_v))
-    q, k = model.norm_q(q), model.norm_k(k)
     seen = real[:, None, None] & (torch.ones(21, 21).tril().bool() if is_causal else torch.ones(21, 21).bool())
     count = seen.sum(-1, keepdim=True) if length is None else torch.tensor(length)
-    weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - count.double().log()) * seen
-    expected = model.to_out((weights @ v).transpose(1, 2).flatten(2)) * real.unsqueeze(-1)
-    agree(model(x, padding=real), expected, x, *model.parameters())
+    slopes = torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256]).double().view(4, 1, 1) * slanted
+    age = (torch.arange(21).unsqueeze(1) - torch.arange(21)).abs()
+
+    def formula() -> Tensor:
+        q, k, v = (
+            split_heads(layer(x), n) for layer, n in ((model.to_q, 4), (model.to_k, kv_heads), (model.to_v, kv_heads))
+        )
+        q, k = (
+            standard(q) * model.norm_q.weight + model.norm_q.bias,
+            standard(k) * model.norm_k.weight + model.norm_k.bias,
+        )
+        k, v = (y.repeat_interleave(4 // kv_heads, 1) for y in (k, v))
+        weights = torch.sigmoid(q @ k.mT / math.sqrt(8) - slopes * age - count.double().log()) * seen
+        return model.to_out((weights @ v).transpose(1, 2).flatten(2)) * real.unsqueeze(-1)
+
+    follows(model, lambda: model(x, padding=real), formula, x)
 
 
 @pytest.mark.paper("Sigmoid-Attention", "works_when")
@@ -167,7 +184,7 @@ def test_tiled_sigmoid_attention_is_dense(is_causal: bool) -> None:
 def test_sigmoid_attention_holds_no_matrix_of_all_pairs() -> None:
     model, n = mixer("sigmoid_attention", 32, heads=2, length=100), 3000
     x = torch.randn(1, n, 32, requires_grad=True)
-    assert largest(lambda: model(x)) < n**2 // 8
+    assert largest(lambda: model(x)) < n**2 // 8  # forward and backward
 
 
 # ---- windows ----------------------------------------------------------------------------------------------
@@ -234,14 +251,33 @@ def test_streaming_decodes_at_constant_memory() -> None:
 def test_swat_is_its_formula(half: int, rotary: float | None) -> None:
     model = mixer("swat", 16 * half, heads=2 * half, window=6, rotary=rotary).double()
     x, places = heads(2, 23, 16 * half), torch.arange(23)
-    q, k, v = (split_heads(layer(x), 2 * half) for layer in (model.to_q, model.to_k, model.to_v))
-    q, k = (q, k) if rotary is None else (turned(y, places, rotary) for y in (q, k))
     distance = places.unsqueeze(1) - places
     steep = [2.0 ** (-8 * number / half) for number in range(1, half + 1)]
     slopes = torch.tensor([*steep, *(-slope for slope in steep)], dtype=torch.float64).view(-1, 1, 1)
-    weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - slopes * distance.abs())
-    out = (weights * ((distance >= 0) & (distance < 6))) @ v
-    agree(model(x), model.to_out(out.transpose(1, 2).flatten(2)), x, *model.parameters())
+
+    def formula() -> Tensor:
+        q, k, v = (split_heads(layer(x), 2 * half) for layer in (model.to_q, model.to_k, model.to_v))
+        q, k = (q, k) if rotary is None else (turned(y, places, rotary) for y in (q, k))
+        weights = torch.sigmoid(q @ k.transpose(2, 3) / math.sqrt(8) - slopes * distance.abs())
+        out = (weights * ((distance >= 0) & (distance < 6))) @ v
+        return model.to_out(out.transpose(1, 2).flatten(2))
+
+    follows(model, lambda: model(x), formula, x)
+
+
+@pytest.mark.paper("SWAT (LLM)", "works_when")
+@torch.no_grad()
+def test_swat_decodes_from_a_cache_of_its_window() -> None:
+    """As it reads, while what is kept, down to the storage, does not grow with the text."""
+    model, x = mixer("swat", 32, heads=4, kv_heads=2, window=7).double(), torch.randn(1, 120, 32, dtype=torch.float64)
+    state, outs, kept = model.init_state(1), [], []
+    for token in x.split(1, dim=1):
+        out, state = model.decode(token, state)
+        outs.append(out)
+        leaves = {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in state.tokens.tensors}
+        kept.append(sum(leaves.values()))
+    torch.testing.assert_close(torch.cat(outs, 1), model(x))
+    assert max(kept[60:]) == max(kept[:60]) == model.state_bytes(120) == model.state_bytes(10**6)
 
 
 @pytest.mark.paper("MSWA", "definition")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.formulas import follows
 from tests.support.linear_text import DIM, HEADS, LENGTH, decoded, make, project, row_shares, shifted_sum, tokens
 from torch import Tensor
 from torch.nn.functional import elu, layer_norm
@@ -115,11 +116,15 @@ def path_to(token: int, parents: list[int]) -> list[int]:
 
 @pytest.mark.paper("Linearized-LLM", "definition")
 def test_linearized_attention_adds_a_convolution_of_the_values() -> None:
-    mixer, x = make(LinearizedLLM, heads=HEADS, width=4), tokens()
-    q, k, v = project(mixer, x)
-    weights = row_shares(((elu(q) + 1) @ (elu(k) + 1).mT).tril())
-    near = shifted_sum(mixer.local.weight.squeeze(1), join_heads(v))
-    assert_close(mixer(x), mixer.to_out(join_heads(weights @ v) + near))
+    mixer, x = LinearizedLLM(DIM, HEADS, width=4).double(), tokens().requires_grad_()
+
+    def formula() -> Tensor:
+        q, k, v = project(mixer, x)
+        weights = row_shares(((elu(q) + 1) @ (elu(k) + 1).mT).tril())
+        near = shifted_sum(mixer.local.weight.squeeze(1), join_heads(v))
+        return mixer.to_out(join_heads(weights @ v) + near)
+
+    follows(mixer, lambda: mixer(x), formula, x)
 
 
 @pytest.mark.paper("Linearized-LLM", "works_when")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.counted_work import work
+from tests.support.formulas import follows
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.testing import assert_close
@@ -93,12 +95,15 @@ def flow_weights(q: Tensor, k: Tensor, *, causal: bool) -> Tensor:
 @pytest.mark.paper("Flowformer / Flow-Attention", "works_when")
 @pytest.mark.parametrize(("causal", "read"), [(True, None), (False, None), (False, 23)])
 def test_flow_attention_is_its_matrix(causal: bool, read: int | None) -> None:
-    mixer, x = make(FlowAttention, causal=causal), tokens(37)
-    context = None if read is None else tokens(read)
+    mixer, x = FlowAttention(DIM, HEADS, causal=causal).double(), tokens(37).requires_grad_()
+    context = None if read is None else tokens(read).requires_grad_()
     source = x if context is None else context
-    q, k, v = (split_heads(y, HEADS) for y in (mixer.to_q(x), mixer.to_k(source), mixer.to_v(source)))
-    expected = mixer.to_out(join_heads(flow_weights(q, k, causal=causal) @ v))
-    assert_close(mixer(x, context=context), expected)
+
+    def formula() -> Tensor:
+        q, k, v = (split_heads(y, HEADS) for y in (mixer.to_q(x), mixer.to_k(source), mixer.to_v(source)))
+        return mixer.to_out(join_heads(flow_weights(q, k, causal=causal) @ v))
+
+    follows(mixer, lambda: mixer(x, context=context), formula, *{x, source})
 
 
 # ---- Fastformer ---------------------------------------------------------------------------------------------
@@ -106,18 +111,21 @@ def test_flow_attention_is_its_matrix(causal: bool, read: int | None) -> None:
 
 @pytest.mark.paper("Fastformer", "definition")
 def test_fastformer_is_its_formula() -> None:
-    mixer, x = make(Fastformer), tokens(19)
+    mixer, x = Fastformer(DIM, HEADS).double(), tokens(19).requires_grad_()
     width = DIM // HEADS
-    q, k = mixer.to_q(x), mixer.to_k(x)
-    expected = torch.empty_like(x)
-    for row in range(2):
-        alpha = (mixer.score_q(q[row]) / width**0.5).exp()
-        alpha = (alpha / alpha.sum(0)).repeat_interleave(width, 1)  # each head's weight for each of its channels
-        p = k[row] * (alpha * q[row]).sum(0)
-        beta = (mixer.score_p(p) / width**0.5).exp()
-        beta = (beta / beta.sum(0)).repeat_interleave(width, 1)
-        expected[row] = mixer.transform((beta * p).sum(0) * q[row]) + q[row]
-    assert_close(mixer(x), expected)
+
+    def formula() -> Tensor:
+        outs = []
+        for q, k in zip(mixer.to_q(x), mixer.to_k(x), strict=True):
+            alpha = (mixer.score_q(q) / width**0.5).exp()
+            alpha = (alpha / alpha.sum(0)).repeat_interleave(width, 1)  # each head's weight for each of its channels
+            p = k * (alpha * q).sum(0)
+            beta = (mixer.score_p(p) / width**0.5).exp()
+            beta = (beta / beta.sum(0)).repeat_interleave(width, 1)
+            outs.append(mixer.transform((beta * p).sum(0) * q) + q)
+        return torch.stack(outs)
+
+    follows(mixer, lambda: mixer(x), formula, x)
 
 
 @pytest.mark.paper("Fastformer", "works_when")
@@ -148,6 +156,35 @@ def test_sampled_attention_is_the_matrix_of_collisions() -> None:
         same += (bits_q.unsqueeze(3) == bits_k.unsqueeze(2)).all(-1)
     assert 0 < same.mean() < 7
     assert_close(yoso(q, k, v, planes), same / 7 @ v)
+
+
+@pytest.mark.paper("YOSO", "definition")
+@pytest.mark.parametrize("read", [None, 23])
+def test_yoso_normalises_queries_keys_and_outputs(read: int | None) -> None:
+    """Both forms, at the parameters they start with and at random ones; values alone, as weights have no gradient."""
+    x, context = tokens(19), None if read is None else tokens(read)
+    source = x if context is None else context
+    real = torch.rand(2, source.shape[1]) < 0.7
+    real[:, 0] = True
+    for form, move in itertools.product(("sample", "expectation"), (0.0, 0.1)):
+        mixer = YOSO(DIM, HEADS, hashes=5, bits=3, form=form).double().eval()  # type: ignore[arg-type]
+        for parameter in mixer.parameters():
+            parameter.data += move * torch.randn_like(parameter)
+        q, k, v = (split_heads(y, HEADS) for y in (mixer.to_q(x), mixer.to_k(source), mixer.to_v(source)))
+        q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
+        weights = (1 - torch.arccos((q @ k.mT).clamp(-1, 1)) / torch.pi) ** 3
+        if form == "sample":
+            signs_q, signs_k = (torch.einsum("bhnd,mtd->mbhnt", y, mixer.planes) > 0 for y in (q, k))
+            weights = (signs_q.unsqueeze(4) == signs_k.unsqueeze(3)).all(-1).double().mean(0)
+        heads = weights * real[:, None, None] @ v
+        heads = heads / heads.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        out = mixer(x, context=context, padding=real)
+        expected = mixer.to_out(join_heads(heads))
+        assert_close(out[real] if read is None else out, expected[real] if read is None else expected)
+
+
+def test_yoso_has_its_papers_sizes() -> None:
+    assert YOSO(DIM, HEADS).planes.shape == (32, 8, DIM // HEADS)
 
 
 @pytest.mark.paper("YOSO", "definition")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.counted_work import work
+from tests.support.formulas import follows
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, cross_entropy, elu, gelu, pad
 from torch.testing import assert_close
@@ -93,24 +94,33 @@ def mala_weights(mixer: Any, x: Tensor, layout: Grid | None, *, causal: bool = F
 @pytest.mark.parametrize("rotary", [None, 100.0])
 @pytest.mark.parametrize("layout", [None, GRID])
 def test_mala_equals_its_matrix(rotary: float | None, layout: Grid | None) -> None:
-    mixer, x = make(MagnitudeAwareLinearAttention, heads=HEADS, rotary=rotary), tokens(35)
-    *_, v = heads_of(mixer, x)
-    heads = mala_weights(mixer, x, layout) @ v
-    local = on_image(mixer.local, join_heads(v), GRID.dims if layout else (1, 35))
-    expected = mixer.to_out((join_heads(heads) + local) * mixer.to_gate(x))
-    assert_close(mixer(x, layout=layout), expected)
+    mixer = MagnitudeAwareLinearAttention(DIM, HEADS, rotary=rotary).double()
+    x = tokens(35).requires_grad_()
+
+    def formula() -> Tensor:
+        *_, v = heads_of(mixer, x)
+        heads = mala_weights(mixer, x, layout) @ v
+        local = on_image(mixer.local, join_heads(v), GRID.dims if layout else (1, 35))
+        return mixer.to_out((join_heads(heads) + local) * mixer.to_gate(x))
+
+    follows(mixer, lambda: mixer(x, layout=layout), formula, x)
 
 
 @pytest.mark.paper("MALA", "definition")
 @pytest.mark.paper("MALA", "works_when")
 @pytest.mark.parametrize("rotary", [None, 100.0])
 def test_causal_mala_equals_its_matrix(rotary: float | None) -> None:
-    mixer, x = make(MagnitudeAwareLinearAttention, heads=HEADS, rotary=rotary, causal=True), tokens(41)
-    *_, v = heads_of(mixer, x)
-    heads = mala_weights(mixer, x, None, causal=True) @ v
-    flat = pad(join_heads(v).transpose(1, 2), (mixer.local.width - 1, 0))
-    local = conv1d(flat, mixer.local.weight, groups=DIM).transpose(1, 2)
-    assert_close(mixer(x), mixer.to_out((join_heads(heads) + local) * mixer.to_gate(x)))
+    mixer = MagnitudeAwareLinearAttention(DIM, HEADS, rotary=rotary, causal=True).double()
+    x = tokens(41).requires_grad_()
+
+    def formula() -> Tensor:
+        *_, v = heads_of(mixer, x)
+        heads = mala_weights(mixer, x, None, causal=True) @ v
+        taps = mixer.local.weight
+        local = conv1d(pad(join_heads(v).mT, (taps.shape[-1] - 1, 0)), taps, groups=DIM).mT
+        return mixer.to_out((join_heads(heads) + local) * mixer.to_gate(x))
+
+    follows(mixer, lambda: mixer(x), formula, x)
 
 
 @pytest.mark.paper("MALA", "works_when")
@@ -241,13 +251,16 @@ def test_l2vit_is_linear_attention_then_concentration() -> None:
 
 @pytest.mark.paper("LiT", "definition")
 def test_lit_is_linear_attention_beside_a_convolution_of_the_values() -> None:
-    mixer, x = make(LiTAttention), tokens(35)
-    assert mixer.heads == 2
-    q, k, v = heads_of(mixer, x)
-    weights = q.relu() @ k.relu().transpose(2, 3)
-    heads = weights / weights.sum(-1, keepdim=True).clamp_min(1e-6) @ v  # some queries like no key
-    local = on_image(mixer.local, join_heads(v), (5, 7))
-    assert_close(mixer(x, layout=GRID), mixer.to_out(join_heads(heads) + local))
+    mixer, x = LiTAttention(DIM).double(), tokens(35).requires_grad_()
+
+    def formula() -> Tensor:
+        q, k, v = split_heads(mixer.to_qkv(x), 6).chunk(3, 1)  # two heads
+        weights = q.relu() @ k.relu().transpose(2, 3)
+        heads = weights / weights.sum(-1, keepdim=True).clamp_min(1e-6) @ v  # some queries like no key
+        return mixer.to_out(join_heads(heads) + on_image(mixer.local, join_heads(v), (5, 7)))
+
+    follows(mixer, lambda: mixer(x, layout=GRID), formula, x)
+    assert mixer.local.weight.shape[-2:] == (5, 5)
 
 
 @pytest.mark.paper("L2ViT", "works_when")

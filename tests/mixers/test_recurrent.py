@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.support.counted_work import work
+from tests.support.formulas import follows
 from torch import Tensor
 from torch.nn.functional import elu, logsigmoid, silu
 from torch.testing import assert_close
@@ -56,13 +57,15 @@ def rms(x: Tensor, eps: float) -> Tensor:
 @pytest.mark.paper("Linear Transformer", "works_when")
 @pytest.mark.parametrize("causal", [True, False])
 def test_linear_transformer_is_attention_with_weights_from_features(causal: bool) -> None:
-    mixer, x = make("linear_transformer", causal=causal), tokens(37)
-    q, k, v = project(mixer, x)
-    weights = (elu(q) + 1) @ (elu(k) + 1).transpose(-1, -2)
-    if causal:
-        weights = weights.tril()
-    expected = mixer.to_out(joined(weights / weights.sum(-1, keepdim=True) @ v))
-    assert_close(mixer(x), expected)
+    mixer, x = row("linear_transformer").mixer(DIM, heads=4, causal=causal).double(), tokens(37).requires_grad_()
+
+    def formula() -> Tensor:
+        q, k, v = project(mixer, x)
+        weights = (elu(q) + 1) @ (elu(k) + 1).transpose(-1, -2)
+        weights = weights.tril() if causal else weights
+        return mixer.to_out(joined(weights / weights.sum(-1, keepdim=True) @ v))
+
+    follows(mixer, lambda: mixer(x), formula, x)
 
 
 @pytest.mark.paper("Linear Transformer", "works_when")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.mixers.test_mamba import DIM, shaken, tokens
+from tests.support.formulas import follows
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.testing import assert_close
@@ -143,8 +144,13 @@ def held(rates: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     return kept, (kept - 1) / rates
 
 
-def diagonal(ssm: DiagonalSSM, x: Tensor) -> Tensor:
-    kept, entry = held(rates_of(ssm.dynamics), ssm.dynamics.log_step.exp()[:, None])
+def trapezoidal(rates: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the trapezoidal rule."""
+    return (1 + rates * step / 2) / (1 - rates * step / 2), step / (1 - rates * step / 2)
+
+
+def diagonal(ssm: DiagonalSSM, x: Tensor, discrete: Callable[..., tuple[Tensor, Tensor]] = held) -> Tensor:
+    kept, entry = discrete(rates_of(ssm.dynamics), ssm.dynamics.log_step.exp()[:, None])
     h, outs = torch.zeros(len(x), *kept.shape, dtype=kept.dtype), []
     for token in x.unbind(1):
         h = kept * h + entry * token.unsqueeze(-1)
@@ -185,17 +191,37 @@ def test_s5_is_a_convolution_too() -> None:
 @pytest.mark.paper("H3", "definition")
 @pytest.mark.parametrize("head_dim", [1, 4])
 def test_h3_compares_remembered_keys_with_queries(head_dim: int) -> None:
-    mixer, x = shaken(H3(DIM, head_dim=head_dim, state=6, shift=5)), tokens(40)
-    heads, k = DIM // head_dim, mixer.to_k(x)
-    shifted = torch.zeros_like(k)
-    for age in range(5):
-        shifted[:, age:] += mixer.shift[:, 4 - age] * k[:, : 40 - age]
-    q, k, v = (each.unflatten(-1, (heads, head_dim)) for each in (mixer.to_q(x), shifted, mixer.to_v(x)))
-    out = torch.zeros_like(q)
-    for i in range(head_dim):
-        for j in range(head_dim):
-            out[..., j] += q[..., i] * diagonal(mixer.ssm, k[..., i] * v[..., j])
-    assert_close(mixer(x), mixer.to_out(out.flatten(2)))
+    mixer, x = H3(DIM, head_dim=head_dim, state=6, shift=5).double(), tokens(21).requires_grad_()
+    heads = DIM // head_dim
+
+    def formula() -> Tensor:
+        k = mixer.to_k(x)
+        shifted = torch.zeros_like(k)
+        for age in range(5):
+            shifted[:, age:] += mixer.shift[:, 4 - age] * k[:, : 21 - age]
+        q, k, v = (each.unflatten(-1, (heads, head_dim)) for each in (mixer.to_q(x), shifted, mixer.to_v(x)))
+        out = torch.zeros_like(q)
+        for i in range(head_dim):
+            for j in range(head_dim):
+                out[..., j] += q[..., i] * diagonal(mixer.ssm, k[..., i] * v[..., j], trapezoidal)
+        return mixer.to_out(out.flatten(2))
+
+    follows(mixer, lambda: mixer(x), formula, x)
+
+
+@pytest.mark.paper("H3", "definition")
+def test_h3_starts_as_its_authors_start_it() -> None:
+    """S4D-Lin, steps from a thousandth to a tenth, taps as of a convolution but for the newest key's."""
+    mixer = H3(512)
+    assert mixer.ssm.dynamics.log_step.shape == (512,)  # heads of one channel
+    expected = torch.complex(torch.full((32,), -0.5), torch.pi * torch.arange(32.0))
+    assert_close(rates_of(mixer.ssm.dynamics), expected.expand(512, 32))
+    step, older, newest = mixer.ssm.dynamics.log_step.exp(), mixer.shift[:, :-1], mixer.shift[:, -1]
+    assert step.min() > 0.99e-3 and step.max() < 0.101 and step.min() < 2e-3 and step.max() > 0.05
+    assert mixer.shift.shape == (512, 64) and older.abs().max() <= 1 / 8
+    assert 0.9 < older.std() * 8 * 3**0.5 < 1.1
+    for parameter, std in ((newest, 1.0), (mixer.ssm.D, 1.0), (mixer.ssm.read, 0.5**0.5)):
+        assert 0.8 < parameter.std() / std < 1.2
 
 
 def mixers(**options: Any) -> list[Any]:

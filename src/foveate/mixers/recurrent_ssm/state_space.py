@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from foveate.mixers.base import StepOutput
 from foveate.mixers.stateful import Lengths, StatefulMixer
 from foveate.precision import to_accum
 from foveate.recurrence.selective.api import causal_conv
-from foveate.recurrence.ssm import Discrete, Evolved, discretize, evolve, evolve_shared, hippo_rates
+from foveate.recurrence.ssm import Discrete, Evolved, discretize, evolve, evolve_shared, hippo_rates, linear_rates
 
 ROUNDED = "transforms mix all tokens, and gradients to later ones cancel but for rounding"
 
@@ -47,10 +48,17 @@ class DiagonalSSM(nn.Module):
     torch.Size([2, 9, 6])
     """
 
-    def __init__(self, channels: int, state: int = 64, *, method: str = "zoh") -> None:
+    def __init__(
+        self,
+        channels: int,
+        state: int = 64,
+        *,
+        method: str = "zoh",
+        rates: Callable[[int], Tensor] = hippo_rates,
+    ) -> None:
         super().__init__()
         pairs = halved(state)
-        self.dynamics = Dynamics(hippo_rates(pairs).expand(channels, pairs), steps=channels, method=method)
+        self.dynamics = Dynamics(rates(pairs).expand(channels, pairs), steps=channels, method=method)
         self.read = complex_parameter(channels, pairs)
         self.D = nn.Parameter(torch.randn(channels))
 
@@ -182,7 +190,11 @@ class Shifted(NamedTuple):
     papers=("H3",),
     formula="o = q · SSM_diag(SSM_shift(k) vᵀ), by heads, out = W o",
     supports={"causal", "padding", "packed", "decode"},
-    notes="A starts as in S4D-LegS. Padding lies at the ends of a sequence.",
+    notes=(
+        "As in the authors' code A starts as in S4D-Lin and is discretised by the trapezoidal rule, and head_dim is 1. "
+        "What they keep beside the shift, a factor of the newest key, is part of the shift here. Padding lies at the "
+        "ends of a sequence."
+    ),
 )
 class H3(StatefulMixer):
     """Keys remembered by a shift, their products with values by a diagonal state space, read by queries.
@@ -202,7 +214,7 @@ class H3(StatefulMixer):
         self,
         dim: int,
         *,
-        head_dim: int = 8,
+        head_dim: int = 1,
         state: int = 64,
         shift: int = 64,
         chunk: int | None = None,
@@ -215,8 +227,10 @@ class H3(StatefulMixer):
             raise ValueError(f"the shift holds at least the newest key; got shift={shift}")
         self.head_dim, self.heads, self.chunk = head_dim, dim // head_dim, chunk
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim) for _ in range(4))
-        self.shift = nn.Parameter(torch.randn(dim, shift) * shift**-0.5)  # what is read of the last keys, newest last
-        self.ssm = DiagonalSSM(self.heads, state)
+        taps = torch.empty(dim, shift).uniform_(-(shift**-0.5), shift**-0.5)
+        taps[:, -1] += torch.randn(dim)
+        self.shift = nn.Parameter(taps)  # what is read of the last keys, newest last
+        self.ssm = DiagonalSSM(self.heads, state, method="bilinear", rates=linear_rates)
 
     def run(self, x: Tensor, state: Shifted | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         batch, length, _ = x.shape

@@ -51,3 +51,16 @@ def hippo_rates(count: int) -> Tensor:
     imaginary = torch.linalg.eigvalsh(1j * (skew - skew.T))[count:]
     dtype = accum_dtype(torch.get_default_dtype())
     return torch.complex(*(part.to(dtype) for part in (torch.full_like(imaginary, -0.5), imaginary)))
+
+
+def linear_rates(count: int) -> Tensor:
+    """Rates (count,) of S4D-Lin: they fade alike, at frequencies that are multiples of π.
+
+    >>> linear_rates(3)
+    tensor([-0.5000+0.0000j, -0.5000+3.1416j, -0.5000+6.2832j])
+
+    Paper: Gu, Gupta, Goel, Ré, arXiv 2206.11893.
+    """
+    dtype, device = accum_dtype(torch.get_default_dtype()), torch.get_default_device()
+    frequencies = torch.pi * torch.arange(count, dtype=dtype, device=device)
+    return torch.complex(torch.full_like(frequencies, -0.5), frequencies)
