@@ -28,6 +28,15 @@ class Mine(AttentionMixer):
     """Plain attention."""
 '''
 
+MY_MODEL = '''
+from foveate.catalogue.tiers import model
+
+
+@model("my_model", papers=("L2ViT",), inputs="image", presets={}, tiny={})
+def my_model():
+    """Another model of that paper."""
+'''
+
 
 def listed(*arguments: str) -> list[dict]:
     return json.loads(CliRunner().invoke(app, ["list", "--json", *arguments]).stdout)
@@ -84,15 +93,18 @@ def test_changed_files_are_read_anew_and_broken_ones_hide_nothing_else(package: 
     (mixers / "new.py").write_text(MINE, encoding="utf-8")
     (mixers / "linear" / "yoso.py").unlink()
     (mixers / "worse.py").write_text("def (", encoding="utf-8")
+    (package / "models" / "vision" / "new.py").write_text(MY_MODEL, encoding="utf-8")
+    (package / "recipes" / "worse.py").write_text("import nothing_at_all", encoding="utf-8")
     with (mixers / "static_sparse" / "power_attention.py").open("a", encoding="utf-8") as file:
         file.write("\nraise RuntimeError('boom')\n")
     found = run(package, "list", "--json")
     assert found.returncode == 0
     assert "foveate.mixers.worse cannot be imported: SyntaxError" in found.stderr
+    assert "foveate.recipes.worse cannot be imported: ModuleNotFoundError" in found.stderr
     assert "foveate.mixers.static_sparse.power_attention cannot be imported: RuntimeError: boom" in found.stderr
     there = {one["name"] for one in json.loads(found.stdout)}
     lost = index.indexed().keys() - there
-    assert "mine" in there and {"yoso", "power_attention"} <= lost and "moba" in there
+    assert {"mine", "my_model"} <= there and {"yoso", "power_attention"} <= lost and {"moba", "ravlt"} <= there
     # Besides these, only what borrows from the broken file.
     borrowing = [
         path.stem
