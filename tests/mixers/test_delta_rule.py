@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.agreement import agree
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 from torch.testing import assert_close
@@ -13,15 +14,16 @@ from torch.testing import assert_close
 from foveate.mixers.base import join_heads, split_heads
 from foveate.mixers.linear.delta_rule import EFLA, KDA, DeltaNet, DeltaProduct, exact_strength
 from foveate.mixers.recurrent import RecurrentMixer
+from foveate.options import forced_impl
 from foveate.recurrence import recur
 from foveate.testing import reference_only
 
 DIM, HEADS, LENGTH = 24, 4, 37
 
 
-def make(kind: type[RecurrentMixer], **options: Any) -> Any:
+def make(kind: type[RecurrentMixer], *, moved: bool = True, **options: Any) -> Any:
     mixer = kind(DIM, HEADS, **options).double()
-    for parameter in mixer.parameters():
+    for parameter in mixer.parameters() if moved else ():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return mixer
 
@@ -135,16 +137,35 @@ def test_gradients_of_efla_are_those_of_the_differential_equation() -> None:
 
 
 @pytest.mark.paper("EFLA", "definition")
-def test_efla_is_the_delta_rule_with_exact_strengths() -> None:
-    mixer, x = make(EFLA), tokens()
+@pytest.mark.paper("EFLA", "works_when")
+@pytest.mark.parametrize("impl", ["chunks", "reference", None])
+@pytest.mark.parametrize("moved", [True, False])
+def test_efla_is_the_delta_rule_with_exact_strengths(moved: bool, impl: str | None) -> None:
+    mixer, x = make(EFLA, moved=moved), tokens().requires_grad_()
     q, k, v = convolved(mixer, x)
+    q = unit(q)
     beta, length = torch.sigmoid(mixer.to_strength(x)).transpose(1, 2), k.square().sum(-1)
     strength = (1 - torch.exp(-beta * length)) / length
     state, outs = torch.zeros(2, HEADS, 6, 6, dtype=torch.float64), []
     for t in range(LENGTH):
         state = overwritten(state, k[:, :, t], v[:, :, t], strength[:, :, t])
         outs.append(said(mixer, q[:, :, t], state))
-    assert_close(mixer(x), mixer.to_out(join_heads(rms(torch.cat(outs, 2), mixer.norm.weight))))
+    with forced_impl(impl):
+        found = mixer(x)
+        agree(found, mixer.to_out(join_heads(rms(torch.cat(outs, 2), mixer.norm.weight))), x, mixer)
+
+
+@pytest.mark.paper("EFLA", "works_when")
+def test_one_step_of_efla_moves_its_state_as_the_differential_equation_does() -> None:
+    mixer, x = make(EFLA), tokens(1)
+    start, before = mixer.init_state(2), torch.randn(2, HEADS, 6, 6, dtype=torch.float64)
+    _, after = mixer.decode(x, start._replace(recurrent=before))
+    _, k, v = convolved(mixer, x)
+    beta = torch.sigmoid(mixer.to_strength(x))
+    for b in range(2):
+        for h in range(HEADS):
+            moved = matrix_exponential_state(before[b, h], k[b, h, 0], v[b, h, 0], beta[b, 0, h])
+            assert_close(after.recurrent[b, h], moved)
 
 
 @pytest.mark.paper("EFLA", "works_when")

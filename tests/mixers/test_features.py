@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.agreement import agree
 from tests.support.formulas import follows
 from tests.support.linear_text import DIM, HEADS, LENGTH, decoded, make, project, row_shares, shifted_sum, tokens
 from torch import Tensor
@@ -16,6 +17,7 @@ from foveate.mixers.base import join_heads, split_heads
 from foveate.mixers.linear.features import JRT, BasedLinear, taylor
 from foveate.mixers.linear.linearized import LinearizedLLM, ancestry, branches
 from foveate.mixers.linear.small_e import SmallE, sinusoids
+from foveate.options import forced_impl
 from foveate.patterns import Packed
 
 # ---- Taylor features --------------------------------------------------------------------------------------------
@@ -47,10 +49,22 @@ def jrt_formula(mixer: Any, x: Tensor, prefix: int) -> Tensor:
 
 @pytest.mark.paper("JRT-RNN", "definition")
 @pytest.mark.paper("JRT-RNN", "works_when")
-@pytest.mark.parametrize("prefix", [0, 1, 9, LENGTH, 1000])
-def test_jrt_knows_its_prefix_and_reads_the_rest_causally(prefix: int) -> None:
-    mixer, x = make(JRT, heads=HEADS, head_dim=3, prefix=prefix), tokens()
-    assert_close(mixer(x), jrt_formula(mixer, x, prefix))
+@pytest.mark.parametrize("prefix", [0, 1, 9, 70, 1000])
+@pytest.mark.parametrize("impl", ["chunks", "reference", None])
+@pytest.mark.parametrize("moved", [True, False])
+def test_jrt_knows_its_prefix_and_reads_the_rest_causally(prefix: int, impl: str | None, moved: bool) -> None:
+    mixer = make(JRT, moved=moved, heads=HEADS, head_dim=3, prefix=prefix)
+    x = tokens(70).requires_grad_()
+    with forced_impl(impl):
+        found = mixer(x)
+        agree(found, jrt_formula(mixer, x, prefix), x, mixer)
+
+
+@pytest.mark.paper("JRT-RNN", "definition")
+def test_jrt_has_features_of_sixteen_channels_and_a_prefix_of_1024_tokens() -> None:
+    mixer = JRT(64, 4)
+    assert (mixer.head_dim, mixer.value_dim, mixer.prefix) == (16, 16, 1024)
+    assert mixer.to_prefix_k.weight.shape == (64, 64) and not torch.equal(mixer.to_prefix_k.weight, mixer.to_k.weight)
 
 
 @pytest.mark.paper("JRT-RNN", "works_when")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.agreement import agree
 from tests.support.counted_work import work
 from tests.support.formulas import follows
 from torch import Tensor
@@ -26,9 +27,9 @@ from foveate.mixers.linear.yoso import YOSO, buckets, expected_weights, yoso, yo
 DIM, HEADS = 24, 3
 
 
-def make(kind: type[Mixer], **options: Any) -> Any:
+def make(kind: type[Mixer], *, moved: bool = True, **options: Any) -> Any:
     mixer = kind(DIM, **({"heads": HEADS} | options)).double().eval()
-    for parameter in mixer.parameters():
+    for parameter in mixer.parameters() if moved else ():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return mixer
 
@@ -301,8 +302,10 @@ def test_binding_is_circular_convolution(inverse: Any, size: int) -> None:
 
 @pytest.mark.paper("Hrrformer", "definition")
 @pytest.mark.parametrize("inverse", ["exact", "pseudo"])
-def test_hrrformer_weighs_values_by_how_well_they_are_found(inverse: Any) -> None:
-    mixer, x = make(Hrrformer, inverse=inverse), tokens(13)
+@pytest.mark.parametrize("moved", [True, False])
+def test_hrrformer_weighs_values_by_how_well_they_are_found(inverse: Any, moved: bool) -> None:
+    mixer, x = make(Hrrformer, moved=moved, inverse=inverse), tokens(13).requires_grad_()
+    assert Hrrformer(DIM).inverse == "exact"
     q, k, v = split_heads(mixer.to_qkv(x), 3 * HEADS).chunk(3, 1)
     bound = (circulant(k) @ v.unsqueeze(-1)).squeeze(-1).sum(2)
     matrix = circulant(q)
@@ -310,7 +313,7 @@ def test_hrrformer_weighs_values_by_how_well_they_are_found(inverse: Any) -> Non
     found = (matrix @ bound[:, :, None, :, None]).squeeze(-1)
     scores = (found * v).sum(-1) / (found.norm(dim=-1) * v.norm(dim=-1))
     expected = mixer.to_out(join_heads(scores.softmax(2).unsqueeze(-1) * v))
-    assert_close(mixer(x), expected, atol=1e-6, rtol=1e-6)
+    agree(mixer(x), expected, x, mixer, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.paper("Hrrformer", "works_when")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.agreement import agree
 from tests.support.counted_work import work
 from tests.support.formulas import follows
 from torch import Tensor, nn
@@ -35,9 +36,9 @@ KINDS = (
 )
 
 
-def make(kind: type[Mixer], **options: Any) -> Any:
+def make(kind: type[Mixer], *, moved: bool = True, **options: Any) -> Any:
     mixer = kind(DIM, **options).double().eval()
-    for parameter in mixer.parameters():
+    for parameter in mixer.parameters() if moved else ():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return mixer
 
@@ -235,8 +236,13 @@ def test_gradients_of_relu_attention_away_from_its_kinks() -> None:
 
 
 @pytest.mark.paper("L2ViT", "definition")
-def test_l2vit_is_linear_attention_then_concentration() -> None:
-    mixer, x = make(L2ViTAttention, heads=HEADS), tokens(35)
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("loud", [0.2, 12.0])
+def test_l2vit_is_linear_attention_then_concentration(moved: bool, loud: float) -> None:
+    """Of quiet tokens, whose weights sum to less than 100, and of loud ones."""
+    mixer, x = make(L2ViTAttention, moved=moved, heads=HEADS), (loud * tokens(35)).requires_grad_()
+    if not moved:
+        assert_close(mixer.temperature.detach(), torch.full((HEADS, 1, 1), 8**-0.5, dtype=torch.float64), rtol=1e-6, atol=0)
     for buffer in mixer.local.norm.buffers():
         buffer.data += torch.rand(buffer.shape).to(buffer.dtype)
     q, k, v = heads_of(mixer, x)
@@ -246,7 +252,8 @@ def test_l2vit_is_linear_attention_then_concentration() -> None:
     hidden = gelu(on_image(mixer.local.first, mixer.norm(out), (5, 7)))
     norm = mixer.local.norm
     hidden = (hidden - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
-    assert_close(mixer(x, layout=GRID), out + on_image(mixer.local.second, hidden, (5, 7)))
+    assert bool((weights.sum(-1) > 100).any()) == (loud > 1)
+    agree(mixer(x, layout=GRID), out + on_image(mixer.local.second, hidden, (5, 7)), x, mixer)
 
 
 @pytest.mark.paper("LiT", "definition")
@@ -281,8 +288,9 @@ def test_half_precision_holds_at_high_resolution(kind: type[Mixer], dtype: torch
 
 @pytest.mark.paper("SwiftFormer", "definition")
 @pytest.mark.paper("SwiftFormer", "works_when")
-def test_additive_attention_is_its_formula() -> None:
-    mixer, x = make(EfficientAdditiveAttention), tokens(35)
+@pytest.mark.parametrize("moved", [True, False])
+def test_additive_attention_is_its_formula(moved: bool) -> None:
+    mixer, x = make(EfficientAdditiveAttention, moved=moved), tokens(35).requires_grad_()
     q, k = mixer.to_q(x), mixer.to_k(x)
     q, k = q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True)
     expected = torch.empty_like(x)
@@ -291,7 +299,7 @@ def test_additive_attention_is_its_formula() -> None:
         weights = scores / scores.square().sum().sqrt()
         summed = sum(weight * token for weight, token in zip(weights, q[row], strict=True))
         expected[row] = mixer.to_out(mixer.project(summed * k[row]) + q[row])
-    assert_close(mixer(x), expected)
+    agree(mixer(x), expected, x, mixer)
 
 
 # ---- costs and backbones ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.agreement import agree
 from tests.support.counted_work import work
 from tests.support.formulas import follows
 from torch import Tensor
@@ -25,10 +26,10 @@ DIM = 24
 every_row = pytest.mark.parametrize("name", NAMES)
 
 
-def make(name: str, **options: Any) -> RecurrentMixer:
+def make(name: str, *, moved: bool = True, **options: Any) -> RecurrentMixer:
     mixer = row(name).mixer(DIM, **({"heads": 4} | options)).double()
     assert isinstance(mixer, RecurrentMixer)
-    for parameter in mixer.parameters():
+    for parameter in mixer.parameters() if moved else ():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return mixer
 
@@ -133,9 +134,11 @@ def gla_formula(mixer: RecurrentMixer, x: Tensor) -> Tensor:
 
 
 @pytest.mark.paper("GLA", "definition")
-def test_gla_fades_each_key_channel() -> None:
-    mixer, x = make("gla"), tokens(37)
-    assert_close(mixer(x), gla_formula(mixer, x))
+@pytest.mark.parametrize("moved", [True, False])
+def test_gla_fades_each_key_channel(moved: bool) -> None:
+    mixer, x = make("gla", moved=moved), tokens(37).requires_grad_()
+    agree(mixer(x), gla_formula(mixer, x), x, mixer)
+    assert (mixer.head_dim, mixer.value_dim, mixer.to_rank.out_features) == (3, 6, 16)  # type: ignore[union-attr]
 
 
 @pytest.mark.paper("GLA", "works_when")

@@ -14,10 +14,10 @@ from foveate.mixers.base import Mixer, split_heads
 DIM, HEADS, LENGTH = 24, 4, 37
 
 
-def make(kind: type[Mixer], **options: Any) -> Any:
-    """A mixer in float64 with no parameter at a special value."""
+def make(kind: type[Mixer], *, moved: bool = True, **options: Any) -> Any:
+    """A mixer in float64, as it starts or with no parameter at a special value."""
     mixer = kind(DIM, **options).double()  # type: ignore[call-arg]
-    for parameter in mixer.parameters():
+    for parameter in mixer.parameters() if moved else ():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return mixer
 

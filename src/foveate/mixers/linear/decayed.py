@@ -120,7 +120,7 @@ class LightningAttention(LightningAttention2):
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "lrpe=False is what the paper has in all layers but the first, the decay alone (lightning_attention). The "
-        "decoder keeps the faded state and never forms λ^-t."
+        "decoder keeps the faded state and never forms λ^-t. The model transnormer is built of it."
     ),
 )
 class TransNormerLLM(LightningAttention2, Placed):
@@ -133,8 +133,9 @@ class TransNormerLLM(LightningAttention2, Placed):
 
     def __init__(self, dim: int, heads: int = 8, *, lrpe: bool = True, **options: Any) -> None:
         super().__init__(dim, heads, **options)
-        angles = 10_000.0 ** (-torch.arange(self.head_dim) / self.head_dim)
-        self.angles = nn.Parameter(angles.repeat(self.kv_heads, 1)) if lrpe else None
+        channels = self.kv_heads * self.head_dim
+        angles = 10_000.0 ** (-2 * torch.arange(channels) / channels)  # over all heads, as in the authors' code
+        self.angles = nn.Parameter(angles.view(self.kv_heads, self.head_dim)) if lrpe else None
 
     def placed(self, x: Tensor, positions: Tensor) -> Tensor:
         x = silu(x)

@@ -64,7 +64,7 @@ def unit(x: Tensor) -> Tensor:
     papers=("EFLA",),
     formula="S_t = (I - a_t k_t k_tᵀ) S_{t-1} + a_t k_t v_tᵀ, a_t = (1 - exp(-β_t λ_t)) / λ_t, λ_t = |k_t|^2",
     supports={"causal", "padding", "packed", "decode", "gqa"},
-    notes="Keys keep their length, which decides how far the state moves; the rest is DeltaNet's.",
+    notes="Keys keep their length, which decides how far the state moves; the rest is DeltaNet's, unit queries included.",
 )
 class EFLA(DeltaNet):
     """The delta rule followed for a time beta instead of one step: dS/dt = -k k^T S + k v^T, solved exactly.
@@ -75,7 +75,7 @@ class EFLA(DeltaNet):
     """
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        return Inputs(q, k, v, beta=exact_strength(self.strength(x).transpose(1, 2), to_accum(k)))
+        return Inputs(unit(q), k, v, beta=exact_strength(self.strength(x).transpose(1, 2), to_accum(k)))
 
 
 def exact_strength(beta: Tensor, k: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn.functional import layer_norm, logsigmoid, normalize, silu, softplu
 from foveate.catalogue.registry import Reference, register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
+from foveate.mixers.linear.gated import small_steps
 from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState
 from foveate.precision import to_accum
 from foveate.recurrence import Recurrent
@@ -142,7 +143,8 @@ class MetaLA(RecurrentMixer):
     supports={"causal", "padding", "packed", "decode"},
     notes=(
         "Around it stands the authors' block: widened tokens, one short convolution, a low-rank input gate, a residual "
-        "and a norm after the gate. Padding lies at the ends of a sequence: inside it, the convolution would read it "
+        "and a norm after the gate. Gates start as in their code: g log-uniform in [0.001, 0.1], τ uniform in "
+        "[1/16, 0.9]. Padding lies at the ends of a sequence: inside it, the convolution would read it "
         "as zeros."
     ),
 )
@@ -170,9 +172,12 @@ class Rodimus(RecurrentMixer):
         width = expand * dim
         super().__init__(dim, heads, head_dim=memory, value_dim=divided(width, heads), causal=causal)
         self.to_inner, self.to_gate = (nn.Linear(dim, width, bias=False) for _ in range(2))
-        self.conv = ShortConv(width, conv)
+        self.conv = ShortConv(width, conv, bias=True)
         self.to_q, self.to_k = (nn.Linear(width, heads * memory, bias=False) for _ in range(2))
         self.to_fading, self.to_tempering = (nn.Linear(width, heads * memory) for _ in range(2))
+        with torch.no_grad():
+            self.to_fading.bias.copy_(small_steps(heads * memory))
+            self.to_tempering.bias.uniform_(1 / 16, 0.9).logit_()
         rank = rank or max(dim // 64, 16)
         self.to_rank, self.to_v = nn.Linear(width, rank, bias=False), nn.Linear(rank, width)
         self.residual = nn.Parameter(torch.ones(width))

@@ -26,5 +26,7 @@ class PowerAttention(PatternMixer):
 
     @staticmethod
     def pattern(*, window: int = 256, block: int = 64, sinks: int = 4) -> Pattern:
+        if window < block:
+            raise ValueError(f"the window reaches back to the blocks: at least block={block} keys; got window={window}")
         near = recent(window) | power_of_two(block)
         return near | earliest(sinks) if sinks else near

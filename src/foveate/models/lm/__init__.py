@@ -1,0 +1,5 @@
+"""Language models of the catalogue."""
+
+from foveate.models.lm.transnormer import transnormer
+
+__all__ = ["transnormer"]
