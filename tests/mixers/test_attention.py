@@ -325,6 +325,13 @@ def test_power_attention_is_its_mask_whole_and_step_by_step(near: int, block: in
     torch.testing.assert_close(stepped(model, x), model(x))
 
 
+@pytest.mark.paper("PowerAttention", "definition")
+def test_power_attention_refuses_a_window_that_leaves_a_gap_before_the_blocks() -> None:
+    with pytest.raises(ValueError, match="at least block=64"):
+        PowerAttention.as_core(window=63)
+    assert PowerAttention.as_core().pattern.text == PowerAttention.as_core(window=256, block=64, sinks=4).pattern.text
+
+
 @pytest.mark.paper("PowerAttention", "works_when")
 def test_power_attention_reaches_the_last_two_to_the_d_blocks_in_d_layers() -> None:
     """Token by token: each carries what it is through layers whose weights are nowhere 0 by chance."""

@@ -72,7 +72,6 @@ def layer(spiking: nn.Module, x: Tensor) -> Tensor:
     return fired((normed * spiking.norm.weight + spiking.norm.bias).view_as(x), 0.4)
 
 
-@pytest.mark.paper("Spikformer V2", "definition")
 def test_spiking_attention_is_its_formula() -> None:
     mixer, x = make(scale=0.25).double(), torch.randn(2, 37, DIM, dtype=torch.float64)
     for parameter in mixer.parameters():
@@ -89,7 +88,6 @@ def test_spiking_attention_is_its_formula() -> None:
     assert_close(mixer(x), expected.mean(0))
 
 
-@pytest.mark.paper("Spikformer V2", "works_when")
 def test_both_orders_of_the_products_agree_to_the_last_bit() -> None:
     mixer, x = make(), torch.randn(2, 37, DIM)
     steps = x.expand(TIME, -1, -1, -1)
@@ -106,7 +104,6 @@ def test_both_orders_of_the_products_agree_to_the_last_bit() -> None:
     assert 0 < expected.mean() < 1
 
 
-@pytest.mark.paper("Spikformer V2", "works_when")
 def test_it_learns_by_its_surrogate() -> None:
     """Which of the tokens' two halves is louder, told by the rates of the spikes."""
     mixer, head = make(scale=0.5), nn.Linear(DIM, 2)

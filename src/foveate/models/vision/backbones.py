@@ -19,11 +19,13 @@ from foveate.models.vision.pyramid import (
     ConvEncoder,
     ConvMlp,
     Patches,
+    PixelNorm,
     Pyramid,
     Residual,
     TokenBatchNorm,
     half,
     plain_stem,
+    start_small,
 )
 from foveate.patterns import Layout
 
@@ -134,7 +136,7 @@ def swiftformer(
             Residual(dim, ConvMlp(dim, 4 * dim), norm=TokenBatchNorm(dim), scale=1e-5),
         ]
 
-    return Pyramid(block, dims=dims, depths=depths, classes=classes, stem=plain_stem(channels, dims[0]))
+    return start_small(Pyramid(block, dims=dims, depths=depths, classes=classes, stem=plain_stem(channels, dims[0])))
 
 
 @model(
@@ -182,5 +184,6 @@ def l2vit(
         whole = L2ViTAttention(dim, heads[stage], concentrate=False)
         return [Residual(dim, LocalConv(dim)), branch(whole), branch(LocalConcentration(dim)), mlp]
 
-    stem = plain_stem(channels, dims[0])
-    return Pyramid(block, dims=dims, depths=depths, classes=classes, stem=stem, halve=Patches)
+    stem = plain_stem(channels, dims[0], PixelNorm(dims[0]))
+    sizes = {"dims": dims, "depths": depths, "classes": classes}
+    return start_small(Pyramid(block, **sizes, stem=stem, halve=Patches, norm=nn.LayerNorm))  # type: ignore[arg-type]

@@ -75,7 +75,8 @@ class Pyramid(nn.Module):
     """Images (B, channels, height, width) to classes: a stem, stages of blocks, half the grid after each, and a head.
 
     ``block(stage, index)`` gives the residual branches of each block; inside, a mixer is called with its tokens and
-    ``layout=Grid(height, width)``. Any size of image runs. ``halve(small, large)`` gives what halves a grid.
+    ``layout=Grid(height, width)``. Any size of image runs. ``halve(small, large)`` gives what halves a grid, norm
+    included, and ``norm(dim)`` the norm of the tokens that the head averages.
 
     >>> from foveate.catalogue.registry import mixer
     >>> def block(stage, index):
@@ -96,22 +97,20 @@ class Pyramid(nn.Module):
         stem: nn.Module | None = None,
         neck: int = 0,
         halve: Callable[[int, int], nn.Module] | None = None,
+        norm: Callable[[int], nn.Module] = TokenBatchNorm,
     ) -> None:
         super().__init__()
         if len(dims) != len(depths):
             raise ValueError(f"each stage has a width and a depth; got dims={dims} and depths={depths}")
         first = plain_stem(channels, dims[0]) if stem is None else stem
-        halve = halve or half
-        halved = (nn.Sequential(halve(small, large), nn.BatchNorm2d(large)) for small, large in pairwise(dims))
-        self.shrinks = nn.ModuleList([first, *halved])
+        halve = halve or normed_half
+        self.shrinks = nn.ModuleList([first, *(halve(small, large) for small, large in pairwise(dims))])
         self.stages = nn.ModuleList(
             nn.ModuleList(nn.ModuleList(block(stage, index)) for index in range(depth))
             for stage, depth in enumerate(depths)
         )
         self.neck = (
-            nn.Sequential(nn.Linear(dims[-1], neck), TokenBatchNorm(neck), nn.SiLU())
-            if neck
-            else TokenBatchNorm(dims[-1])
+            nn.Sequential(nn.Linear(dims[-1], neck), norm(neck), nn.SiLU()) if neck else norm(dims[-1])
         )
         self.head = nn.Linear(neck or dims[-1], classes)
 
@@ -138,8 +137,20 @@ def half(small: int, large: int) -> nn.Module:
     return nn.Conv2d(small, large, 3, stride=2, padding=1)
 
 
+def normed_half(small: int, large: int) -> nn.Module:
+    """The same, and a batch norm."""
+    return nn.Sequential(half(small, large), nn.BatchNorm2d(large))
+
+
+class PixelNorm(nn.LayerNorm):
+    """Layer norm of the channels of each pixel of images (B, C, height, width)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.movedim(1, -1)).movedim(-1, 1)
+
+
 class Patches(nn.Conv2d):
-    """A convolution of patches of 2 x 2 that halves height and width, rounded up.
+    """A convolution of patches of 2 x 2 that halves height and width, rounded up, behind a norm of each pixel.
 
     >>> Patches(3, 8)(torch.randn(2, 3, 7, 10)).shape
     torch.Size([2, 8, 4, 5])
@@ -147,19 +158,34 @@ class Patches(nn.Conv2d):
 
     def __init__(self, small: int, large: int) -> None:
         super().__init__(small, large, 2, stride=2)
+        self.norm = PixelNorm(small)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        return super().forward(pad(images, (0, width % 2, 0, height % 2)))
+        return super().forward(pad(self.norm(images), (0, width % 2, 0, height % 2)))
 
 
-def plain_stem(channels: int, dim: int) -> nn.Module:
-    """Two convolutions that quarter height and width."""
+def plain_stem(channels: int, dim: int, last: nn.Module | None = None) -> nn.Module:
+    """Two convolutions that quarter height and width; ``last`` stands in the place of the second ReLU."""
     return nn.Sequential(
         half(channels, dim // 2),
         nn.BatchNorm2d(dim // 2),
         nn.ReLU(),
         half(dim // 2, dim),
         nn.BatchNorm2d(dim),
-        nn.ReLU(),
+        nn.ReLU() if last is None else last,
     )
+
+
+def start_small(model: Pyramid) -> Pyramid:
+    """The model with all weights of linear layers and convolutions drawn anew, N(0, 0.02) cut at 2, and no biases.
+
+    >>> start_small(Pyramid(lambda *_: [], dims=(16,), depths=(1,), classes=3)).head.bias.tolist()
+    [0.0, 0.0, 0.0]
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | LocalConv):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
