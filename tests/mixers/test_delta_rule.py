@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.agreement import agree
+from tests.support.formulas import agree
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 from torch.testing import assert_close

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.agreement import agree
-from tests.support.formulas import follows
+from tests.support.formulas import agree, follows
 from tests.support.linear_text import DIM, HEADS, LENGTH, decoded, make, project, row_shares, shifted_sum, tokens
 from torch import Tensor
 from torch.nn.functional import elu, layer_norm

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.agreement import agree
+from tests.support.formulas import agree
 from tests.support.linear_text import (
     DIM,
     HEADS,
@@ -205,7 +205,7 @@ def test_transnormer_starts_with_angles_that_fall_over_all_heads() -> None:
 @pytest.mark.paper("TransNormerLLM", "definition")
 @pytest.mark.parametrize("depth", [1, 3])
 def test_the_model_transnormer_is_its_layers(depth: int) -> None:
-    """LRPE in the first layer alone; decays that fall from layer to layer; norms without weights; a GLU without gate."""
+    """LRPE in the first layer alone, decays that fall from layer to layer, norms without weights, a bilinear GLU."""
     model = transnormer(11, dim=DIM, depth=depth, heads=HEADS, hidden=30).double()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

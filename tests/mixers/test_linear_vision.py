@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.agreement import agree
 from tests.support.counted_work import work
-from tests.support.formulas import follows
+from tests.support.formulas import agree, follows
 from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv2d, cross_entropy, elu, gelu, pad
 from torch.testing import assert_close
@@ -242,7 +241,9 @@ def test_l2vit_is_linear_attention_then_concentration(moved: bool, loud: float) 
     """Of quiet tokens, whose weights sum to less than 100, and of loud ones."""
     mixer, x = make(L2ViTAttention, moved=moved, heads=HEADS), (loud * tokens(35)).requires_grad_()
     if not moved:
-        assert_close(mixer.temperature.detach(), torch.full((HEADS, 1, 1), 8**-0.5, dtype=torch.float64), rtol=1e-6, atol=0)
+        assert_close(
+            mixer.temperature.detach(), torch.full((HEADS, 1, 1), 8**-0.5, dtype=torch.float64), rtol=1e-6, atol=0
+        )
     for buffer in mixer.local.norm.buffers():
         buffer.data += torch.rand(buffer.shape).to(buffer.dtype)
     q, k, v = heads_of(mixer, x)

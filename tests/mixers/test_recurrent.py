@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.agreement import agree
 from tests.support.counted_work import work
-from tests.support.formulas import follows
+from tests.support.formulas import agree, follows
 from torch import Tensor
 from torch.nn.functional import elu, logsigmoid, silu
 from torch.testing import assert_close

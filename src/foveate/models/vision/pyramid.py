@@ -109,9 +109,7 @@ class Pyramid(nn.Module):
             nn.ModuleList(nn.ModuleList(block(stage, index)) for index in range(depth))
             for stage, depth in enumerate(depths)
         )
-        self.neck = (
-            nn.Sequential(nn.Linear(dims[-1], neck), norm(neck), nn.SiLU()) if neck else norm(dims[-1])
-        )
+        self.neck = nn.Sequential(nn.Linear(dims[-1], neck), norm(neck), nn.SiLU()) if neck else norm(dims[-1])
         self.head = nn.Linear(neck or dims[-1], classes)
 
     def forward(self, images: Tensor) -> Tensor:
