@@ -18,7 +18,7 @@ from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Finished
 from foveate.mixers.exact_io.grid_windows import window_attention, windowed
 from foveate.mixers.lowrank_pool.agent import AgentAttention, AgentCore
 from foveate.mixers.multiscale_window.hilo import HiLo
-from foveate.mixers.neighborhood.neighborhood import generalized_neighborhood_core
+from foveate.mixers.neighborhood.neighborhood import GeneralizedNeighborhoodAttention
 from foveate.patterns import window_partition
 
 
@@ -328,9 +328,9 @@ def test_neighborhoods_hold_no_matrix_of_all_pairs() -> None:
 def test_a_neighborhood_of_the_whole_grid_is_attention_and_a_stride_of_the_kernel_is_windows() -> None:
     q, k, v = heads(1, 4, 48, 8), heads(1, 2, 48, 8), heads(1, 2, 48, 8)
     grid = Grid(6, 8)
-    whole = generalized_neighborhood_core(kernel=(6, 8), stride=1)(q, k, v, layout=grid)
+    whole = GeneralizedNeighborhoodAttention.as_core(kernel=(6, 8), stride=1)(q, k, v, layout=grid)
     torch.testing.assert_close(whole, attend(q, k, v))
-    blocked = generalized_neighborhood_core(kernel=(3, 4), stride=(3, 4))(q, k, v, layout=grid)
+    blocked = GeneralizedNeighborhoodAttention.as_core(kernel=(3, 4), stride=(3, 4))(q, k, v, layout=grid)
     torch.testing.assert_close(blocked, attend(q, k, v, window_partition((3, 4)), layout=grid))
 
 

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from foveate.attention import attend, relative_table
-from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore, joined
+from foveate.mixers.pattern_mixer import PatternMixer
 from foveate.patterns import Grid, Layout, Pattern
 
 Size = int | tuple[int, ...]
 
 
-class GridMixer(AttentionMixer):
-    """Attention over a grid pattern, with a learned bias per relative position up to ``reach`` per axis."""
+class GridMixer(PatternMixer):
+    """Attention over a grid pattern, with a learned bias for each relative position that its ``reach`` has."""
 
     core: PatternCore
+    biased: ClassVar[bool] = True  # unless ``relative_bias`` says otherwise
 
     def __init__(
         self,
         dim: int,
-        heads: int,
+        heads: int = 8,
         *,
-        pattern: Pattern,
-        keys: int,
-        reach: tuple[int, ...] | None,
+        axes: int = 2,
+        relative_bias: bool | None = None,
         causal: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(dim, heads, core=PatternCore(pattern), causal=causal, **options)
-        self.keys = keys
-        sides = [2 * steps + 1 for steps in reach or ()]
+        super().__init__(dim, heads, causal=causal, **options)
+        has_bias = self.biased if relative_bias is None else relative_bias
+        sides = [2 * steps + 1 for steps in self.reach(axes)] if has_bias else []
         self.table = nn.Parameter(torch.randn(heads, *sides) * 0.02) if sides else None
+
+    def reach(self, axes: int) -> tuple[int, ...]:
+        """How far the pattern looks along each axis, in steps."""
+        raise NotImplementedError
 
     def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
         super().check(x, context, layout, padding)

@@ -47,19 +47,18 @@ class PatternMixer(AttentionMixer):
 def _constructor(cls: type[PatternMixer]) -> Callable[..., None]:
     parameters = inspect.signature(cls.pattern).parameters
 
-    def __init__(self: PatternMixer, dim: int, heads: int = 8, *, causal: bool = True, **options: Any) -> None:
-        own = {name: options.pop(name) for name in parameters if name in options}
+    def __init__(self: PatternMixer, dim: int, heads: int = 8, **options: Any) -> None:
+        own = {name: options.pop(name) for name in parameters if name in options and name != "causal"}
         if "causal" in parameters:
-            own["causal"] = causal
-        AttentionMixer.__init__(self, dim, heads, core=PatternCore(cls.pattern(**own)), causal=causal, **options)
+            own["causal"] = options.get("causal", True)
+        super(cls, self).__init__(dim, heads, core=PatternCore(cls.pattern(**own)), **options)
 
     kind = inspect.Parameter
     ahead = [kind("self", kind.POSITIONAL_OR_KEYWORD), kind("dim", kind.POSITIONAL_OR_KEYWORD, annotation=int)]
     ahead.append(kind("heads", kind.POSITIONAL_OR_KEYWORD, default=8, annotation=int))
-    others = [one for name, one in parameters.items() if name != "causal"]
-    is_causal = kind("causal", kind.KEYWORD_ONLY, default=True, annotation=bool)
     rest = kind("options", kind.VAR_KEYWORD, annotation=Any)
-    __init__.__signature__ = inspect.Signature([*ahead, *others, is_causal, rest])  # type: ignore[attr-defined]
+    own = [one for name, one in parameters.items() if name != "causal"]
+    __init__.__signature__ = inspect.Signature([*ahead, *own, rest])  # type: ignore[attr-defined]
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"
     return __init__
 

@@ -13,10 +13,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from foveate.attention import attend, relative_table
 from foveate.attention.biases import BiasLike
 from foveate.catalogue.registry import register
-from foveate.mixers.core import PatternCore
 from foveate.mixers.grid import GridMixer, Size, sides_of
 from foveate.patterns import Grid, Layout, Pattern, window_partition
 from foveate.patterns.algebra import Index
+from foveate.patterns.rules.grid import WindowPartition
 from foveate.plain import remembered
 
 
@@ -155,21 +155,11 @@ def windowed(
     return windows.join(out, q.shape[2])
 
 
-def window_partition_core(*, window: Size = 16, shift: Size = 0) -> PatternCore:
-    """The keys of the query's own window of a grid.
-
-    >>> window_partition_core(window=8, shift=4).pattern
-    window_partition(8, shift=4)
-    """
-    return PatternCore(window_partition(window, shift))
-
-
 @register(
     "flash_window_attention",
     papers=("FlashWindowAttention",),
     formula="o_i = Σ_{j ∈ W(i)} softmax_j(q_i·k_j / √d + b(i - j)) v_j, W(i): the window that holds i",
     supports={"noncausal", "padding", "grid", "gqa"},
-    core=window_partition_core,
     notes="windowed() is the same on a batch of windows, as Swin computes it.",
 )
 class FlashWindowAttention(GridMixer):
@@ -179,18 +169,11 @@ class FlashWindowAttention(GridMixer):
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 64, "shift": 0, "relative_bias": False}
     grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(8, 6))
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *,
-        window: Size = 7,
-        shift: Size = 0,
-        axes: int = 2,
-        relative_bias: bool = True,
-        **options: Any,
-    ) -> None:
-        sides = sides_of(window, axes)
-        reach = tuple(side - 1 for side in sides) if relative_bias else None
-        pattern = window_partition(window, shift)
-        super().__init__(dim, heads, pattern=pattern, keys=math.prod(sides), reach=reach, **options)
+    @staticmethod
+    def pattern(*, window: Size = 7, shift: Size = 0) -> Pattern:
+        return window_partition(window, shift)
+
+    def reach(self, axes: int) -> tuple[int, ...]:
+        pattern = self.core.pattern
+        assert isinstance(pattern, WindowPartition)
+        return tuple(side - 1 for side in sides_of(pattern.window, axes))
