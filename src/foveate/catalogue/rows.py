@@ -18,18 +18,20 @@ class PaperRow:
     paper: Paper
     names: tuple[str, ...]
     evidence: Mapping[str, tuple[str, ...]]
+    has_row: bool = True  # of the paper's own tier: a mixer alone keeps no paper that proposes a model
 
     @property
     def kept(self) -> bool:
-        """A paper counts when both kinds of evidence exist."""
-        return all(self.evidence[kind] for kind in KINDS)
+        """A paper counts when something of its own tier has its name, and both kinds of evidence exist."""
+        return self.has_row and all(self.evidence[kind] for kind in KINDS)
 
     @property
     def missing(self) -> str:
         """What it still wants, in words; empty for a paper kept."""
         if not self.names and not any(self.evidence.values()):
             return "nothing here yet"
-        return ", ".join(f"no {kind} test" for kind in KINDS if not self.evidence[kind])
+        wanted = [] if self.has_row else [f"no {self.paper.tier}"]
+        return ", ".join(wanted + [f"no {kind} test" for kind in KINDS if not self.evidence[kind]])
 
     def facts(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -57,5 +59,7 @@ def paper_rows() -> list[PaperRow]:
 def paper_row(paper: Paper, entries: tuple[Entry, ...]) -> PaperRow:
     """One paper, of these mechanisms."""
     tests = evidence().get(paper.key, {})
-    names = tuple(entry.name for entry in entries if paper.key in entry.papers)
-    return PaperRow(paper, names, {kind: tuple(tests.get(kind, ())) for kind in KINDS})
+    own = [entry for entry in entries if paper.key in entry.papers]
+    kinds = {kind: tuple(tests.get(kind, ())) for kind in KINDS}
+    has_row = any(paper.tier in entry.tiers for entry in own)
+    return PaperRow(paper, tuple(entry.name for entry in own), kinds, has_row)
