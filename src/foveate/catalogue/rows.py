@@ -60,6 +60,6 @@ def paper_row(paper: Paper, entries: tuple[Entry, ...]) -> PaperRow:
     """One paper, of these mechanisms."""
     tests = evidence().get(paper.key, {})
     own = [entry for entry in entries if paper.key in entry.papers]
-    kinds = {kind: tuple(tests.get(kind, ())) for kind in KINDS}
+    kinds: dict[str, tuple[str, ...]] = {kind: tuple(tests.get(kind, ())) for kind in KINDS}
     has_row = any(paper.tier in entry.tiers for entry in own)
     return PaperRow(paper, tuple(entry.name for entry in own), kinds, has_row)
