@@ -318,6 +318,12 @@ def test_counted_work_of_dilated_neighborhoods_is_linear() -> None:
     assert 1.7 < counted[1] / counted[0] < 2.3 and 1.7 < counted[2] / counted[1] < 2.3
 
 
+@pytest.mark.paper("NAT / NATTEN", "definition")
+def test_neighborhoods_are_of_seven_by_seven_and_their_biases_start_small() -> None:
+    model = mixer("neighborhood_attention", 512, heads=64)
+    assert model.table.shape == (64, 13, 13) and 0.018 < model.table.std() < 0.022
+
+
 @pytest.mark.paper("NAT / NATTEN", "works_when")
 def test_neighborhoods_hold_no_matrix_of_all_pairs() -> None:
     model, grid = mixer("neighborhood_attention", 32, heads=4, kernel=5), Grid(64, 49)
