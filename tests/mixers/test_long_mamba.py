@@ -78,9 +78,9 @@ def best_of(plain: Reader, length: int) -> Reader:
     return max(found, key=lambda model: model.accuracy(4 * length))
 
 
-@pytest.mark.paper("DeciMamba", "works_when")
+@pytest.mark.long
 def test_decimation_finds_passkeys_at_sixteen_times_the_length() -> None:
-    """On the average of several trained models: no single one of them is chosen."""
+    """On the average of several trained models; which layers decimate is chosen for each, at 4 times the length."""
     length, gains = 16, []
     for _ in range(4):
         model = Reader(*layers(None, None)).trained(length, 150)

@@ -34,37 +34,87 @@ def turned(x: Tensor, place: int) -> Tensor:
     return torch.cat([number.real, number.imag])
 
 
-@pytest.mark.paper("TTT", "definition")
-@every_row
-def test_the_layer_is_the_paper_s_written_out(name: str) -> None:
-    mixer, x = make(name), torch.randn(11, DIM, dtype=torch.float64)
-    width = DIM // HEADS
-    read = torch.zeros(11, HEADS, width, dtype=torch.float64)
+def written_out(mixer: TTTMixer, x: Tensor) -> Tensor:
+    """The layer over one sequence x (N, C), token by token; gradients pass through what is learned."""
+    length, width = len(x), DIM // HEADS
+    heads = []
     for h in range(HEADS):
         own = slice(h * width, (h + 1) * width)
-        entered = [weight[h].detach() for weight in mixer.inner]
-        total: list[Tensor] = []
+        read, entered, total = [], [weight[h] for weight in mixer.inner], []
 
         def net(token: Tensor, weights: list[Tensor], h: int = h) -> Tensor:
             z = token @ weights[0][:-1] + weights[0][-1]
             if len(weights) == 2:
                 z = gelu(z, approximate="tanh") @ weights[1][:-1] + weights[1][-1]
-            return token + layer_norm(z, z.shape, mixer.norm_weight[h], mixer.norm_bias[h], eps=1e-6)
+            unit = (z - z.mean()) / (z.var(correction=0) + 1e-6).sqrt()
+            return token + unit * mixer.norm_weight[h] + mixer.norm_bias[h]
 
-        for t in range(11):
+        for t in range(length):
             place = t % BATCH
             total = [torch.zeros_like(w) for w in entered] if place == 0 else total
-            q, k = (turned(project(x[t])[own], place) for project in (mixer.to_q, mixer.to_k))
-            leaves = [w.clone().requires_grad_() for w in entered]
-            loss = (net(k, leaves) - mixer.to_v(x[t])[own]).square().sum() / 2
-            eta = mixer.rate * torch.sigmoid(mixer.to_rate(x[t])[h]) / width
-            total = [old + eta * new for old, new in zip(total, torch.autograd.grad(loss, leaves), strict=True)]
-            step_scale = 1 / (place + 1) + mixer.step_scale[place]
+            q, k = (turned((x[t] @ project.weight.mT)[own], place) for project in (mixer.to_q, mixer.to_k))
+            loss = (net(k, entered) - (x[t] @ mixer.to_v.weight.mT)[own]).square().sum() / 2
+            eta = mixer.rate * torch.sigmoid(x[t] @ mixer.to_rate.weight[h] + mixer.to_rate.bias[h]) / width
+            gradients = torch.autograd.grad(loss, entered, create_graph=True)
+            total = [old + eta * new for old, new in zip(total, gradients, strict=True)]
+            step_scale = (1 / (place + 1) + mixer.step_scale[place]).clamp(min=0)
             now = [w - step_scale * step for w, step in zip(entered, total, strict=True)]
-            read[t, h] = net(q, now)
-            entered = [w.detach() for w in now] if place == BATCH - 1 else entered
-    expected = mixer.to_out(mixer.norm(read.flatten(1)))
-    torch.testing.assert_close(mixer(x[None])[0], expected, atol=1e-9, rtol=1e-9)
+            read.append(net(q, now))
+            entered = now if place == BATCH - 1 else entered
+        heads.append(torch.stack(read))
+    joined = layer_norm(torch.cat(heads, 1), (DIM,), mixer.norm.weight, mixer.norm.bias, eps=1e-6)
+    return joined @ mixer.to_out.weight.mT
+
+
+@pytest.mark.paper("TTT", "definition")
+@every_row
+@pytest.mark.parametrize("begun", [True, False], ids=["as it begins", "shaken"])
+def test_the_layer_is_the_paper_s_written_out(name: str, begun: bool) -> None:
+    mixer = row(name).mixer(DIM, heads=HEADS, mini_batch=BATCH).double() if begun else make(name)
+    assert isinstance(mixer, TTTMixer)
+    x = torch.randn(11, DIM, dtype=torch.float64, requires_grad=True)
+    out, expected = mixer(x[None])[0], written_out(mixer, x)
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-9)
+    towards, wanted = torch.randn_like(out), [x, *mixer.parameters()]
+    mine, plain = (torch.autograd.grad((each * towards).sum(), wanted) for each in (out, expected))
+    torch.testing.assert_close(mine, plain, atol=1e-8, rtol=1e-7)
+    assert all(bool((gradient != 0).any()) for gradient in mine)
+
+
+@pytest.mark.paper("TTT", "works_when")
+@every_row
+def test_it_decodes_token_by_token_from_its_state(name: str) -> None:
+    mixer, x = make(name), torch.randn(1, 15, DIM, dtype=torch.float64)
+    out, state = mixer.prefill(x[:, :6], mixer.init_state(1))
+    outs = [out]
+    for t in range(6, 15):
+        out, state = mixer.decode(x[:, t : t + 1], state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1)[0], written_out(mixer, x[0]), atol=1e-9, rtol=1e-9)
+    numbers = [sum(part.numel() for part in (*each.weights, *each.pending)) for each in (state, mixer.init_state(1))]
+    assert numbers[0] == numbers[1]  # as much after 15 tokens as after none
+
+
+@pytest.mark.paper("TTT", "works_when")
+@every_row
+def test_no_later_token_reaches_an_output(name: str) -> None:
+    mixer, x = make(name), torch.randn(1, 11, DIM, dtype=torch.float64)
+    for t in (1, 5, 8):
+        later = torch.cat([x[:, :t], torch.randn_like(x[:, t:])], 1)
+        torch.testing.assert_close(mixer(later)[:, :t], mixer(x)[:, :t], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.paper("TTT", "definition")
+@every_row
+def test_the_layer_begins_as_the_authors_does(name: str) -> None:
+    mixer = row(name).mixer(64, heads=4)
+    assert isinstance(mixer, TTTMixer) and mixer.mini_batch == 16 and not mixer.step_scale.any()
+    shapes = {"ttt_linear": [(4, 17, 16)], "ttt_mlp": [(4, 17, 64), (4, 65, 16)]}[name]
+    assert [tuple(weight.shape) for weight in mixer.inner] == shapes
+    for weight in (*(inner[:, :-1] for inner in mixer.inner), mixer.to_rate.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.25)
+    assert not any(inner[:, -1].any() for inner in mixer.inner)
+    assert torch.equal(mixer.norm_weight, torch.ones(4, 16)) and not mixer.norm_bias.any()
 
 
 @every_row

@@ -33,15 +33,15 @@ class ScanMixer(Mixer):
     """A gated block around several passes over the tokens, each along an order of its own, which are added.
 
     A mechanism says which ``orders``; it may change the channels ``before`` they are scanned and what the passes
-    say ``after``.
+    say ``after``, and leave the ``gate`` out.
     """
 
-    def __init__(self, dim: int, expand: int, *, causal: bool = False) -> None:
+    def __init__(self, dim: int, expand: int, *, gate: bool = True, causal: bool = False) -> None:
         super().__init__(dim, causal=causal)
         if expand < 1:
             raise ValueError(f"expand is how many times the width is scanned, at least once; got {expand}")
         self.inner = expand * dim
-        self.to_in = nn.Linear(dim, 2 * self.inner, bias=False)
+        self.to_in = nn.Linear(dim, (1 + gate) * self.inner, bias=False)
         self.to_out = nn.Linear(self.inner, dim, bias=False)
         self.passes = nn.ModuleList()  # of Branch or SelectiveScan, which a mechanism appends
 
@@ -60,9 +60,9 @@ class ScanMixer(Mixer):
             x = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
         flat, key_mask, lengths = laid_end_to_end(x, padding, layout)
         place = layout if isinstance(layout, Grid) else Line(flat.shape[1])
-        u, gate = self.to_in(flat).chunk(2, dim=-1)
+        u, *gate = self.to_in(flat).split(self.inner, dim=-1)
         y = self.after(self.scanned(self.before(u, place), place, lengths, key_mask))
-        return self.to_out(y * silu(gate)).reshape(x.shape)
+        return self.to_out(y * silu(gate[0]) if gate else y).reshape(x.shape)
 
     def scanned(self, u: Tensor, place: Layout, lengths: Lengths, key_mask: Tensor | None) -> Tensor:
         """The sum of all passes over u (B, N, channels)."""
@@ -84,7 +84,10 @@ class ScanMixer(Mixer):
     papers=("AuM (Audio Mamba)",),
     formula="out = W ((scan(u) + reverse(scan'(reverse(u)))) ⊙ silu(z))",
     supports={"noncausal", "padding", "packed"},
-    notes="The block is Vision Mamba's (2401.09417). Padding lies at the ends of a sequence, as with mamba.",
+    notes=(
+        "The block is Vision Mamba's (2401.09417), the paper's variant Bi-Bi. The authors' code halves the sum of the "
+        "scans, the paper does not. Padding lies at the ends of a sequence, as with mamba."
+    ),
 )
 class BidirectionalMamba(ScanMixer):
     """A gated block around one scan forwards and one backwards, each with its own convolution and parameters.
@@ -174,12 +177,13 @@ class VideoMamba(BidirectionalMamba):
     papers=("VMamba / SS2D",),
     formula="out = W (norm(Σ_d undo_d(scan_d(order_d(silu(conv2d(u)))))) ⊙ silu(z)), d: rows, columns, reverses",
     supports={"noncausal", "padding", "grid"},
-    notes="The gated block of the paper's first version; its later ones drop the gate.",
+    notes="The gated block of the paper's first version; gate=False is that of its later ones.",
 )
 class VMamba(ScanMixer):
     """SS2D: an image scanned along its rows, its columns, and both backwards, so that every pixel sees all others.
 
     ``axes`` is 2, or 3 for videos, which are scanned in six directions; ``conv`` is the side of the convolution.
+    ``gate=False`` is the block of the paper's later versions, whose convolution has no bias either.
 
     >>> mixer = VMamba(64)
     >>> mixer(torch.randn(2, 42, 64), layout=Grid(6, 7)).shape
@@ -197,9 +201,10 @@ class VMamba(ScanMixer):
         state: int = 16,
         conv: int = 3,
         rank: int | None = None,
+        gate: bool = True,
         causal: bool = False,
     ) -> None:
-        super().__init__(dim, expand, causal=causal)
+        super().__init__(dim, expand, gate=gate, causal=causal)
         if axes not in (2, 3):
             raise ValueError(f"axes is 2 for images or 3 for videos; got {axes}")
         if conv < 1 or conv % 2 == 0:
@@ -208,7 +213,7 @@ class VMamba(ScanMixer):
         rank = rank or -(-dim // 16)
         self.passes.extend(SelectiveScan(self.inner, state, rank) for _ in range(2 * axes))
         kind = nn.Conv2d if axes == 2 else nn.Conv3d
-        self.conv = kind(self.inner, self.inner, conv, padding=conv // 2, groups=self.inner)
+        self.conv = kind(self.inner, self.inner, conv, padding=conv // 2, groups=self.inner, bias=gate)
         self.norm = nn.LayerNorm(self.inner)
 
     def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:

@@ -1,0 +1,1 @@
+"""Parts that models of several kinds share."""
