@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.formulas import follows
 from torch import Tensor
-from torch.nn.functional import layer_norm, leaky_relu
+from torch.nn.functional import leaky_relu
 from torch.testing import assert_close
 
 from foveate import Grid
@@ -61,25 +62,37 @@ def test_gradients_of_edge_attention() -> None:
 @pytest.mark.paper("Polynormer", "definition")
 @pytest.mark.parametrize("shared", [True, False])
 def test_polynormer_is_its_formula(shared: bool) -> None:
-    mixer, x, edges = make(shared=shared, local_layers=2, global_layers=2), tokens(), some_edges()
-    out, total = x, torch.zeros_like(x)
-    for layer in mixer.local_layers:
-        v = split_heads(layer.attention.to_v(out), HEADS)
-        source = torch.einsum("bhnd,hod->bhn", v, layer.attention.as_source)
-        target = torch.einsum("bhnd,hod->bhn", v, layer.attention.as_target)
-        scores = leaky_relu(source[:, :, edges[0]] + target[:, :, edges[1]], 0.2)
-        mixed = (join_heads(dense(scores, edges) @ v) + layer.to_self(out)).relu()
-        beta = layer.beta.sigmoid()
-        out = (1 - beta) * layer.norm(layer.to_factor(out).relu() * mixed) + beta * mixed
-        total = total + out
-    out = layer_norm(total, (DIM,))
-    for layer in mixer.global_layers:
-        k = split_heads(layer.to_k(out), HEADS).sigmoid()
-        q = k if shared else split_heads(layer.to_q(out), HEADS).sigmoid()
-        weights = q @ k.transpose(2, 3)
-        mixed = join_heads(weights / weights.sum(-1, keepdim=True) @ split_heads(layer.to_v(out), HEADS))
-        out = layer.to_out(layer.norm(mixed) * (layer.to_factor(out) + layer.beta.sigmoid())).relu()
-    assert_close(mixer(x, layout=Graph(edges, NODES)), out)
+    mixer = Polynormer(DIM, HEADS, shared=shared, local_layers=2, global_layers=2).double()
+    x, edges = tokens().requires_grad_(), some_edges()
+
+    def formula() -> Tensor:
+        out, total = x, torch.zeros_like(x)
+        for layer in mixer.local_layers:
+            v = split_heads(layer.attention.to_v(out), HEADS)
+            source = torch.einsum("bhnd,hod->bhn", v, layer.attention.as_source)
+            target = torch.einsum("bhnd,hod->bhn", v, layer.attention.as_target)
+            scores = leaky_relu(source[:, :, edges[0]] + target[:, :, edges[1]], 0.2)
+            mixed = (join_heads(dense(scores, edges) @ v) + layer.to_self(out)).relu()
+            beta = layer.beta.sigmoid()
+            out = (1 - beta) * layer.norm(layer.to_factor(out).relu() * mixed) + beta * mixed
+            total = total + out
+        out = mixer.norm(total)
+        for layer in mixer.global_layers:
+            k = split_heads(layer.to_k(out), HEADS).sigmoid()
+            q = k if shared else split_heads(layer.to_q(out), HEADS).sigmoid()
+            weights = q @ k.transpose(2, 3)
+            mixed = join_heads(weights / weights.sum(-1, keepdim=True) @ split_heads(layer.to_v(out), HEADS))
+            out = mixer.to_out(layer.norm(mixed) * (layer.to_factor(out) + layer.beta.sigmoid())).relu()
+        return out
+
+    follows(mixer, lambda: mixer(x, layout=Graph(edges, NODES)), formula, x)
+
+
+def test_beta_starts_as_the_authors_start_it() -> None:
+    mixer = Polynormer(512, local_layers=7, global_layers=2)
+    for layers, number in ((mixer.local_layers, 7), (mixer.global_layers, 2)):
+        found = torch.stack([layer.beta for layer in layers]).std()
+        assert 0.85 < found / (2 / (number + 512)) ** 0.5 < 1.15
 
 
 @pytest.mark.paper("Polynormer", "works_when")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.formulas import follows
 from tests.support.linear_text import DIM, HEADS, LENGTH, decoded, make, standard, tokens
 from torch import Tensor
 from torch.nn.functional import normalize, silu
@@ -216,27 +217,32 @@ def test_an_enlarged_state_decodes_as_it_reads() -> None:
     assert_close(decoded(mixer, x, state)[0], mixer(x))
 
 
+@pytest.mark.paper("State-Tuning", "definition")
 @pytest.mark.paper("State-Tuning", "works_when")
 def test_an_enlarged_state_is_the_recurrence_of_kernel_features() -> None:
-    mixer, x = make(StateTuning, heads=HEADS, rank=3, features=10, sharpness=0.3), tokens(9)
-    r, k, v, decay, removal, rate = (part.squeeze(-1) for part in rwkv7_parts(mixer, x))
-    stress = (r * k * mixer.bonus.unsqueeze(1)).sum(-1, keepdim=True) * v
+    mixer = StateTuning(DIM, HEADS, rank=3, features=10, sharpness=0.3).double()
+    x = tokens(9).requires_grad_()
 
-    def phi(y: Tensor) -> Tensor:
-        return torch.exp(-0.3 * (y.unsqueeze(-2) - mixer.supports[:, None]).square().sum(-1))
+    def formula() -> Tensor:
+        r, k, v, decay, removal, rate = (part.squeeze(-1) for part in rwkv7_parts(mixer, x))
+        stress = (r * k * mixer.bonus.unsqueeze(1)).sum(-1, keepdim=True) * v
 
-    removed = normalize(phi(removal), dim=-1).unsqueeze(-1)
-    r, k, v, faded, rate = (phi(y).unsqueeze(-1) for y in (r, k, v, decay, rate))
-    state, outs = mixer.initial.expand(2, -1, -1, -1), []
-    for t in range(9):
-        turn = torch.diag_embed(faded[:, :, t].squeeze(-1)) - (rate * removed)[:, :, t] @ removed[:, :, t].mT
-        state = turn @ state + k[:, :, t] @ v[:, :, t].mT
-        outs.append(r[:, :, t].mT @ state)
-    gram = torch.exp(-0.3 * torch.cdist(mixer.supports, mixer.supports).square())
-    back = torch.linalg.pinv(gram) @ mixer.supports
-    heads = normed(mixer, torch.cat(outs, 2) @ back) + join_heads(stress)
-    gate = mixer.to_gate(x + (before(x) - x) * mixer.shares[-1])
-    assert_close(mixer(x), mixer.to_out(heads * gate), rtol=1e-6, atol=1e-7)
+        def phi(y: Tensor) -> Tensor:
+            return torch.exp(-0.3 * (y.unsqueeze(-2) - mixer.supports[:, None]).square().sum(-1))
+
+        removed = normalize(phi(removal), dim=-1).unsqueeze(-1)
+        r, k, v, faded, rate = (phi(y).unsqueeze(-1) for y in (r, k, v, decay, rate))
+        state, outs = mixer.initial.expand(2, -1, -1, -1), []
+        for t in range(9):
+            turn = torch.diag_embed(faded[:, :, t].squeeze(-1)) - (rate * removed)[:, :, t] @ removed[:, :, t].mT
+            state = turn @ state + k[:, :, t] @ v[:, :, t].mT
+            outs.append(r[:, :, t].mT @ state)
+        gram = torch.exp(-0.3 * torch.cdist(mixer.supports, mixer.supports).square())
+        back = torch.linalg.pinv(gram) @ mixer.supports
+        heads = normed(mixer, torch.cat(outs, 2) @ back) + join_heads(stress)
+        return mixer.to_out(heads * mixer.to_gate(x + (before(x) - x) * mixer.shares[-1]))
+
+    follows(mixer, lambda: mixer(x), formula, x, rtol=1e-6)
 
 
 def test_support_vectors_become_themselves_again() -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, leaky_relu, pad
+from torch.nn.functional import leaky_relu, pad
 
 from foveate.catalogue.registry import register
 from foveate.layers.masked_ops import TINY
@@ -41,36 +41,36 @@ class EdgeAttention(nn.Module):
 
 
 class LocalLayer(nn.Module):
-    """x ← (1 - β) norm(relu(U x) * a) + β a, a = relu(edge attention(x) + V x)."""
+    """x ← (1 - β) norm(relu(U x) * a) + β a, a = relu(edge attention(x) + V x); β starts from deviation ``spread``."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, *, spread: float, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.attention = EdgeAttention(dim, heads)
         self.to_factor, self.to_self = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
-        self.beta = nn.Parameter(torch.zeros(dim))
+        self.beta = nn.Parameter(spread * torch.randn(dim))
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
-        mixed = (self.attention(x, edges) + self.to_self(x)).relu()
+        mixed = self.dropout((self.attention(x, edges) + self.to_self(x)).relu())
         beta = self.beta.sigmoid()
         return (1 - beta) * self.norm(self.to_factor(x).relu() * mixed) + beta * mixed
 
 
 class GlobalLayer(nn.Module):
-    """x ← relu(W (norm(a) * (U x + β))), a_i = σ(q_i)ᵀ Σ_j σ(k_j) v_jᵀ / σ(q_i)ᵀ Σ_j σ(k_j)."""
+    """x ← norm(a) * (U x + β), a_i = σ(q_i)ᵀ Σ_j σ(k_j) v_jᵀ / σ(q_i)ᵀ Σ_j σ(k_j)."""
 
-    def __init__(self, dim: int, heads: int, *, shared: bool) -> None:
+    def __init__(self, dim: int, heads: int, *, shared: bool, spread: float) -> None:
         super().__init__()
         self.heads = heads
         self.to_q = None if shared else nn.Linear(dim, dim)
         self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.to_factor, self.to_out = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.beta = nn.Parameter(torch.zeros(dim))
+        self.to_factor, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.beta = nn.Parameter(spread * torch.randn(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         factor = self.to_factor(x) + self.beta.sigmoid()
-        return self.to_out(self.norm(join_heads(self.attention(x))) * factor).relu()
+        return self.norm(join_heads(self.attention(x))) * factor
 
     def attention(self, x: Tensor) -> Tensor:
         """Heads out (B, H, N, D)."""
@@ -88,14 +88,15 @@ class GlobalLayer(nn.Module):
     supports={"noncausal", "grid"},
     notes=(
         "Its layout is a foveate.layouts.graph.Graph; a grid is the graph of its neighbours. Layers are those of the "
-        "authors' code, without its dropout and the layers around them."
+        "authors' code, where one linear layer follows every global layer. The model polynormer_classifier is built of "
+        "it, at the authors' depths."
     ),
 )
 class Polynormer(Mixer):
     """Nodes multiplied by what attention says of them, along edges and then over the whole graph: a polynomial.
 
     ``shared`` lets the global layers' queries be their keys, as the authors' code does. Cost is linear in nodes and
-    edges, and the order of the nodes does not matter.
+    edges, and the order of the nodes does not matter. ``dropout`` is that of every layer.
 
     >>> graph = Graph(torch.randint(50, (2, 200)), 50)
     >>> Polynormer(64, heads=4)(torch.randn(1, 50, 64), layout=graph).shape
@@ -118,6 +119,7 @@ class Polynormer(Mixer):
         local_layers: int = 1,
         global_layers: int = 1,
         shared: bool = True,
+        dropout: float = 0.0,
         causal: bool = False,
     ) -> None:
         super().__init__(dim, causal=causal)
@@ -126,11 +128,27 @@ class Polynormer(Mixer):
             raise ValueError(
                 f"polynormer takes 1 or more local and 0 or more global layers; got {local_layers}, {global_layers}"
             )
-        self.local_layers = nn.ModuleList(LocalLayer(dim, heads) for _ in range(local_layers))
-        self.global_layers = nn.ModuleList(GlobalLayer(dim, heads, shared=shared) for _ in range(global_layers))
+        xavier = [(2 / (layers + dim)) ** 0.5 for layers in (local_layers, global_layers)]  # of β of all layers
+        self.local_layers = nn.ModuleList(
+            LocalLayer(dim, heads, spread=xavier[0], dropout=dropout) for _ in range(local_layers)
+        )
+        self.global_layers = nn.ModuleList(
+            GlobalLayer(dim, heads, shared=shared, spread=xavier[1]) for _ in range(global_layers)
+        )
+        self.norm = nn.LayerNorm(dim) if global_layers else None
+        self.to_out = nn.Linear(dim, dim) if global_layers else None
+        self.dropout = nn.Dropout(dropout)
         self.heads = heads
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
+        total = self.over_edges(x, layout)
+        if not self.global_layers:
+            return total
+        graphs = total.split(list(layout.packed_lengths or (x.shape[1],)) if layout is not None else x.shape[1], dim=1)
+        return torch.cat([self.over_all(graph) for graph in graphs], dim=1)
+
+    def over_edges(self, x: Tensor, layout: Layout | None) -> Tensor:
+        """The sum of what the local layers give (B, N, C)."""
         edges, nodes = edges_of(layout, x.device), x
         if layout is not None and layout.batches > 1:  # one graph of all nodes, whose parts no edge joins
             nodes = x.flatten(0, 1).unsqueeze(0)
@@ -138,15 +156,12 @@ class Polynormer(Mixer):
         for layer in self.local_layers:
             nodes = layer(nodes, edges)
             total = total + nodes
-        total = total.view_as(x)
-        if not self.global_layers:
-            return total
-        graphs = total.split(list(layout.packed_lengths or (x.shape[1],)) if layout is not None else x.shape[1], dim=1)
-        return torch.cat([self.over_all(graph) for graph in graphs], dim=1)
+        return total.view_as(x)
 
     def over_all(self, x: Tensor) -> Tensor:
         """The global layers, on all nodes of one graph."""
-        x = layer_norm(x, (self.dim,))
+        assert self.norm is not None and self.to_out is not None
+        x = self.norm(x)
         for layer in self.global_layers:
-            x = layer(x)
+            x = self.dropout(self.to_out(layer(x)).relu())
         return x
