@@ -298,7 +298,7 @@ def rows(tier: str) -> list[TierRow]:
     """All rows of a tier, by family and name; imports these.
 
     >>> [row.name for row in rows("model") if row.family == "linear"]
-    ['l2vit', 'ravlt', 'swiftformer', 'transnormer']
+    ['l2vit', 'polynormer_classifier', 'ravlt', 'swiftformer', 'transnormer']
     """
     from foveate.catalogue.index import catalogue
 
