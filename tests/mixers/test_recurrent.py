@@ -273,7 +273,7 @@ def test_refusals_say_what_to_do() -> None:
         make("gla", causal=False)
     with pytest.raises(ValueError, match="temperature"):
         make("gla", temperature=0)
-    with pytest.raises(ValueError, match="pace"):
+    with pytest.raises(ValueError, match="decay_scale"):
         make("lightning_attention_2", decay_scale=-1)
     with pytest.raises(ValueError, match="at least one token"):
         ShortConv(4, 0)

@@ -150,7 +150,6 @@ def test_rwkv7_keeps_its_state_bounded() -> None:
 # ---- states that are learned -------------------------------------------------------------------------------------
 
 
-@pytest.mark.paper("State-Tuning", "definition")
 @pytest.mark.paper("State-Tuning", "works_when")
 @pytest.mark.parametrize("impl", ["chunks", "reference"])
 def test_gradients_reach_the_initial_state(impl: str) -> None:
@@ -217,7 +216,6 @@ def test_an_enlarged_state_decodes_as_it_reads() -> None:
     assert_close(decoded(mixer, x, state)[0], mixer(x))
 
 
-@pytest.mark.paper("State-Tuning", "definition")
 @pytest.mark.paper("State-Tuning", "works_when")
 def test_an_enlarged_state_is_the_recurrence_of_kernel_features() -> None:
     mixer = StateTuning(DIM, HEADS, rank=3, features=10, sharpness=0.3).double()

@@ -100,7 +100,7 @@ class LightningAttention2(RecurrentMixer):
     def __init__(self, dim: int, heads: int = 8, *, decay_scale: float = 1.0, **options: Any) -> None:
         super().__init__(dim, heads, **options)
         if not decay_scale >= 0:
-            raise ValueError(f"pace is a factor on the decay rates, 0 or more; got {decay_scale}")
+            raise ValueError(f"decay_scale is a factor on the decay rates, 0 or more; got {decay_scale}")
         self.decay_scale = decay_scale
         self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
 

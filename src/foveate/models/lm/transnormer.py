@@ -103,7 +103,7 @@ class TransNormer(nn.Module):
     },
     tiny={"vocabulary": 16, "dim": 24, "depth": 3, "heads": 2, "hidden": 40},
     supports={"decode"},
-    notes="Presets were not held against the authors' configurations: their hidden width (8/3 of dim here) is not known.",
+    notes="Presets were not held against the authors' configurations; the hidden width is 8/3 of dim here.",
 )
 def transnormer(
     vocabulary: int = 64_000,
