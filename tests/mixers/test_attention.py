@@ -20,7 +20,8 @@ from foveate.mixers.dynamic_sparse.minference import PATTERNS, MInference
 from foveate.mixers.dynamic_sparse.minference_search import patterns_under, search_heads
 from foveate.mixers.dynamic_sparse.moba import MoBA
 from foveate.mixers.exact_io.chunked import ChunkedCore
-from foveate.mixers.normalizer_sink.window import layer_windows, mswa_core, streaming_core
+from foveate.mixers.normalizer_sink.mswa import layer_windows, mswa_core
+from foveate.mixers.normalizer_sink.streaming_llm import streaming_core
 from foveate.mixers.static_sparse.delta_attention import DeltaCore
 from foveate.mixers.static_sparse.power_attention import PowerAttention
 from foveate.patterns import Pattern, Scene, Sequence, documents, full, sinks

@@ -9,7 +9,7 @@ from torch import Tensor
 from foveate.cache.heads import HeadsCache
 from foveate.catalogue.registry import mixer
 from foveate.counting import count_operations
-from foveate.mixers.normalizer_sink.window import layer_windows
+from foveate.mixers.normalizer_sink.mswa import layer_windows
 
 HEADS, BASE = 8, 16
 WINDOWS = (4, 4, 8, 8, 16, 16, 32, 32)  # of a base of 16: a quarter, half, once, twice

@@ -17,7 +17,7 @@ from foveate.catalogue.registry import register
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.core import Core, PatternCore, joined, one_by_one
-from foveate.mixers.normalizer_sink.window import streaming_core
+from foveate.mixers.normalizer_sink.streaming_llm import streaming_core
 from foveate.patterns import Layout, Pattern, Scene, Sequence, causal, full
 from foveate.patterns.part import Parts
 

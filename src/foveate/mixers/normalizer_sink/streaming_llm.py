@@ -1,4 +1,4 @@
-"""Attention to the recent past: sliding windows, one for all heads or one for each."""
+"""StreamingLLM: a window of recent keys and the first few, at constant memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from foveate.attention import Bias, Weights, alibi, alibi_slopes, attend_partial, merge
+from foveate.attention import attend_partial, merge
 from foveate.attention.ranges import attend_ranges
 from foveate.cache import KVCache
 from foveate.catalogue.registry import register
@@ -16,10 +16,10 @@ from foveate.layers.rotary import rotate
 from foveate.mixers.attention import AttentionMixer, recent
 from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.core import PatternCore, joined
-from foveate.patterns import Layout, Pattern, boolean_mask, causal, per_head
+from foveate.patterns import Layout, Pattern, boolean_mask, causal
 from foveate.patterns import sinks as earliest
 from foveate.patterns.rules.choose import score
-from foveate.precision import accum_dtype, to_accum
+from foveate.precision import to_accum
 
 
 def streaming_core(*, sinks: int = 4, window: int = 1024) -> PatternCore:
@@ -128,85 +128,3 @@ class StreamingLLM(AttentionMixer):
     def state_bytes(self, n: int) -> int:
         sinks = 0 if self.in_cache is None else min(n, self.sinks)
         return super().state_bytes(n) + sinks * self.kv_heads * self.head_dim * self.weight.element_size()
-
-
-@register(
-    "swat",
-    papers=("SWAT (LLM)",),
-    formula="o_i = Σ_{i-w<j≤i} σ(q_i·k_j / √d - s_h (i - j)) v_j",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
-)
-class SWAT(AttentionMixer):
-    """Sliding-window attention with sigmoid weights, half of the heads favouring old keys.
-
-    The balanced ALiBi slopes s_h of the two halves are opposite; queries and keys carry rotary positions.
-    """
-
-    tiny: ClassVar[dict[str, Any]] = {"window": 6}
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *,
-        window: int = 1024,
-        rotary: float | None = 10_000.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(dim, heads, core=PatternCore(recent(window)), rotary=rotary, **options)
-
-    def weights(self, num_keys: int) -> Weights | str:
-        return "sigmoid"
-
-    def bias(self) -> Bias | None:
-        return alibi(balanced_slopes(self.heads, accum_dtype(self.weight.dtype), self.weight.device))
-
-
-def balanced_slopes(heads: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    """ALiBi slopes, positive for the first half of the heads and their opposites for the rest.
-
-    >>> balanced_slopes(4)
-    tensor([ 0.0625,  0.0039, -0.0625, -0.0039])
-    """
-    slopes = alibi_slopes(-(-heads // 2), dtype=dtype, device=device)
-    return torch.cat([slopes, -slopes])[:heads]
-
-
-RATIOS = (0.25, 0.5, 1.0, 2.0)
-
-
-def layer_windows(window: int, layers: int) -> list[int]:
-    """The base window of each layer of a model, a quarter of ``window`` in the first to twice it in the last.
-
-    >>> layer_windows(512, 8)
-    [128, 128, 256, 256, 512, 512, 1024, 1024]
-    """
-    return [max(1, int(window * RATIOS[4 * layer // layers])) for layer in range(layers)]
-
-
-def mswa_core(*, window: int = 1024, heads: int = 4) -> PatternCore:
-    """Windows of a quarter, half, once and twice ``window`` in four groups of heads.
-
-    >>> mswa_core(window=64).pattern
-    per_head([window(15, 0), window(31, 0), window(63, 0), window(127, 0)])
-    """
-    return PatternCore(per_head([recent(size) for size in layer_windows(window, heads)]))
-
-
-@register(
-    "mswa",
-    papers=("MSWA",),
-    formula="o_i^h = Σ_{i-w_h<j≤i} softmax_j(q_i·k_j / √d) v_j, w_h ∈ {w/4, w/2, w, 2w}",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
-    core=mswa_core,
-    notes="layer_windows gives each layer's base window; a decoder keeps what its longest window sees.",
-)
-class MSWA(AttentionMixer):
-    """Sliding-window attention whose heads have windows of a quarter, half, once and twice a base size."""
-
-    tiny: ClassVar[dict[str, Any]] = {"window": 8}
-    full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
-
-    def __init__(self, dim: int, heads: int = 8, *, window: int = 1024, **options: Any) -> None:
-        groups = 4 if heads % 4 == 0 else heads
-        super().__init__(dim, heads, core=mswa_core(window=window, heads=groups), **options)
