@@ -156,4 +156,4 @@ def recent(size: int) -> Pattern:
     """
     if size < 1:
         raise ValueError(f"a window holds at least the query's own key; got {size}")
-    return window(size - 1, 0)
+    return window(size - 1, 0) if size > 1 else window(1, 0) & window(0, 1)
