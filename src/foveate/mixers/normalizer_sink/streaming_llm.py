@@ -115,10 +115,8 @@ class StreamingLLM(AttentionMixer):
         return attend_ranges(near, cache.k, cache.v, seen, bias=bias)
 
     def attend_many(self, near: Tensor, far: Tensor, cache: KVCache, sinks: Tensor) -> Tensor:
-        """As ``attend`` does it, the window without the sinks that lie apart."""
-        first = 0 if cache.is_whole else sinks.shape[2]
-        k, v = cache.k[:, :, first:], cache.v[:, :, first:]
-        parts = [attend_partial(near, k, v, joined(recent(self.window), causal))]
+        """As ``attend`` does it. Where keys were dropped, what is kept behind the sinks fills every query's window."""
+        parts = [attend_partial(near, cache.k, cache.v, joined(recent(self.window), causal))]
         if sinks.shape[2]:
             place = torch.arange(cache.seen - near.shape[2], cache.seen, device=near.device).unsqueeze(1)
             apart = place - torch.arange(sinks.shape[2], device=near.device) >= self.window
