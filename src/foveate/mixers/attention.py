@@ -65,7 +65,10 @@ class AttentionMixer(Mixer):
 
     def project(self, x: Tensor, context: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Heads, turned to their positions if those are rotary; the first key sits at position ``first``."""
-        q, k, v = self.heads_of(x, context)
+        return self.turned(*self.heads_of(x, context), first)
+
+    def turned(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """These heads, turned to their positions if those are rotary."""
         if self.rotary is not None:
             last = first + k.shape[2]
             q = rotate(q, torch.arange(last - q.shape[2], last, device=q.device), self.rotary)
