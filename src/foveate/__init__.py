@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "foveate.attention": (
         "Partial Weights alibi alibi_slopes attend attend_partial attend_talking entmax entmax15 log_decay"
-        " merge relative_table relu score_function sigmoid sinkhorn softmax sparsemax"
+        " merge qr_squared relative_table relu score_function sigmoid sinkhorn softmax sparsemax"
     ),
     "foveate.dispatch": "Explanation Implementation Operator explain",
     "foveate.layouts": (

@@ -5,7 +5,7 @@ from foveate.attention.bias import Bias, alibi, alibi_slopes, log_decay, relativ
 from foveate.attention.partial import Partial, merge
 from foveate.attention.score import score_function
 from foveate.attention.talking import attend_talking
-from foveate.attention.weights import Weights, entmax, entmax15, relu, sigmoid, sinkhorn, softmax, sparsemax
+from foveate.attention.weights import Weights, entmax, entmax15, qr_squared, relu, sigmoid, sinkhorn, softmax, sparsemax
 
 __all__ = [
     "ATTEND",
@@ -21,6 +21,7 @@ __all__ = [
     "entmax15",
     "log_decay",
     "merge",
+    "qr_squared",
     "relative_table",
     "relu",
     "score_function",

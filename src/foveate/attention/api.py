@@ -58,7 +58,8 @@ def attend(
             ``relative_table(table, dims)``, ``log_decay(log_gates)``, or a list of such, all added; differentiable.
             ``score_function(fn, *tensors)`` among them changes the sum: any function of it and of (b, h, q, k).
         weights: "softmax", "sigmoid", "relu", "sparsemax", "entmax15", or ``softmax(sink=...)``, ``sigmoid(bias=...)``,
-            ``relu(bias=...)``, ``entmax(alpha)``, ``sinkhorn(iterations)``.
+            ``relu(bias=...)``, ``entmax(alpha)``, ``sinkhorn(iterations)``,
+            ``qr_squared()``.
         scale: factor on q k^T, D ** -0.5 by default: a number, or a tensor () or (B or 1, H or 1, N or 1), a
             temperature of each query, which queries are multiplied by in at least float32; differentiable.
         softcap: c in ``c * tanh(logits / c)``, applied before the bias.

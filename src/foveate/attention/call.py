@@ -12,7 +12,7 @@ from foveate.attention.bias import Bias
 from foveate.attention.biases import BiasLike, beside, checked, split_bias
 from foveate.attention.dropout import Dropout, as_dropout
 from foveate.attention.gaps import place_biases
-from foveate.attention.normalise import Entmax, Normalise, Sinkhorn
+from foveate.attention.normalise import Entmax, Normalise, QRSquared, Sinkhorn
 from foveate.attention.score import ScoreFunction
 from foveate.attention.weights import Kind, Weights, as_weights
 from foveate.layouts.kinds import Layout, Sequence
@@ -95,7 +95,7 @@ def prepare(
     added, functions = split_bias(bias)
     biases = tuple(checked(added, weights, q, k, pattern, layout))
     if weights.normalise is not None:
-        _check_normalised(weights, q, k, pattern, needs_lse)
+        _check_normalised(weights, q, k, pattern, needs_lse, bool(added))
     parameters = (one.parameter for one in biases)
     if not traced(q, k, v, *parameters, *pattern.tensors):  # there operators look, which alone know what masks hold
         biases, pattern = place_biases(biases, pattern, layout, q.shape[2], k.shape[2])
@@ -128,16 +128,23 @@ def scaled(q: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
     return (q.to(precise) * each.unsqueeze(-1)).to(q.dtype), 1.0
 
 
-def _check_normalised(weights: Weights, q: Tensor, k: Tensor, pattern: Pattern, needs_lse: bool) -> None:
+def _check_normalised(weights: Weights, q: Tensor, k: Tensor, pattern: Pattern, needs_lse: bool, biased: bool) -> None:
     if needs_lse:
         raise ValueError(f"{weights.kind} weights over parts of the keys do not merge: call attend on the whole")
     if isinstance(weights.normalise, Entmax) and isinstance(weights.normalise.alpha, Tensor):
         _on_heads("alpha", weights.normalise.alpha, q.shape[1])
-    if isinstance(weights.normalise, Sinkhorn):
+    if isinstance(weights.normalise, (Sinkhorn, QRSquared)):
         if q.shape[2] != k.shape[2]:
-            raise ValueError(f"sinkhorn takes as many queries as keys; got {q.shape[2]} and {k.shape[2]}")
+            raise ValueError(f"{weights.kind} takes as many queries as keys; got {q.shape[2]} and {k.shape[2]}")
         if not pattern.sees_future:
-            raise ValueError(f"sinkhorn normalises over all queries, later ones too, so {pattern} would not be causal")
+            raise ValueError(
+                f"{weights.kind} normalises over all queries, later ones too: {pattern} is not causal then"
+            )
+    if isinstance(weights.normalise, QRSquared) and not biased and q.shape[2] > q.shape[3]:
+        raise ValueError(
+            f"qr_squared takes logits of full rank: {q.shape[2]} tokens need as many channels of a head, not"
+            f" {q.shape[3]}"
+        )
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Weights that no function of one logit gives, nor its row sum: entmax of rows, Sinkhorn's normalisation of tables.
+"""Weights that no function of one logit gives, nor its row sum: entmax of rows, doubly stochastic tables.
 
 Everything here takes logits (B, H, N, M) and which pairs are visible, and returns weights, zeros where hidden, by
 torch's own operators: derivatives of every order and mode follow.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.plain import traced
 from foveate.precision import accum_dtype, to_accum
 
 Normalise = Callable[[Tensor, Tensor], Tensor]
@@ -86,3 +87,29 @@ class Sinkhorn:
             logs = torch.where(visible.any(axis, keepdim=True), logs, 0)
             logs = logs - torch.logsumexp(logs, axis, keepdim=True)
         return torch.where(visible, logs.exp(), 0).to(logits.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class QRSquared:
+    """The squares of the entries of the orthogonal factor of the logits; see :func:`qr_squared`."""
+
+    def __call__(self, logits: Tensor, visible: Tensor) -> Tensor:
+        visible = (visible & visible.any(-2).unsqueeze(-1)).expand(logits.shape)  # what is no key is no query
+        _check_documents(visible)
+        odd = (visible & ~logits.isfinite()).any(-1)
+        spoiled = (visible & odd.unsqueeze(-2)).any(-1, keepdim=True)  # documents with a number that is not finite
+        own = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        alone = spoiled | ~visible.any(-1, keepdim=True)
+        blocks = torch.where(alone | ~visible, own * alone, to_accum(logits))
+        squares = torch.linalg.qr(blocks).Q.square()  # of diagonal blocks, block by block
+        weights = torch.where(visible, squares, 0).to(logits.dtype)
+        return torch.where(spoiled & visible, float("nan"), weights)
+
+
+def _check_documents(visible: Tensor) -> None:
+    """Tokens see their own document whole, and nothing else."""
+    if traced(visible):
+        return
+    seen = visible.to(torch.float32)
+    if not (torch.equal(visible, visible.mT) and torch.equal(seen @ seen > 0, visible)):
+        raise ValueError("qr_squared takes tokens that see all of their own document: full, padding or packs alone")

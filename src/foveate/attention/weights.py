@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.attention.normalise import Entmax, Normalise, Sinkhorn
+from foveate.attention.normalise import Entmax, Normalise, QRSquared, Sinkhorn
 from foveate.plain import traced
 
-Kind = Literal["softmax", "sigmoid", "relu", "sparsemax", "entmax15", "entmax", "sinkhorn"]
+Kind = Literal["softmax", "sigmoid", "relu", "sparsemax", "entmax15", "entmax", "sinkhorn", "qr_squared"]
 NAMED: tuple[Kind, ...] = ("softmax", "sigmoid", "relu", "sparsemax", "entmax15")
 
 
@@ -137,14 +137,32 @@ def sinkhorn(iterations: int = 3) -> Weights:
     return Weights("sinkhorn", normalise=Sinkhorn(iterations))
 
 
+def qr_squared() -> Weights:
+    """Doubly stochastic weights without iterations: squared entries of the orthogonal factor of the logits' QR.
+
+    Born, Skogh, Rhrissorrakrai, Utro, Wagner, Sobczyk, Quantum Doubly Stochastic Transformers, arXiv 2504.16275: its
+    classical variant. Rows and columns of an orthogonal matrix have length 1, so squares sum to 1 by both; they do not
+    depend on the signs that an orthogonal factor is free in. Tokens see all of their own document. There are as many
+    queries as keys, and, unless a bias is added, no more than channels: logits of lower rank have many orthogonal
+    factors. Runs on "reference"; it has no row sums by which parts merge.
+
+    >>> import torch
+    >>> from foveate import attend
+    >>> q, k = torch.randn(2, 1, 1, 3, 4)
+    >>> attend(q, k, torch.eye(3).view(1, 1, 3, 3), weights=qr_squared()).sum(2).round(decimals=3)
+    tensor([[[1., 1., 1.]]])
+    """
+    return Weights("qr_squared", normalise=QRSquared())
+
+
 def as_weights(weights: Weights | str) -> Weights:
     """A kind given by name, or weights as they are."""
     if isinstance(weights, Weights):
         return weights
     if weights not in NAMED:
         raise ValueError(
-            f"weights are one of {', '.join(NAMED)}, or softmax(sink=...), entmax(alpha), sinkhorn(iterations) and the"
-            f" like; got {weights!r}"
+            f"weights are one of {', '.join(NAMED)}, or softmax(sink=...), entmax(alpha), sinkhorn(iterations),"
+            f" qr_squared() and the like; got {weights!r}"
         )
     if weights in ("sparsemax", "entmax15"):
         return sparsemax() if weights == "sparsemax" else entmax15()
