@@ -138,7 +138,7 @@ def _check_normalised(weights: Weights, q: Tensor, k: Tensor, pattern: Pattern, 
             raise ValueError(f"{weights.kind} takes as many queries as keys; got {q.shape[2]} and {k.shape[2]}")
         if not pattern.sees_future:
             raise ValueError(
-                f"{weights.kind} normalises over all queries, later ones too: {pattern} is not causal then"
+                f"{weights.kind} normalises over all queries, later ones too, so {pattern} would not be causal"
             )
     if isinstance(weights.normalise, QRSquared) and not biased and q.shape[2] > q.shape[3]:
         raise ValueError(

@@ -12,7 +12,6 @@ from torch import Tensor
 from foveate import attend, causal, explain
 from foveate.catalogue.registry import mixer
 
-KEY = "SSA (Selective Self-Attention)"
 DIM, HEADS, GROUPS, WIDTH = 12, 4, 2, 3
 
 
@@ -44,7 +43,7 @@ def made(**options: object) -> torch.nn.Module:
     return mixer("ssa", DIM, heads=HEADS, kv_heads=GROUPS, **options).double()
 
 
-@pytest.mark.paper(KEY, "definition")
+@pytest.mark.paper("SSA (Selective Self-Attention)", "definition")
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_it_is_its_formula_at_first_and_at_random_parameters(is_causal: bool) -> None:
     ssa = made(causal=is_causal)
@@ -52,7 +51,7 @@ def test_it_is_its_formula_at_first_and_at_random_parameters(is_causal: bool) ->
     follows(ssa, lambda: ssa(x), lambda: formula(ssa, x, is_causal=is_causal), x)
 
 
-@pytest.mark.paper(KEY, "definition")
+@pytest.mark.paper("SSA (Selective Self-Attention)", "definition")
 def test_at_first_only_the_position_counts_as_much_as_the_published_code_lets_it() -> None:
     ssa = made()
     assert not ssa.of_query.any()
@@ -62,7 +61,7 @@ def test_at_first_only_the_position_counts_as_much_as_the_published_code_lets_it
     assert new == HEADS * WIDTH + GROUPS * WIDTH + 1  # of 4 C² in a layer: below half a percent from C = 100 on
 
 
-@pytest.mark.paper(KEY, "works_when")
+@pytest.mark.paper("SSA (Selective Self-Attention)", "works_when")
 def test_decoding_counts_on_from_the_prompt() -> None:
     ssa, x = made(), torch.randn(2, 11, DIM, dtype=torch.float64)
     with torch.no_grad():
@@ -77,7 +76,7 @@ def test_decoding_counts_on_from_the_prompt() -> None:
     torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.paper(KEY, "works_when")
+@pytest.mark.paper("SSA (Selective Self-Attention)", "works_when")
 def test_with_kappa_one_it_is_the_original_model_bit_for_bit() -> None:
     plain = mixer("flash_attention", DIM, heads=HEADS, kv_heads=GROUPS)
     x = torch.randn(2, 33, DIM)
@@ -89,7 +88,7 @@ def test_with_kappa_one_it_is_the_original_model_bit_for_bit() -> None:
     assert torch.equal(untrained(x), plain(x))
 
 
-@pytest.mark.paper(KEY, "works_when")
+@pytest.mark.paper("SSA (Selective Self-Attention)", "works_when")
 def test_every_backend_takes_a_scale_of_each_query_head_and_of_each_value() -> None:
     q, k, v = (torch.randn(2, heads, 37, 8) for heads in (4, 2, 2))
     kappa, scales = torch.rand(2, 4, 37) + 0.5, torch.rand(2, 2, 37) + 0.5
