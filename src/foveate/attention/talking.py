@@ -99,7 +99,7 @@ def _rows(
 ) -> Tensor:
     """Heads out of some queries; visible is (B or 1, 1 or H2, n, M). What is not finite spoils rows that see it."""
     precise = accum_dtype(q)
-    (odd_q, rows), (odd_k, keys), (odd_v, values) = (_finite(x.to(precise)) for x in (q, k, v))
+    (odd_q, rows), (odd_k, keys), (odd_v, values) = (finite_tokens(x.to(precise)) for x in (q, k, v))
     logits = scale * (rows @ grouped(keys, q.shape[1]).mT)  # (B, H, n, M)
     if before is not None:
         logits = torch.einsum("bhnm,hs->bsnm", logits, before.to(precise))
@@ -112,7 +112,7 @@ def _rows(
     return (weights @ grouped(values, weights.shape[1])).to(q.dtype)
 
 
-def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
+def finite_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Which tokens are not finite in some head, (B, 1, length, 1), and zeros in place of these."""
     odd = ~x.isfinite().all(-1, keepdim=True).all(1, keepdim=True)
     return odd, x.masked_fill(odd, 0)

@@ -1,0 +1,1 @@
+"""Heads that share: keys, work, or one another's weights."""
