@@ -65,9 +65,9 @@ class AttentionMixer(Mixer):
 
     def project(self, x: Tensor, context: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Heads, turned to their positions if those are rotary; the first key sits at position ``first``."""
-        return self.turned(*self.heads_of(x, context), first)
+        return self.rotated(*self.heads_of(x, context), first)
 
-    def turned(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """These heads, turned to their positions if those are rotary."""
         if self.rotary is not None:
             last = first + k.shape[2]

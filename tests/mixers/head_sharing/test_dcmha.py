@@ -66,10 +66,13 @@ def strong(layer: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.paper("DCMHA", "definition")
 @pytest.mark.paper("DCMHA", "works_when")
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_it_is_its_formula_forward_and_backward(is_causal: bool) -> None:
+@pytest.mark.parametrize("static", [True, False])
+def test_it_is_its_formula_forward_and_backward(is_causal: bool, static: bool) -> None:
     x = torch.randn(2, 6, DIM, dtype=torch.float64, requires_grad=True)
-    for layer in (made(causal=is_causal), strong(made(causal=is_causal, static=True))):
-        follows(layer, lambda: layer(x), lambda: formula(layer, x, is_causal=is_causal), x)
+    layer = made(causal=is_causal, static=static)
+    follows(layer, lambda: layer(x), lambda: formula(layer, x, is_causal=is_causal), x)
+    strong(layer)
+    follows(layer, lambda: layer(x), lambda: formula(layer, x, is_causal=is_causal), x)
 
 
 @pytest.mark.paper("DCMHA", "definition")
@@ -118,7 +121,7 @@ def test_chunks_of_queries_change_nothing() -> None:
     both = Composition(some, some)
     whole = attend_composed(q, k, v, before=both, after=both)
     torch.testing.assert_close(attend_composed(q, k, v, before=both, after=both, chunk=3), whole)
-    with pytest.raises(ValueError, match="before.key"):
+    with pytest.raises(ValueError, match=r"before\.key"):
         attend_composed(q, k[:, :, 1:], v[:, :, 1:], before=both, after=both)
     with pytest.raises(ValueError, match="chunk"):
         attend_composed(q, k, v, before=both, after=both, chunk=0)

@@ -24,7 +24,7 @@ Composed = tuple[Composition, Composition]
 @register(
     "dcmha",
     papers=("DCMHA",),
-    formula="o_i = Σ_j C'_ij(softmax_j(C_ij(q_i·k_j / √d))) v_j, C_ij = I + W(x_i) + W'(x_j) on heads, of rank r + gates",
+    formula="o_i = Σ_j C'_ij(softmax_j(C_ij(q_i·k_j / √d))) v_j, C_ij = I + W(x_i) + W'(x_j) on heads",
     supports={"causal", "noncausal", "padding", "packed", "decode", "gqa"},
 )
 class DynamicallyComposedAttention(AttentionMixer):

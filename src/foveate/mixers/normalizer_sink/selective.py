@@ -69,7 +69,7 @@ class SelectiveSelfAttention(AttentionMixer):
         if self.beta is not None:
             slope = torch.exp(-torch.exp(to_accum(self.beta)))
             kappa = kappa + slope * counts.clamp_min(1).to(kappa.dtype).log()[:, None, :, None]
-        return self.turned((q * kappa).to(q.dtype), k, (v * gated(v, self.of_value)).to(v.dtype), first)
+        return self.rotated((q * kappa).to(q.dtype), k, (v * gated(v, self.of_value)).to(v.dtype), first)
 
 
 def gated(x: Tensor, vectors: Tensor | None) -> Tensor:
