@@ -93,6 +93,10 @@ class Tokens:
         room.used = end
         return self._with(room, end)
 
+    def changed(self, tensors: tuple[Tensor, ...]) -> Tokens:
+        """With other tensors in the place of those that it has, of the same shapes."""
+        return self._with(Room(tensors, self.length), self.length)
+
     def keep(self, slots: Iterable[tuple[int, int]]) -> Tokens:
         """Only those at ranges [first, end) of slots, in memory of their own with room for ``most``."""
         if self._room is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from foveate.adapt.hf.own_function import unknown_options
 from foveate.adapt.hf.pattern_mask import PatternMask
-from foveate.adapt.hf.placed import Token, at_work, record_of
+from foveate.adapt.hf.placed import MEMORY, Token, at_work, record_of
 from foveate.adapt.hf.stacked import attend_stacked
 from foveate.attention import softmax
 from foveate.patterns import Packed, Pattern, causal, full, window
@@ -41,6 +42,21 @@ def attention_function(
 ) -> tuple[Tensor, Tensor | None]:
     """Query (B, H, N, D), key and value (B, G, M, D) in; (B, N, H, Dv) out, and the weights if they are asked for."""
     _refuse(module, kwargs)
+    options: dict[str, Any] = {
+        "weights": "softmax" if s_aux is None else softmax(sink=s_aux),
+        "scale": scaling,
+        "softcap": softcap,
+    }
+    if MEMORY in module.__dict__:
+        from foveate.adapt.hf.memory import attend_remembered
+
+        if _weights_asked(module, kwargs):
+            raise ValueError("a method that keeps a part of the text hands out no weights: undo it for these")
+        run = partial(attend_stacked, at_work(module, None))
+        heads = attend_remembered(
+            module, query, key, value, attention_mask, sliding_window, options | {"bias": position_bias}, run
+        )
+        return heads.transpose(1, 2).contiguous(), None
     if attention_mask is None:
         causal_here = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         within, bias = _own_limits(bool(causal_here), sliding_window), position_bias
@@ -50,13 +66,7 @@ def attention_function(
         bias = None if position_bias is None else position_bias[..., :num_keys]
     else:
         within, bias = full, _as_bias(module, attention_mask, key.shape[2], position_bias, query.dtype)
-    options: dict[str, Any] = {
-        "within": within,
-        "bias": bias,
-        "weights": "softmax" if s_aux is None else softmax(sink=s_aux),
-        "scale": scaling,
-        "softcap": softcap,
-    }
+    options |= {"within": within, "bias": bias}
     if dropout and module.training:
         seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu")  # one for the result and for its weights
         options |= {"dropout": dropout, "seed": seed}

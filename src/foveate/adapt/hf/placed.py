@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foveate.mixers.core import Core
 
 _KEY = "_foveate_attention"
+MEMORY = "_foveate_memory"  # of layers whose memory a method keeps
 _TOO_LATE = (
     "a checkpointed layer is computed again with another mechanism than in the forward pass: run backward before the "
     "mechanism is taken out or another one put in"
