@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.patterns import Pattern
 
 if TYPE_CHECKING:
+    from foveate.catalogue.contracts import Method
     from foveate.catalogue.registry import Row
     from foveate.mixers.core import Core
 
@@ -68,6 +69,25 @@ def built(row: Row, options: dict[str, Any]) -> Core:
     if not isinstance(core.pattern, Pattern):
         raise ValueError(f"{row.name} looks at a pattern; got {core.pattern!r}")
     return core
+
+
+def method_named(text: object, **options: Any) -> Method | None:
+    """The inference method that a text names, with its options; None for anything else, an operator's name included.
+
+    >>> method_named("attention_sinks(window=64)") is not None, method_named("streaming_llm")
+    (True, None)
+    """
+    from foveate.catalogue.index import indexed
+    from foveate.catalogue.tiers import MethodRow, row
+
+    name, written = _call(text.strip()) if isinstance(text, str) else (None, {})
+    if name is None or name not in indexed() or indexed()[name].tier != "inference":
+        return None
+    if UNNAMED in written:
+        raise ValueError(f"options of {name} go by their names, as in {name}(option=1); got {text!r}")
+    found = row(name)
+    assert isinstance(found, MethodRow)
+    return found.make(**{key: _value(node, str(text)) for key, node in written.items()}, **options)
 
 
 def mechanism(text: str) -> tuple[Row, dict[str, Any]] | None:

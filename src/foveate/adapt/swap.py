@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from foveate.adapt.hf.placed import Token
-from foveate.adapt.named import as_core
+from foveate.adapt.named import as_core, method_named
 from foveate.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -82,9 +82,10 @@ def use(
 
     Args:
         model: a transformers model, a part of one such as a layer, or a wrapper around one (PEFT).
-        core: a core, a pattern, the name of a mechanism of the catalogue that needs no training, or a pattern
-            written out, such as "window(512) & causal | sinks(4)". What the model itself allows (causality,
-            its sliding windows, padding) always stays in force.
+        core: a core, a pattern, the name of a mechanism or of a method of the catalogue that needs no training, or a
+            pattern written out, such as "window(512) & causal | sinks(4)". What the model itself allows (causality,
+            its sliding windows, padding) always stays in force. Methods, such as "attention_sinks(window=1020)", may
+            also keep less of a text than the model would; they take ``layers`` and their own options.
         layers: numbers of the layers meant (of each stack, where the model has several; negative ones count from
             the end), or a slice; all by default. The others attend to all that their model lets them see.
         heads: numbers of the query heads meant; all by default.
@@ -102,6 +103,11 @@ def use(
     """
     from foveate.adapt.hf import install as transformers
 
+    method = method_named(core, **options | ({} if layers is None else {"layers": layers}))
+    if method is not None:
+        if heads is not None or cross:
+            raise ValueError(f"{core} is a method for whole layers: it takes layers, neither heads nor cross")
+        return cast(Swap, method.install(model))
     swap = Swap(Token(as_core(core, **options), _head_numbers(heads)))
     try:
         transformers.install(model, swap, name, layers, cross)

@@ -1,4 +1,4 @@
-"""What one layer of a decoder remembers of its text, and how it attends to that: the general case, and the bounded one."""
+"""What one layer of a decoder remembers of its text, and how it attends to that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.attention import Weights, attend
+from foveate.attention import attend
 from foveate.cache.slots import FREE, Slots
 from foveate.patterns import Pattern, boolean_mask, causal, full
 from foveate.patterns.rules.listed import document_numbers
@@ -42,12 +42,15 @@ class Look:
 
         return causal if self.width is None else window(self.width - 1) & causal
 
-    def distances(self, position: Tensor) -> Tensor | None:
-        """The model's bias (B, H, 1, M) for keys at positions (B, G, M), but for what is equal in all of a row."""
+    def options_at(self, position: Tensor) -> dict[str, Any]:
+        """The options for keys at positions (B, G, M): of the model's bias what differs within a row."""
+        if self.options.get("bias") is None:
+            return self.options
         if self.slopes is None:
-            return None
+            raise NotImplementedError("this model's bias belongs to all tokens of a text; this method lets some go")
         heads = self.slopes.shape[1] // position.shape[1]
-        return (self.slopes.unsqueeze(2) * position.repeat_interleave(heads, dim=1)).unsqueeze(2)
+        bias = (self.slopes.unsqueeze(2) * position.repeat_interleave(heads, dim=1)).unsqueeze(2)
+        return self.options | {"bias": bias}
 
     def visible(self, position: Tensor) -> Tensor:
         """Whether the new queries may see keys at positions (B, G, M): (B, G, N, M)."""
@@ -156,12 +159,8 @@ class LayerMemory:
 def attend_kept(q: Tensor, slots: Slots, look: Look, whole: bool = False) -> Tensor:
     """Attention of new queries to kept tokens, by the positions of both."""
     if whole:
-        return look.run(q, slots.k, slots.v, within=placed_rule(slots, look), **look.options)
-    options = look.options
-    if options.get("bias") is not None:
-        if look.slopes is None:
-            raise NotImplementedError("this model's bias belongs to all tokens of a text; this method lets some go")
-        options = options | {"bias": look.distances(slots.position)}
+        return look.run(q, slots.k, slots.v, placed_rule(slots, look), **look.options)
+    options = look.options_at(slots.position)
     if q.shape[2] == 1 and look.width is None and not look.padded:
         return attend(q, slots.k, slots.v, full, **options)
     seen = look.visible(slots.position)

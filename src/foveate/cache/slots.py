@@ -60,7 +60,9 @@ class Slots:
         """With one token in the slot (B, G) of each head, over what was there: k (B, G, D), v (B, G, Dv)."""
         new = (k, v, position.unsqueeze(-1))
         if torch.is_grad_enabled():
-            return self._with(self.tokens.changed(tuple(_written(*each, slot) for each in zip(self._all, new, strict=True))))
+            return self._with(
+                self.tokens.changed(tuple(_written(*each, slot) for each in zip(self._all, new, strict=True)))
+            )
         for kept, x in zip(self._all, new, strict=True):
             index = slot[..., None, None].expand(-1, -1, 1, kept.shape[3])
             kept.scatter_(2, index, x.unsqueeze(2).to(kept.dtype))
@@ -87,7 +89,9 @@ class Slots:
         """Batch entries (B',) of these, any of them several times."""
         if not self.count:
             return Slots(len(index), self.tokens.most)
-        return self._with(Tokens(len(index), None, self.tokens.most).append(*(x[index.to(x.device)] for x in self._all)))
+        return self._with(
+            Tokens(len(index), None, self.tokens.most).append(*(x[index.to(x.device)] for x in self._all))
+        )
 
     @property
     def _all(self) -> tuple[Tensor, ...]:

@@ -39,11 +39,13 @@ class StreamingMemory(BoundedMemory):
         moves = self.in_cache and (look.turn is not None or look.slopes is not None)
         if self.is_whole and not (moves and self.sinks and self.slots.count > self.budget + 1):
             seen = near | earliest(self.sinks) if self.sinks else near
-            return look.run(q, self.slots.k, self.slots.v, within=seen & placed_rule(self.slots, look), **look.options)
+            return look.run(q, self.slots.k, self.slots.v, seen & placed_rule(self.slots, look), **look.options)
         shift = (look.position - self.budget).clamp_min(0) if moves else torch.zeros_like(look.position)
         if self.is_whole:
             rule = placed_rule(self.slots, look)
-            return self._in_parts(q, look, shift, (near & rule, look.options), (earliest(self.sinks) & ~near & rule, look.options))
+            return self._in_parts(
+                q, look, shift, (near & rule, look.options), (earliest(self.sinks) & ~near & rule, look.options)
+            )
         if q.shape[2] == 1:
             return self._one(q, look, shift[:, 0])
         return self._some(q, look, shift)
@@ -54,13 +56,10 @@ class StreamingMemory(BoundedMemory):
         position = self.slots.position
         if look.turn is not None:
             self._turn_sinks(look, shift)
-        bias = None
-        if look.slopes is not None:
-            place = position + shift[:, None, None] * (position < self.sinks)
-            bias = look.distances(place)
+        place = position + shift[:, None, None] * (position < self.sinks)
         seen = look.visible(position) if look.padded or look.width is not None else None
         pattern = full if seen is None else boolean_mask(_to_heads(seen, q.shape[1]))
-        return attend(q, self.slots.k, self.slots.v, pattern, **(look.options | {"bias": bias}))
+        return attend(q, self.slots.k, self.slots.v, pattern, **look.options_at(place))
 
     def _some(self, q: Tensor, look: Look, shift: Tensor) -> Tensor:
         """Several queries, of which each has a window of its own."""
@@ -69,8 +68,7 @@ class StreamingMemory(BoundedMemory):
         position, seen = self.slots.position, look.visible(self.slots.position)
         apart = look.position[:, None, :, None] - position.unsqueeze(2) >= self.window
         far = seen & apart & (position < self.sinks).unsqueeze(2)
-        bias = None if look.slopes is None else look.distances(position)
-        options = look.options | {"bias": bias}
+        options = look.options_at(position)
         patterns = (boolean_mask(_to_heads(part, q.shape[1])) for part in (seen & ~apart, far))
         return self._in_parts(q, look, shift, *((pattern, options) for pattern in patterns))
 

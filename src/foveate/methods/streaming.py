@@ -21,15 +21,14 @@ if TYPE_CHECKING:
     full_budget={"window": 1 << 20},
     keeps=lambda n: min(n, 2 + 9),
 )
-def attention_sinks(
-    sinks: int = 4, window: int = 1020, in_cache: bool = True, layers: Layers | None = None
-) -> Method:
+def attention_sinks(sinks: int = 4, window: int = 1020, in_cache: bool = True, layers: Layers | None = None) -> Method:
     """StreamingLLM's cache: the first ``sinks`` tokens and a ring of the latest ``window``, the rest is forgotten.
 
     Positions are counted in the cache (``in_cache``), so texts may be as long as one likes while no distance exceeds
     ``sinks + window``; memory and time a token stay constant. Xiao et al., Efficient Streaming Language Models with
     Attention Sinks, arXiv 2309.17453.
 
+    >>> import torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> small = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     >>> model = LlamaForCausalLM(small).eval()

@@ -27,9 +27,8 @@ from foveate.adapt.swap import Swap, use
 from foveate.cache.memory import LayerMemory, Look, Turn
 from foveate.cache.slots import FREE
 from foveate.mixers.core import Core
-from foveate.patterns import causal, window
+from foveate.patterns import Pattern, causal, window
 from foveate.patterns.compound import leaves
-
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,7 @@ class Kept:
 
     number: int
     turn: Turn | None
+    by_distance: bool  # whether its bias is one by distance (ALiBi)
 
 
 class Keeper:
@@ -159,7 +159,7 @@ class Keeper:
         cache = given.get("past_key_values")
         at_work = _call.get()
         if at_work is not None and cache is at_work.cache:
-            _stack.set((*_stack.get(), None))
+            _stack.set((*_stack.get(), (None, False)))
             return None
         if module.training:
             raise ValueError("this method is one of inference: call model.eval() first, or undo it for training")
@@ -169,16 +169,22 @@ class Keeper:
                 raise TypeError("pass past_key_values by its name")
             kwargs = kwargs | {"past_key_values": cache}
         self.adopt(cache)
-        _stack.set((*_stack.get(), _call.set(_call_of(cache, given))))
+        wanted = given.get("use_cache")
+        hidden = given.get("past_key_values") is None and not (self.config.use_cache if wanted is None else wanted)
+        _stack.set((*_stack.get(), (_call.set(_call_of(cache, given)), hidden)))
         return args, kwargs
 
-    def after(self, *_: Any) -> None:
-        """A hook that ends what `before` began, also where the model raised."""
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """A hook that ends what `before` began, also where the model raised; only who asked gets the cache."""
         stack = _stack.get()
         if stack:
+            token, hidden = stack[-1]
             _stack.set(stack[:-1])
-            if stack[-1] is not None:
-                _call.reset(stack[-1])
+            if token is not None:
+                _call.reset(token)
+            if hidden and getattr(output, "past_key_values", None) is not None:
+                return type(output)(**{key: value for key, value in output.items() if key != "past_key_values"})
+        return None
 
     def adopt(self, cache: Any) -> None:
         """Let an empty cache keep what the method's memories keep."""
@@ -194,7 +200,9 @@ class Keeper:
         total = self.config.num_hidden_layers
         layers: list[Any] = list(cache.layers) or [DynamicLayer() for _ in range(total)]
         if max(self.numbers) >= len(layers):
-            raise ValueError(f"layer {max(self.numbers)} shares another's keys and values: name layers below {len(layers)}")
+            raise ValueError(
+                f"layer {max(self.numbers)} shares another's keys and values: name layers below {len(layers)}"
+            )
         below: dict[int, LayerMemory] = {}
         for number in self.numbers:
             below[number] = self.make(LayerFacts(number, total, self.config, dict(below)))
@@ -252,10 +260,10 @@ def attend_remembered(
     _check_rule(mask)
     layer = call.cache.layers[kept.number]
     assert isinstance(layer, MemoryLayer)
-    slopes = _slopes(getattr(module, "config", None), options.get("bias"))
+    slopes = _slopes(options.get("bias")) if kept.by_distance else None
 
-    def attend_whole(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
-        return run(q, k, v, given)
+    def attend_whole(q: Tensor, k: Tensor, v: Tensor, within: Pattern, **given: Any) -> Tensor:
+        return run(q, k, v, given | {"within": within})
 
     look = Look(call.position, options, width, attend_whole, kept.turn, call.padded, slopes)
     return layer.memory.attend(q, k, v, look)
@@ -276,13 +284,11 @@ def _check_rule(mask: Any) -> None:
 _KNOWN_TYPES = frozenset({type(causal).__name__, type(window(1)).__name__, "DocumentNumbers", "KeyPadding"})
 
 
-def _slopes(config: Any, bias: Any) -> Tensor | None:
-    """Slopes (B or 1, H) of a bias (..., H, N or 1, M) by distance, from the last two tokens."""
-    by_distance = getattr(config, "alibi", False) or getattr(config, "model_type", "") in ("bloom", "mpt")
-    if not by_distance or not isinstance(bias, Tensor) or bias.shape[-1] < 2:
+def _slopes(bias: Any) -> Tensor | None:
+    """Slopes (B or 1, H) of a bias (B or 1, H, N or 1, M) by distance, from the last two tokens."""
+    if not isinstance(bias, Tensor) or bias.shape[-1] < 2:
         return None
-    steps = (bias[..., -1, -1] - bias[..., -1, -2]).float()
-    return steps if steps.dim() == 2 else steps.unsqueeze(0)
+    return bias[:, :, -1, -1] - bias[:, :, -1, -2]
 
 
 def keep(model: nn.Module, make: MakeMemory, core: Core, layers: Layers | None = None) -> Swap:
@@ -316,7 +322,8 @@ def _hang(model: nn.Module, owner: Any, make: MakeMemory, served: list[Any], swa
         raise ValueError(f"{type(owner).__name__} has no numbered attention layers")
     keeper = Keeper(make, numbers, config)
     for layer in served:
-        layer.module.__dict__[MEMORY] = Kept(layer.number, rotary_of(model, layer.module, config))
+        by_distance = getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt")
+        layer.module.__dict__[MEMORY] = Kept(layer.number, rotary_of(model, layer.module, config), by_distance)
         swap.on_undo(partial(layer.module.__dict__.pop, MEMORY, None))
     for module in model.modules():
         if hasattr(module, "config") and "past_key_values" in _parameters(module) and _is_model(module):

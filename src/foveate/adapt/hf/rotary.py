@@ -43,7 +43,9 @@ class Rotary:
         for spread in (lambda x: x, lambda x: torch.cat((x, x), -1), lambda x: x.repeat_interleave(2, -1)):
             if spread(own).shape == like.shape and torch.allclose(spread(own), like, atol=1e-4):
                 return spread(angles)
-        raise NotImplementedError(f"the angles of {type(self.module).__name__} are laid out in a way unknown to Foveate")
+        raise NotImplementedError(
+            f"the angles of {type(self.module).__name__} are laid out in a way unknown to Foveate"
+        )
 
     def _width(self, x: Tensor, cos: Tensor, sin: Tensor) -> int:
         """Of the channels that are turned: all, or the first of them."""

@@ -53,7 +53,8 @@ def mpt(
     q, k, v = (heads(x, layer.head_dim) for x in mixed.chunk(3, dim=2))
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, layer.layer_idx)
-    bias = None if position_bias is None else position_bias[None, :, :, -k.shape[2] :].to(q.dtype)
+    total = k.shape[2] if attention_mask is None else attention_mask.shape[-1]
+    bias = None if position_bias is None else position_bias[None, :, :, -total:].to(q.dtype)
     out, weights = attended(
         layer, q, k, v, attention_mask, bias=bias, scale=layer.softmax_scale, dropout=layer.attn_dropout_p,
         causal=True, weights=output_attentions,
