@@ -24,10 +24,11 @@ _HOMES = {
     ),
     "foveate.recurrence": "Convolved Recurrent Scanned causal_conv linear_scan recur scan scan_step",
     "foveate.patterns": (
-        "Beside Pattern Selection block_diffusion block_mask blocks boolean_mask causal"
-        " dilated document_numbers document_prefix documents full global_tokens key_padding listed_blocks lsh mask_mod"
-        " mass_blocks neighborhood parse per_head power_of_two prefix random_blocks same_bucket shared_prefix"
-        " sinks spans sta strided strips topk_blocks topk_keys vertical_slash window window_partition within"
+        "Beside Pattern Selection block_diffusion block_mask blocks boolean_mask causal dilated"
+        " document_numbers document_prefix documents every_block full global_tokens key_padding listed_blocks"
+        " local_blocks lsh mask_mod mass_blocks neighborhood parse per_head power_of_two prefix random_blocks"
+        " same_bucket shared_prefix sinks spans sta strided strips topk_blocks topk_keys vertical_slash window"
+        " window_partition within"
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

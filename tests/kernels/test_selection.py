@@ -24,9 +24,11 @@ from foveate.patterns import (
     blocks,
     causal,
     documents,
+    every_block,
     full,
     global_tokens,
     key_padding,
+    local_blocks,
     mass_blocks,
     neighborhood,
     per_head,
@@ -158,7 +160,16 @@ def test_a_million_tokens_are_no_trouble() -> None:
 
 @pytest.mark.parametrize("huge", [2**31, 2**62])
 def test_distances_beyond_every_length(huge: int) -> None:
-    for pattern in (window(huge), strided(huge), sinks(huge), blocks(huge), power_of_two(huge), random_blocks(huge, 1)):
+    for pattern in (
+        window(huge),
+        strided(huge),
+        sinks(huge),
+        blocks(huge),
+        power_of_two(huge),
+        local_blocks(huge, huge),
+        every_block(huge, huge, 0),
+        random_blocks(huge, 1),
+    ):
         selection = build(pattern, Scene(100, 130))
         assert torch.equal(selection.to_dense(), pattern.mask(100, 130)), pattern
 

@@ -21,9 +21,11 @@ from foveate.patterns import (
     causal,
     dilated,
     documents,
+    every_block,
     full,
     global_tokens,
     key_padding,
+    local_blocks,
     per_head,
     power_of_two,
     prefix,
@@ -61,6 +63,8 @@ LOOPS = [
     (global_tokens([0, 9]), lambda i, j: i in (0, 9) or j in (0, 9)),
     (power_of_two(), lambda i, j: i - j in (1, 2, 4, 8, 16, 32)),
     (power_of_two(4), lambda i, j: i // 4 - j // 4 in (1, 2, 4, 8)),
+    (local_blocks(4, 3), lambda i, j: i // 4 - j // 4 in (0, 1, 2)),
+    (every_block(3, 4, 1), lambda i, j: j <= i and j % 12 in (3, 4, 5)),
 ]  # fmt: skip
 
 
@@ -196,6 +200,9 @@ def test_a_causal_pattern_shows_no_future(case: Case) -> None:
         (window(4) & causal | prefix(2), False),
         (~causal, False),
         (power_of_two(), True),
+        (every_block(3, 2, 1), True),
+        (local_blocks(3, 2), False),
+        (local_blocks(3, 2) & causal, True),
         (per_head([causal, window(3, 0)]), True),
         (per_head([causal, full]), False),
         (per_head([causal, full]) & causal, True),
@@ -228,6 +235,8 @@ leaves = st.one_of(
     st.builds(window, st.integers(1, 30)),
     st.builds(dilated, st.integers(1, 4), st.integers(1, 6)),
     st.builds(power_of_two, st.integers(1, 5)),
+    st.builds(local_blocks, st.integers(1, 5), st.integers(1, 4)),
+    st.builds(every_block, st.integers(1, 5), st.integers(3, 4), st.integers(0, 2)),
     st.builds(lambda seed: random_blocks(3, 0.4, seed=seed), st.integers(0, 99)),
     st.builds(global_tokens, st.lists(st.integers(0, 20), min_size=1, max_size=3)),
 )
@@ -275,6 +284,8 @@ def test_bounds_of_any_tree_are_sound(pattern: Pattern, n: int, m: int, seed: in
         (lambda: blocks(0), "size of at least 1"),
         (lambda: prefix(0), "count of at least 1"),
         (lambda: power_of_two(0), "block of at least 1"),
+        (lambda: local_blocks(4, 0), "count of at least 1"),
+        (lambda: every_block(4, 3, 3), "one of its first 3 blocks"),
         (lambda: documents([]), "lengths of the documents"),
         (lambda: documents([3, -1]), "lengths of the documents"),
         (lambda: global_tokens([]), "token positions >= 0"),

@@ -12,8 +12,10 @@ from foveate import (
     blocks,
     causal,
     dilated,
+    every_block,
     full,
     global_tokens,
+    local_blocks,
     per_head,
     power_of_two,
     prefix,
@@ -34,6 +36,8 @@ LEAVES = (
     lambda: strided(random.randint(1, 5)),
     lambda: dilated(random.randint(1, 3), random.randint(1, 5)),
     lambda: power_of_two(random.randint(1, 5)),
+    lambda: local_blocks(random.randint(1, 5), random.randint(1, 3)),
+    lambda: every_block(random.randint(1, 5), 3, random.randint(0, 2)),
     lambda: global_tokens([2, 11]),  # asked pair by pair
     lambda: random_blocks(3, 0.4, seed=1),
 )

@@ -2,7 +2,7 @@
 
 from foveate.cache.blocks import BlockCache, chooses_blocks
 from foveate.cache.heads import HeadsCache, Share, keys_kept, shares_of
-from foveate.cache.keys_values import KVCache, room_for
+from foveate.cache.keys_values import KVCache, room_for, tokens_held
 from foveate.cache.tokens import Tokens
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "keys_kept",
     "room_for",
     "shares_of",
+    "tokens_held",
 ]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from foveate.cache.keys_values import KVCache, room_for
+from foveate.cache.keys_values import KVCache, tokens_held
 from foveate.patterns.algebra import Pattern
 from foveate.patterns.compound import Compound, PerHead, per_head
 
@@ -89,5 +89,4 @@ class HeadsCache:
 
 def keys_kept(shares: tuple[Share, ...], length: int) -> int:
     """Keys, over all heads of them, that memory is taken for after so many tokens, with room for as many."""
-    counts = ((share.keys.stop - share.keys.start, room_for(share.pattern)) for share in shares)
-    return sum(heads * (length if room is None else min(length, room)) for heads, room in counts)
+    return sum((share.keys.stop - share.keys.start) * tokens_held(share.pattern, length) for share in shares)

@@ -120,6 +120,15 @@ class KVCache:
         return causal & document_numbers(torch.zeros_like(positions), positions)
 
 
+def tokens_held(pattern: Pattern | None, length: int) -> int:
+    """For how many tokens memory is taken after so many, with room for as many."""
+    most = room_for(pattern)
+    if most is not None:
+        return min(length, most)
+    needed = length if pattern is None else total(needed_ranges(pattern, length))
+    return length if needed >= 3 * length // 4 else 2 * needed
+
+
 def _of_distance(pattern: Pattern) -> bool:
     """Whether it means the same where the first keys are left out."""
     return all(leaf.depends_on in ("distance", "order") for leaf in leaves(pattern))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from foveate.attention import Bias, Weights, attend
 from foveate.attention.ranges import KeyRanges, attend_ranges
-from foveate.cache import BlockCache, HeadsCache, KVCache, Share, chooses_blocks, keys_kept, room_for, shares_of
+from foveate.cache import BlockCache, HeadsCache, KVCache, Share, chooses_blocks, keys_kept, shares_of, tokens_held
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.mixers.core import Core, PatternCore, joined
@@ -144,8 +144,8 @@ class AttentionMixer(Mixer):
     # ---- costs ----------------------------------------------------------------------------------------------
 
     def state_bytes(self, n: int) -> int:
-        room, shares = room_for(self.followed), self.shares
-        kept = self.kv_heads * (n if room is None else min(n, room)) if shares is None else keys_kept(shares, n)
+        shares = self.shares
+        kept = self.kv_heads * tokens_held(self.followed, n) if shares is None else keys_kept(shares, n)
         return 2 * kept * self.head_dim * self.weight.element_size()
 
 

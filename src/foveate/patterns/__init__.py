@@ -15,7 +15,19 @@ from foveate.patterns.rules.listed import document_numbers, documents, global_to
 from foveate.patterns.rules.lsh import lsh
 from foveate.patterns.rules.masks import block_mask, boolean_mask, listed_blocks
 from foveate.patterns.rules.points import within
-from foveate.patterns.rules.sequence import blocks, causal, dilated, full, power_of_two, prefix, sinks, strided, window
+from foveate.patterns.rules.sequence import (
+    blocks,
+    causal,
+    dilated,
+    every_block,
+    full,
+    local_blocks,
+    power_of_two,
+    prefix,
+    sinks,
+    strided,
+    window,
+)
 from foveate.patterns.select.flex import to_block_mask
 from foveate.patterns.select.selection import Selection
 
@@ -38,10 +50,12 @@ __all__ = [
     "document_numbers",
     "document_prefix",
     "documents",
+    "every_block",
     "full",
     "global_tokens",
     "key_padding",
     "listed_blocks",
+    "local_blocks",
     "lsh",
     "mask_mod",
     "mass_blocks",

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from foveate.patterns import compound
 from foveate.patterns.algebra import Boxes, Interval, Pattern
-from foveate.patterns.rules.sequence import Blocks, Causal, Full, PowerOfTwo, Prefix, Sinks, Strided, Window
+from foveate.patterns.rules.sequence import (
+    Blocks,
+    Causal,
+    EveryBlock,
+    Full,
+    LocalBlocks,
+    PowerOfTwo,
+    Prefix,
+    Sinks,
+    Strided,
+    Window,
+)
 
 Ranges = tuple[tuple[int, int], ...]  # [first, end), ascending and apart
 
@@ -119,6 +130,11 @@ def _powers(pattern: PowerOfTwo, query: int, num_keys: int) -> Iterable[tuple[in
     return (((own - d) * size, (own - d + 1) * size) for d in distances if d <= own)
 
 
+def _every_block(pattern: EveryBlock, query: int, num_keys: int) -> Iterable[tuple[int, int]]:
+    size, end = pattern.block, min(query + 1, num_keys)
+    return ((key, min(key + size, end)) for key in range(pattern.first * size, end, pattern.step * size))
+
+
 VISIBLE: dict[type[Pattern], Callable[[Any, int, int], Iterable[tuple[int, int]]]] = {
     Full: lambda pattern, query, num_keys: ((0, num_keys),),
     Causal: lambda pattern, query, num_keys: ((0, query + 1),),
@@ -128,6 +144,10 @@ VISIBLE: dict[type[Pattern], Callable[[Any, int, int], Iterable[tuple[int, int]]
     Blocks: lambda pattern, query, num_keys: (
         (query // pattern.size * pattern.size, (query // pattern.size + 1) * pattern.size),
     ),
+    LocalBlocks: lambda pattern, query, num_keys: (
+        ((query // pattern.block - pattern.count + 1) * pattern.block, (query // pattern.block + 1) * pattern.block),
+    ),
+    EveryBlock: _every_block,
     Strided: _strided,
     PowerOfTwo: _powers,
 }
@@ -139,6 +159,7 @@ NEEDED: dict[type[Pattern], Callable[[Any, int], Iterable[tuple[int, int]]]] = {
     Sinks: lambda pattern, now: ((0, pattern.count),),
     Prefix: lambda pattern, now: ((0, pattern.count),),
     Blocks: lambda pattern, now: ((now - pattern.size + 1, now),),  # of any block: as many at every position
+    LocalBlocks: lambda pattern, now: ((now - pattern.block * pattern.count + 1, now),),
     Strided: lambda pattern, now: ((0 if pattern.reach is None else now - pattern.reach, now),),
     PowerOfTwo: lambda pattern, now: ((0, now),),
 }

@@ -44,6 +44,8 @@ EXAMPLES = {
     "strided": Example("strided(4)"),
     "dilated": Example("dilated(2, 3)"),
     "power_of_two": Example("power_of_two()"),
+    "local_blocks": Example("local_blocks(3, 2)"),
+    "every_block": Example("every_block(2, 3, 1)"),
     "global_tokens": Example("global_tokens([0, 9])"),
     "random_blocks": Example("random_blocks(2, 0.3)"),
     "documents": Example("documents([5, 8, 3])"),

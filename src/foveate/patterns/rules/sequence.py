@@ -280,6 +280,91 @@ def power_of_two(block: int = 1) -> Pattern:
     return PowerOfTwo(positive("power_of_two", "block", block))
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class LocalBlocks(Pattern):
+    block: int
+    count: int
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return f"local_blocks({self.block}, {self.count})"
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        distance = q // self.block - k // self.block
+        return (distance >= 0) & (distance < self.count)
+
+    def bounds(self, boxes: Boxes) -> Bounds:
+        nearest, farthest = distances(Interval(*(edge // self.block for edge in boxes.position)))
+        return Bounds(some=(farthest >= 0) & (nearest < self.count), every=(nearest >= 0) & (farthest < self.count))
+
+    def signature(self, boxes: Boxes) -> Tensor:
+        at = boxes.position
+        return mix_hash(at.q_lo % self.block, at.q_lo - at.k_lo)
+
+
+def local_blocks(block: int, count: int) -> Pattern:
+    """Keys of the query's own block of ``block`` tokens, to its end, and of the ``count - 1`` blocks before.
+
+    >>> local_blocks(2, 2).mask(6)[0, 0].int()
+    tensor([[1, 1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [0, 0, 1, 1, 1, 1],
+            [0, 0, 1, 1, 1, 1]], dtype=torch.int32)
+    """
+    return LocalBlocks(positive("local_blocks", "block", block), positive("local_blocks", "count", count))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EveryBlock(Pattern):
+    block: int
+    step: int
+    first: int
+    sees_future = False
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return f"every_block({self.block}, {self.step}, {self.first})"
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        return (k // self.block % self.step == self.first) & (k <= q)
+
+    def bounds(self, boxes: Boxes) -> Bounds:
+        at = boxes.position
+        low, high = at.k_lo // self.block, torch.minimum(at.k_hi, at.q_hi) // self.block
+        next_one = low + (self.first - low) % self.step
+        one_block = (at.k_lo // self.block == at.k_hi // self.block) | (self.step == 1)
+        some = (at.k_lo <= at.q_hi) & (next_one <= high)
+        return Bounds(some=some, every=some & one_block & (at.k_hi <= at.q_lo))
+
+    def signature(self, boxes: Boxes) -> Tensor:
+        at = boxes.position
+        beyond = torch.full_like(at.k_lo, 2**40)  # all keys lie before all queries: it does not matter how far
+        return mix_hash(at.k_lo % (self.block * self.step), torch.where(at.k_hi <= at.q_lo, beyond, at.q_lo - at.k_lo))
+
+
+def every_block(block: int, step: int, first: int = 0) -> Pattern:
+    """Every ``step``-th block of ``block`` keys, from block number ``first`` on, for every query at or after a key.
+
+    The same keys for all queries: a decoder may forget the others.
+
+    >>> every_block(2, 3, 1).mask(6)[0, 0].int()
+    tensor([[0, 0, 0, 0, 0, 0],
+            [0, 0, 0, 0, 0, 0],
+            [0, 0, 1, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0],
+            [0, 0, 1, 1, 0, 0],
+            [0, 0, 1, 1, 0, 0]], dtype=torch.int32)
+
+    Raises ValueError unless ``first`` is below ``step``.
+    """
+    block, step = positive("every_block", "block", block), positive("every_block", "step", step)
+    if not is_count(first) or first >= step:
+        raise ValueError(f"every_block starts at one of its first {step} blocks, numbered from 0; got {first!r}")
+    return EveryBlock(block, step, first)
+
+
 def same_group(q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor) -> Bounds:
     """Bounds of "equal group number" where numbers never fall along the positions."""
     return Bounds(some=(q_lo <= k_hi) & (k_lo <= q_hi), every=(q_lo == k_hi) & (k_lo == q_hi))

@@ -42,6 +42,8 @@ class Operation(IntEnum):
     BLOCK_TABLE = 15
     MOVED = 16
     PLACED = 17
+    LOCAL_BLOCKS = 18
+    EVERY_BLOCK = 19
 
 
 class Program:
@@ -146,6 +148,8 @@ LEAVES: dict[type[Pattern], Callable[[Program, Any], list[int]]] = {
     sequence.Prefix: lambda program, p: [Operation.PREFIX, near(p.count)],
     sequence.Blocks: lambda program, p: [Operation.BLOCKS, near(p.size)],
     sequence.PowerOfTwo: lambda program, p: [Operation.POWER_OF_TWO, near(p.block)],
+    sequence.LocalBlocks: lambda program, p: [Operation.LOCAL_BLOCKS, near(p.block), near(p.count)],
+    sequence.EveryBlock: lambda program, p: [Operation.EVERY_BLOCK, near(p.block), near(p.step), near(p.first)],
     listed.Documents: _documents,
     listed.GlobalTokens: lambda program, p: [Operation.GLOBAL_TOKENS, *program.positions(p.positions)],
     listed.RandomBlocks: _random_blocks,

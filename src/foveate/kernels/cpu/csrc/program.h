@@ -8,7 +8,7 @@ namespace foveate::selection {
 
 enum Operation : int64_t {
     ALL, ANY, NOT, PER_HEAD, BAND, STRIDED, SINKS, PREFIX, BLOCKS, POWER_OF_TWO, DOCUMENTS, GLOBAL_TOKENS,
-    RANDOM_BLOCKS, COLUMNS, DISTANCES, BLOCK_TABLE, MOVED, PLACED,
+    RANDOM_BLOCKS, COLUMNS, DISTANCES, BLOCK_TABLE, MOVED, PLACED, LOCAL_BLOCKS, EVERY_BLOCK,
 };
 
 class Program {
@@ -28,6 +28,8 @@ class Program {
             case PREFIX: return made(Prefix{number(), false});
             case BLOCKS: return made(SameGroup<EqualBlocks>{EqualBlocks{number()}});
             case POWER_OF_TWO: return made(PowerOfTwo{number()});
+            case LOCAL_BLOCKS: return made(LocalBlocks{number(), number()});
+            case EVERY_BLOCK: return made(EveryBlock{number(), number(), number()});
             case DOCUMENTS: return made(SameGroup<Documents>{Documents{table<int64_t>(), number()}});
             case GLOBAL_TOKENS: return made(GlobalTokens{table<int64_t>(), number()});
             case RANDOM_BLOCKS: return made(RandomBlocks{number(), number(), number()});

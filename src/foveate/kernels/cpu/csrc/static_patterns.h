@@ -137,6 +137,47 @@ class PowerOfTwo : public Pattern {
     const int64_t block_;
 };
 
+// Blocks of a size at distances 0 .. count - 1 before the query's own.
+class LocalBlocks : public Pattern {
+  public:
+    LocalBlocks(int64_t block, int64_t count) : block_(block), count_(count) {}
+    Bound bounds(const Box& box) const override {
+        const int64_t nearest = floor_div(box.q_low, block_) - floor_div(box.k_high, block_);
+        const int64_t farthest = floor_div(box.q_high, block_) - floor_div(box.k_low, block_);
+        return bound(farthest >= 0 && nearest < count_, nearest >= 0 && farthest < count_);
+    }
+    void fill(const Box& tile, Square& square) const override {
+        for (int i = 0; i < TILE; ++i) {
+            const int64_t own = floor_div(tile.q_low + i, block_), end = (own + 1) * block_ - tile.k_low;
+            square.rows[i] = span(end - std::min(count_, own + 1) * block_, end - 1);
+        }
+    }
+
+  private:
+    const int64_t block_, count_;
+};
+
+// Every step-th block of keys, none after the query.
+class EveryBlock : public Pattern {
+  public:
+    EveryBlock(int64_t block, int64_t step, int64_t first) : block_(block), step_(step), first_(first) {}
+    Bound bounds(const Box& box) const override {
+        const int64_t low = box.k_low / block_, last = box.k_high / block_;
+        if (box.k_low > box.q_high) return Bound::NONE;
+        const int64_t next = low + floor_mod(first_ - low, step_);
+        const bool some = next <= std::min(box.k_high, box.q_high) / block_;
+        return bound(some, some && (low == last || step_ == 1) && box.k_high <= box.q_low);
+    }
+    void fill(const Box& tile, Square& square) const override {
+        uint64_t keys = 0;
+        for (int j = 0; j < TILE; ++j) keys |= (uint64_t)((tile.k_low + j) / block_ % step_ == first_) << j;
+        for (int i = 0; i < TILE; ++i) square.rows[i] = keys & span(0, tile.q_low + i - tile.k_low);
+    }
+
+  private:
+    const int64_t block_, step_, first_;
+};
+
 // Sorted positions that see all and are seen by all.
 class GlobalTokens : public Pattern {
   public:
