@@ -21,7 +21,7 @@ N = 61
 
 
 def model(**options: Any) -> Any:
-    made: Any = mixer("ssa", 24, heads=4, **options).double()
+    made: Any = mixer("subsampled_attention", 24, heads=4, **options).double()
     return made
 
 

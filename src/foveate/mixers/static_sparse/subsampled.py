@@ -52,7 +52,7 @@ class Earlier(Pattern):
 
 
 @register(
-    "ssa",
+    "subsampled_attention",
     papers=("SSA (Stochastically Subsampled Attention)",),
     formula="o_i = Σ_{j∈S} softmax_j(q_i·k_j / √d) v_j, S drawn for each call while training; all keys in eval mode",
     supports={"causal", "noncausal", "padding", "packed", "decode", "gqa"},
