@@ -16,7 +16,6 @@ from foveate.catalogue.registry import mixer
 from foveate.counting import count_operations
 from foveate.mixers.static_sparse.subsampled import ensemble
 
-PAPER = "SSA (Stochastically Subsampled Attention)"
 N = 61
 
 
@@ -49,8 +48,8 @@ FORMS: tuple[tuple[dict[str, Any], Any], ...] = (
 )
 
 
-@pytest.mark.paper(PAPER, "definition")
-@pytest.mark.paper(PAPER, "works_when")
+@pytest.mark.paper("SSA (Stochastically Subsampled Attention)", "definition")
+@pytest.mark.paper("SSA (Stochastically Subsampled Attention)", "works_when")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("options", "seen"), FORMS)
 def test_while_training_it_is_attention_to_the_keys_drawn(options: dict[str, Any], seen: Any, causal: bool) -> None:
@@ -65,7 +64,7 @@ def test_while_training_it_is_attention_to_the_keys_drawn(options: dict[str, Any
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-@pytest.mark.paper(PAPER, "works_when")
+@pytest.mark.paper("SSA (Stochastically Subsampled Attention)", "works_when")
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
 def test_in_eval_mode_it_is_dense(causal: bool) -> None:
@@ -79,7 +78,7 @@ def test_in_eval_mode_it_is_dense(causal: bool) -> None:
         assert_close(torch.cat([first, last], 1), ssa.eval()(x)[:, :41])
 
 
-@pytest.mark.paper(PAPER, "works_when")
+@pytest.mark.paper("SSA (Stochastically Subsampled Attention)", "works_when")
 @torch.no_grad()
 def test_work_is_in_proportion_to_the_keys_drawn() -> None:
     x = torch.randn(1, 400, 24, dtype=torch.float64)
@@ -104,7 +103,7 @@ def uniform_after_seed(keep: float) -> int:
     return int(uniform(keep, True, 400).sum())
 
 
-@pytest.mark.paper(PAPER, "works_when")
+@pytest.mark.paper("SSA (Stochastically Subsampled Attention)", "works_when")
 def test_every_key_is_drawn_as_often_and_near_ones_more_often_where_biased() -> None:
     even, near = model(keep=0.25, causal=False), model(window=8, spread=6.0, causal=False)
     counts, seen = torch.zeros(N), torch.zeros(N)
@@ -120,7 +119,7 @@ def test_every_key_is_drawn_as_often_and_near_ones_more_often_where_biased() -> 
     assert (shares.diff() < 0).all() and shares[0] > 0.3 and shares[-1] < 0.01
 
 
-@pytest.mark.paper(PAPER, "works_when")
+@pytest.mark.paper("SSA (Stochastically Subsampled Attention)", "works_when")
 @torch.no_grad()
 def test_sub_models_are_averaged_and_repeat_by_their_seeds() -> None:
     net = torch.nn.Sequential(model(causal=False, keep=0.5), model(causal=False, window=20)).double().eval()
