@@ -116,7 +116,7 @@ class Grid(Layout):
         return total
 
     def slots(self, tile: int, device: torch.device | str = "cpu") -> Tensor | None:
-        return _patch_slots(self.dims, patch_shape(tile, len(self.dims))).to(device)
+        return patch_slots(self.dims, patch_shape(tile, len(self.dims))).to(device)
 
     def __str__(self) -> str:
         return f"Grid({', '.join(map(str, self.dims))})"
@@ -261,7 +261,7 @@ def patch_shape(tile: int, num_axes: int) -> tuple[int, ...]:
 
 
 @remembered(64)
-def _patch_slots(dims: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
+def patch_slots(dims: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
     """Tokens patch by patch; patches that hang over the border keep empty slots to stay aligned."""
     counts = [-(-size // side) for size, side in zip(dims, patch, strict=True)]
     padded = torch.arange(math.prod(dims), device="cpu").view(dims)
