@@ -72,10 +72,10 @@ class VideoSparseAttention(RegionMixer):
     def branches(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """What each token gets of the means, and of the tokens of the cubes chosen: (B, H, N, D) each."""
         cubes = regions_of(grid, self.cube)
-        heads = [cubes.split(each) for each in (q, k, v)]
-        of_q, of_k, of_v = (cubes.means(each) for each in heads)
+        queries, keys, values = (cubes.split(each) for each in (q, k, v))
+        of_q, of_k, of_v = (cubes.means(each) for each in (queries, keys, values))
         scores = of_q @ of_k.mT * self.head_dim**-0.5  # (B, H, R, R)
         coarse = (scores.softmax(-1) @ of_v).to(v.dtype)
         chosen = best(to_accum(scores.detach()), self.k)
-        fine = cubes.join(attend_regions(*heads, chosen, cubes))
+        fine = cubes.join(attend_regions(queries, keys, values, chosen, cubes))
         return coarse.index_select(2, cubes.region_of.to(coarse.device)), fine
