@@ -12,7 +12,6 @@ from foveate import Grid
 from foveate.catalogue.registry import mixer
 
 DIM, HEADS = 12, 3
-VSA = "VSA (Faster Video Diffusion with)"
 
 
 def projected(vsa: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,8 +38,8 @@ def formula(vsa: nn.Module, x: Tensor, dims: tuple[int, ...], cube: tuple[int, .
     return (of_coarse * joined(coarse) + of_fine * joined(fine)) @ vsa.to_out.weight.T
 
 
-@pytest.mark.paper(VSA, "definition")
-@pytest.mark.paper(VSA, "works_when")
+@pytest.mark.paper("VSA (Faster Video Diffusion with)", "definition")
+@pytest.mark.paper("VSA (Faster Video Diffusion with)", "works_when")
 @pytest.mark.parametrize(
     ("dims", "cube", "count"),
     [((4, 4, 6), (2, 2, 2), 3), ((3, 5, 7), (2, 2, 3), 4), ((5, 3, 4), (4, 4, 4), 1), ((2, 3, 2), (1, 1, 1), 5)],
@@ -52,7 +51,7 @@ def test_it_is_two_gated_stages_written_out(dims: tuple[int, ...], cube: tuple[i
     follows(vsa, lambda: vsa(x, layout=grid), lambda: formula(vsa, x, dims, cube, count), x)
 
 
-@pytest.mark.paper(VSA, "works_when")
+@pytest.mark.paper("VSA (Faster Video Diffusion with)", "works_when")
 def test_with_all_cubes_and_gates_of_0_and_1_it_is_full_attention() -> None:
     grid = Grid(3, 5, 7)
     vsa = mixer("vsa", DIM, heads=HEADS, cube=(2, 2, 2), k=2 * 3 * 4).double()
@@ -65,12 +64,12 @@ def test_with_all_cubes_and_gates_of_0_and_1_it_is_full_attention() -> None:
     assert (few(x, layout=grid) - dense).abs().max() > 1e-6
 
 
-@pytest.mark.paper(VSA, "works_when")
+@pytest.mark.paper("VSA (Faster Video Diffusion with)", "works_when")
 def test_it_was_measured_faster_than_dense_attention_at_long_lengths() -> None:
     faster_from("vsa", 8192, 4)
 
 
-@pytest.mark.paper(VSA, "definition")
+@pytest.mark.paper("VSA (Faster Video Diffusion with)", "definition")
 def test_it_starts_as_attention_to_the_paper_s_number_of_cubes() -> None:
     vsa = mixer("vsa", DIM, heads=HEADS)
     assert vsa.cube == (4, 4, 4) and vsa.k == 32
