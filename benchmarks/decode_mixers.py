@@ -30,7 +30,7 @@ from foveate.kernels.cpu.loader import status
 from foveate.lab.measure import machine
 from foveate.mixers.base import Mixer, join_heads, split_heads
 from foveate.mixers.dynamic_sparse.nsa import NSA
-from foveate.mixers.linear.shared_key import RodimusPlus
+from foveate.mixers.linear.rodimus_plus import RodimusPlus
 from foveate.patterns.ranges import total, visible_ranges
 
 GOAL = 1.5  # times the dense step

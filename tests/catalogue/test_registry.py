@@ -98,7 +98,7 @@ def test_a_module_that_is_run_again_replaces_its_own() -> None:
 def test_one_mechanism_is_loaded_without_the_others() -> None:
     script = (
         "import sys; from foveate.catalogue.registry import row; row('gla');"
-        "print('foveate.mixers.linear.gated' in sys.modules, 'foveate.mixers.dynamic_sparse.nsa' in sys.modules)"
+        "print('foveate.mixers.linear.gla' in sys.modules, 'foveate.mixers.dynamic_sparse.nsa' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "True False\n"

@@ -12,7 +12,10 @@ from torch.nn.functional import silu, softplus
 from torch.testing import assert_close
 
 from foveate.mixers.base import join_heads, split_heads
-from foveate.mixers.linear.delta_rule import EFLA, KDA, DeltaNet, DeltaProduct, exact_strength
+from foveate.mixers.linear.delta_product import DeltaProduct
+from foveate.mixers.linear.deltanet import DeltaNet
+from foveate.mixers.linear.efla import EFLA, exact_strength
+from foveate.mixers.linear.kda import KDA
 from foveate.mixers.recurrent import RecurrentMixer
 from foveate.options import forced_impl
 from foveate.recurrence import recur

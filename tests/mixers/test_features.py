@@ -13,7 +13,8 @@ from torch.nn.functional import elu, layer_norm
 from torch.testing import assert_close
 
 from foveate.mixers.base import join_heads, split_heads
-from foveate.mixers.linear.features import JRT, BasedLinear, taylor
+from foveate.mixers.linear.based_linear import BasedLinear, taylor
+from foveate.mixers.linear.jrt_rnn import JRT
 from foveate.mixers.linear.linearized import LinearizedLLM, ancestry, branches
 from foveate.mixers.linear.small_e import SmallE, sinusoids
 from foveate.options import forced_impl

@@ -27,7 +27,7 @@ from foveate.mixers.linear.hedgehog import (
     mimic,
     softmax_weights,
 )
-from foveate.mixers.linear.linear import elu_plus_one
+from foveate.mixers.linear.linear_transformer import elu_plus_one
 from foveate.models import builtin
 from foveate.patterns import Packed, causal
 

@@ -16,10 +16,10 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from foveate.mixers.base import Mixer, join_heads, split_heads
-from foveate.mixers.linear.additive import Fastformer
+from foveate.mixers.linear.fastformer import Fastformer
 from foveate.mixers.linear.flow import FlowAttention
 from foveate.mixers.linear.hrrformer import Hrrformer, superposed, unbound
-from foveate.mixers.linear.linear import LinearTransformer
+from foveate.mixers.linear.linear_transformer import LinearTransformer
 from foveate.mixers.linear.wersa import WERSA, haar, random_feature_attention, unhaar
 from foveate.mixers.linear.yoso import YOSO, buckets, expected_weights, yoso, yoso_expectation
 

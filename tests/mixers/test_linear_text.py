@@ -28,11 +28,16 @@ from torch.testing import assert_close
 
 from foveate.catalogue.tiers import row
 from foveate.mixers.base import join_heads, split_heads
-from foveate.mixers.linear.decayed import LightningAttention, Retention, TransNormerLLM, places
-from foveate.mixers.linear.linear import LightningAttention2
+from foveate.mixers.linear.hgrn2 import HGRN2
+from foveate.mixers.linear.lightning_attention import LightningAttention, LightningAttention2
+from foveate.mixers.linear.metala import MetaLA
 from foveate.mixers.linear.mlstm import MLSTM
-from foveate.mixers.linear.shared_key import RodimusPlus, SharedKeyWindow
-from foveate.mixers.linear.tied import HGRN2, MetaLA, Rodimus
+from foveate.mixers.linear.positions import places
+from foveate.mixers.linear.retention import Retention
+from foveate.mixers.linear.rodimus import Rodimus
+from foveate.mixers.linear.rodimus_plus import RodimusPlus
+from foveate.mixers.linear.shared_key_window import SharedKeyWindow
+from foveate.mixers.linear.transnormer_llm import TransNormerLLM
 from foveate.models.builtin import heldout_text
 from foveate.models.lm import transnormer
 from foveate.options import forced_impl

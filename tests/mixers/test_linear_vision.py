@@ -17,9 +17,12 @@ from torch.testing import assert_close
 from foveate import Grid
 from foveate.layers.local_conv import LocalConv
 from foveate.mixers.base import Mixer, join_heads, split_heads
-from foveate.mixers.linear.additive import EfficientAdditiveAttention
-from foveate.mixers.linear.grid_linear import MagnitudeAwareLinearAttention, RankAugmentedLinearAttention
-from foveate.mixers.linear.relu_linear import L2ViTAttention, LiTAttention, relu_attention
+from foveate.mixers.linear.efficient_additive_attention import EfficientAdditiveAttention
+from foveate.mixers.linear.l2vit_attention import L2ViTAttention
+from foveate.mixers.linear.lit_attention import LiTAttention
+from foveate.mixers.linear.mala import MagnitudeAwareLinearAttention
+from foveate.mixers.linear.rala import RankAugmentedLinearAttention
+from foveate.mixers.linear.relu import relu_attention
 from foveate.models.vision.backbones import l2vit, ravlt, swiftformer
 from foveate.models.vision.pyramid import Pyramid
 

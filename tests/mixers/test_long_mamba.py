@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.mixers.base import Mixer
-from foveate.mixers.recurrent_ssm.long_mamba import DeciMamba, MemMamba
+from foveate.mixers.recurrent_ssm.decimamba import DeciMamba
 from foveate.mixers.recurrent_ssm.mamba import Mamba
+from foveate.mixers.recurrent_ssm.memmamba import MemMamba
 
 KEYS, LETTERS = 4, 12  # the first letters are keys, the others noise
 QUESTION = LETTERS

@@ -13,9 +13,10 @@ from torch.testing import assert_close
 
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.recurrent_ssm import long_mamba
-from foveate.mixers.recurrent_ssm.long_mamba import DeciMamba, MemMamba, NoteLayer, tokens_to_keep
+from foveate.mixers.recurrent_ssm.decimamba import DeciMamba, tokens_to_keep
 from foveate.mixers.recurrent_ssm.mamba import Mamba, SelectiveScan
 from foveate.mixers.recurrent_ssm.mamba2 import Mamba2
+from foveate.mixers.recurrent_ssm.memmamba import MemMamba, NoteLayer
 from foveate.recurrence import recur
 from foveate.recurrence.selective.api import scan
 

@@ -17,8 +17,9 @@ from torch.testing import assert_close
 
 from foveate.layers.token_shift import previous
 from foveate.mixers.base import join_heads, split_heads
-from foveate.mixers.recurrent_ssm.rwkv import RWKV6, RWKV7
 from foveate.mixers.recurrent_ssm.rwkv4 import RWKV4, weighed_average
+from foveate.mixers.recurrent_ssm.rwkv6 import RWKV6
+from foveate.mixers.recurrent_ssm.rwkv7 import RWKV7
 from foveate.mixers.recurrent_ssm.state_tuning import StateTuning, adapt, kernel
 from foveate.options import forced_impl
 from foveate.recurrence import recur

@@ -16,11 +16,15 @@ from torch.testing import assert_close
 from foveate import Grid, Packed, Points
 from foveate.layouts import zigzag
 from foveate.mixers.base import Mixer
+from foveate.mixers.recurrent_ssm.audio_mamba import BidirectionalMamba
 from foveate.mixers.recurrent_ssm.dual_path import DualPathMamba, overlap_add, segment
 from foveate.mixers.recurrent_ssm.mamba import Branch, Mamba
 from foveate.mixers.recurrent_ssm.mamba3d import LocalNormPooling, Mamba3D, nearest
-from foveate.mixers.recurrent_ssm.scans import BidirectionalMamba, SMamba, VideoMamba, VMamba, ZigMa
+from foveate.mixers.recurrent_ssm.s_mamba import SMamba
+from foveate.mixers.recurrent_ssm.videomamba import VideoMamba
 from foveate.mixers.recurrent_ssm.viper import FiLM, ViperScan
+from foveate.mixers.recurrent_ssm.vmamba import VMamba
+from foveate.mixers.recurrent_ssm.zigma import ZigMa
 
 
 def passed(branch: nn.Module, u: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from torch.nn.functional import gelu
 from torch.testing import assert_close
 
 from foveate import Packed
-from foveate.mixers.recurrent_ssm.state_space import H3, S4D, S5, DiagonalSSM
+from foveate.mixers.recurrent_ssm.diagonal import DiagonalSSM
+from foveate.mixers.recurrent_ssm.h3 import H3
+from foveate.mixers.recurrent_ssm.s4d import S4D
+from foveate.mixers.recurrent_ssm.s5 import S5
 from foveate.options import forced_impl
 from foveate.recurrence.ssm import discretize, evolve, evolve_shared, fft_conv, hippo_rates, kernel, remembered
 

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss
 
 from foveate.catalogue.contracts import Stage
 from foveate.catalogue.tiers import recipe
-from foveate.mixers.linear.relu_linear import LiTAttention
+from foveate.mixers.linear.lit_attention import LiTAttention
 from foveate.patterns import Grid
 from foveate.recipes.small_dit import SelfAttention, SmallDiT, noisy_images
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from foveate.catalogue.contracts import Stage
 from foveate.catalogue.tiers import recipe
-from foveate.mixers.recurrent_ssm.rwkv import RWKV7
+from foveate.mixers.recurrent_ssm.rwkv7 import RWKV7
 from foveate.mixers.recurrent_ssm.state_tuning import adapt
 from foveate.recipes.conversion import Conversion, exchange, next_token_loss
 from foveate.recipes.small_lm import SmallLM

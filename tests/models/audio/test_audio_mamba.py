@@ -12,7 +12,7 @@ from tests.support.agreement import accuracy_after, alike
 from torch import Tensor
 
 from foveate.layouts.orders import Order
-from foveate.mixers.recurrent_ssm.scans import BidirectionalMamba
+from foveate.mixers.recurrent_ssm.audio_mamba import BidirectionalMamba
 from foveate.models.audio import audio_mamba_classifier
 from foveate.patterns import Layout
 

@@ -11,7 +11,7 @@ from tests.mixers.test_scans import agree, as_it_begins, gated
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from foveate.mixers.recurrent_ssm.scans import SMamba
+from foveate.mixers.recurrent_ssm.s_mamba import SMamba
 from foveate.models.series import s_mamba_forecaster
 
 

@@ -13,7 +13,7 @@ from tests.support.counted_work import work
 from torch import Tensor
 
 from foveate import Grid
-from foveate.mixers.recurrent_ssm.scans import VideoMamba
+from foveate.mixers.recurrent_ssm.videomamba import VideoMamba
 from foveate.models.video import videomamba_classifier
 from foveate.patterns import Layout
 

@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d, gelu, layer_norm, silu
 
 from foveate import Grid
 from foveate.mixers.recurrent_ssm.mamba import SelectiveScan
-from foveate.mixers.recurrent_ssm.scans import VMamba
+from foveate.mixers.recurrent_ssm.vmamba import VMamba
 from foveate.models.vision import vmamba_backbone
 
 

@@ -12,8 +12,8 @@ from foveate.catalogue.registry import register
 from foveate.layers.rotary import rotate
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
-from foveate.mixers.linear.decayed import Placed
-from foveate.mixers.linear.linear import LinearTransformer
+from foveate.mixers.linear.linear_transformer import LinearTransformer
+from foveate.mixers.linear.positions import Placed
 from foveate.mixers.recurrent import Inputs
 from foveate.patterns import Layout, full
 from foveate.precision import to_accum

@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.catalogue.registry import register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput, join_heads, split_heads
-from foveate.mixers.linear.linear import LinearTransformer, averaged
+from foveate.mixers.linear.linear_transformer import LinearTransformer, averaged
 from foveate.mixers.recurrent import Lengths, RecurrentState
 
 

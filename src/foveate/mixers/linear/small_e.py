@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foveate.attention import attend
 from foveate.catalogue.registry import register
 from foveate.mixers.base import Mixer, StepOutput
-from foveate.mixers.linear.gated import GLA
+from foveate.mixers.linear.gla import GLA
 from foveate.mixers.recurrent import RecurrentState
 from foveate.patterns import Layout, key_padding
 

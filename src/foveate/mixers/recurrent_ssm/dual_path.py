@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import Mixer
-from foveate.mixers.recurrent_ssm.scans import BidirectionalMamba
+from foveate.mixers.recurrent_ssm.audio_mamba import BidirectionalMamba
 from foveate.patterns import Layout
 
 

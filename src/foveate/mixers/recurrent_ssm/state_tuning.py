@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from foveate.catalogue.registry import register
 from foveate.mixers.recurrent import Inputs
-from foveate.mixers.recurrent_ssm.rwkv import RWKV7
+from foveate.mixers.recurrent_ssm.rwkv7 import RWKV7
 from foveate.mixers.stateful import Lengths
 from foveate.recurrence import Recurrent, recur
 

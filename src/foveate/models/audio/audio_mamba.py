@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.catalogue.tiers import Preset, model
-from foveate.mixers.recurrent_ssm.scans import BidirectionalMamba, insert_middle
+from foveate.mixers.recurrent_ssm.audio_mamba import BidirectionalMamba, insert_middle
 from foveate.models.blocks.patch_classifier import PatchEmbedding, ResidualMixers, as_tokens
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import rms_norm
 
 from foveate.catalogue.tiers import Preset, model
 from foveate.mixers.base import StepOutput
-from foveate.mixers.linear.decayed import TransNormerLLM
+from foveate.mixers.linear.transnormer_llm import TransNormerLLM
 from foveate.mixers.recurrent import RecurrentState
 
 

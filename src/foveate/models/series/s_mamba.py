@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from foveate.catalogue.tiers import model
-from foveate.mixers.recurrent_ssm.scans import SMamba
+from foveate.mixers.recurrent_ssm.s_mamba import SMamba
 
 
 class SMambaLayer(nn.Module):

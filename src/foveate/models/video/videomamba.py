@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from foveate.catalogue.tiers import model
-from foveate.mixers.recurrent_ssm.scans import VideoMamba
+from foveate.mixers.recurrent_ssm.videomamba import VideoMamba
 from foveate.models.blocks.patch_classifier import PatchEmbedding, ResidualMixers, as_tokens
 
 

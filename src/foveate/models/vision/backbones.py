@@ -11,9 +11,9 @@ from foveate.catalogue.tiers import Preset, model
 from foveate.layers.local_conv import LocalConv
 from foveate.mixers.base import split_heads
 from foveate.mixers.exact_io.grid_windows import FlashWindowAttention
-from foveate.mixers.linear.additive import EfficientAdditiveAttention
-from foveate.mixers.linear.grid_linear import RankAugmentedLinearAttention
-from foveate.mixers.linear.relu_linear import L2ViTAttention, LocalConcentration
+from foveate.mixers.linear.efficient_additive_attention import EfficientAdditiveAttention
+from foveate.mixers.linear.l2vit_attention import L2ViTAttention, LocalConcentration
+from foveate.mixers.linear.rala import RankAugmentedLinearAttention
 from foveate.models.vision.pyramid import (
     Block,
     ConvEncoder,

@@ -8,7 +8,7 @@ from torch import nn
 
 from foveate.catalogue.tiers import Preset, model
 from foveate.mixers.recurrent_ssm.mamba import SelectiveScan
-from foveate.mixers.recurrent_ssm.scans import VMamba
+from foveate.mixers.recurrent_ssm.vmamba import VMamba
 from foveate.models.vision.pyramid import Block, ConvMlp, PixelNorm, Pyramid, Residual, half
 
 

@@ -1,67 +1,20 @@
-"""Linear attention over whole images, with rotary positions, a local convolution of the values and a gate."""
+"""MALA: linear attention whose weights depend on the magnitude of the query."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.catalogue.registry import register
-from foveate.layers.grid_rotary import rotate_on
-from foveate.layers.local_conv import LocalConv
-from foveate.layers.masked_ops import TINY, count, hide, softmax_over_tokens
+from foveate.layers.masked_ops import TINY, hide
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
-from foveate.mixers.linear.linear import elu_plus_one
+from foveate.mixers.base import StepOutput, join_heads
+from foveate.mixers.linear.gated_grid import GatedGridMixer
 from foveate.patterns import Grid, Layout
 from foveate.precision import accum_dtype, to_accum
 from foveate.recurrence import recur
-
-
-class GatedGridMixer(Mixer):
-    """out = W (attention(q, k, v) + convolution(v)) * gate(x), on images and on sequences.
-
-    ``rotary`` is the base of rotary positions, None for none; ``local`` the width of the convolution ("LePE") and
-    ``axes`` the number of axes it spans. A sequence is an image of one row.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *,
-        rotary: float | None = 10_000.0,
-        local: int = 5,
-        axes: int = 2,
-        causal: bool = False,
-    ) -> None:
-        super().__init__(dim, causal=causal)
-        self.heads, self.head_dim, self.rotary = heads, divided(dim, heads), rotary
-        self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.to_gate = nn.Linear(dim, dim)
-        self.to_out = nn.Linear(dim, dim)
-        self.local: nn.Module = ShortConv(dim, local) if causal else LocalConv(dim, local, axes=axes)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, key_mask: Tensor | None) -> Tensor:
-        """Heads out (B, H, N, D) of positive features q and k, in float32 at least, and values v."""
-        raise NotImplementedError
-
-    def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
-        q, k, v = self.features(x)
-        k, v = hide(k, padding), hide(v, padding)
-        out = self.attention(q, k, v, layout, padding)
-        return self.read_out(x, out, self.local(join_heads(v), layout))
-
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, 1)
-        return elu_plus_one(to_accum(q)), elu_plus_one(to_accum(k)), v
-
-    def read_out(self, x: Tensor, heads: Tensor, detail: Tensor) -> Tensor:
-        return self.to_out((join_heads(heads).to(x.dtype) + detail) * self.to_gate(x))
-
-    def turn(self, x: Tensor, layout: Layout | None, first: int = 0) -> Tensor:
-        return x if self.rotary is None else rotate_on(x, layout, self.rotary, first=first)
 
 
 class Sums(NamedTuple):
@@ -154,43 +107,3 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
     def state_bytes(self, n: int) -> int:
         state = self.init_state(1)
         return sum(part.numel() * part.element_size() for part in (*state[:3], state.tail))
-
-
-@register(
-    "rala",
-    papers=("RALA / RAVLT",),
-    formula="o_i = g(x_i) ⊙ φ(q_i)ᵀ Σ_j α_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j α_j φ(k_j), α = N softmax_j(φ̄(q)·φ(k_j) / √d)",
-    supports={"noncausal", "padding", "grid"},
-    notes=(
-        "As in the authors' code a 5 x 5 convolution of the values is added before the gate g, and rotary positions "
-        "turn queries and keys in the products with v, not in the divisor."
-    ),
-)
-class RankAugmentedLinearAttention(GatedGridMixer):
-    """Linear attention whose sum over keys weighs each token by its bearing on the whole, and whose outputs are gated.
-
-    Both raise ranks that plain linear attention keeps low: of the sum of k v^T, where many tokens are alike, and of
-    the outputs, which a gate of the tokens themselves multiplies.
-
-    >>> mixer = RankAugmentedLinearAttention(64, heads=4)
-    >>> mixer(torch.randn(2, 35, 64), layout=Grid(5, 7)).shape
-    torch.Size([2, 35, 64])
-    """
-
-    def __init__(self, dim: int, heads: int = 8, *, causal: bool = False, **options: Any) -> None:
-        super().__init__(dim, heads, causal=causal, **options)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, key_mask: Tensor | None) -> Tensor:
-        number = count(key_mask, k.shape[2])
-        k = k * self.bearing(q, k, key_mask)
-        size = q @ k.sum(2, keepdim=True).transpose(2, 3) / number
-        turned = (self.turn(q, layout), self.turn(k, layout))
-        return recur(*turned, to_accum(v) / number, scale=1.0, causal=False).out / size.clamp_min(TINY)
-
-    def bearing(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """α (B, H, N, 1): how much each key has to do with the mean query, 1 on average."""
-        number = count(key_mask, k.shape[2])
-        mean = hide(q, key_mask).sum(2, keepdim=True) / number
-        scores = k @ mean.transpose(2, 3) * self.head_dim**-0.5
-        shown = None if key_mask is None else key_mask[:, None, :, None]
-        return number * softmax_over_tokens(scores, shown, dim=2)

@@ -1,4 +1,4 @@
-"""Linear attention: a sum of outer products of keys and values, kept or fading at a constant rate."""
+"""Linear attention: a sum of outer products of keys and values, divided by a sum of keys."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad, rms_norm, silu
+from torch import Tensor
+from torch.nn.functional import pad
 
-from foveate.attention import alibi_slopes
 from foveate.catalogue.registry import register
-from foveate.mixers.base import join_heads
 from foveate.mixers.recurrent import Inputs, RecurrentMixer
-from foveate.precision import accum_dtype, to_accum
+from foveate.precision import to_accum
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -73,48 +71,3 @@ def averaged(heads: Tensor) -> Tensor:
     total, weight = heads[..., :-1], heads[..., -1:]
     blind = weight == 0  # no key, or all its features underflowed
     return torch.where(blind, 0, total / torch.where(blind, 1, weight))
-
-
-@register(
-    "lightning_attention_2",
-    papers=("Lightning-Attention-2",),
-    formula="S_t = λ_h S_{t-1} + k_t v_tᵀ, o_t = norm(q_tᵀ S_t) ⊙ u_t",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
-    notes=(
-        "The paper fixes the tiling, a constant decay per head, and a norm instead of a denominator. Around "
-        "it stands the block of TransNormerLLM (2307.14995), on which it was measured: SiLU features, an RMS "
-        "norm without weights over all heads, a linear gate, ALiBi's slopes as decay rates."
-    ),
-)
-class LightningAttention2(RecurrentMixer):
-    """Linear attention in which each head fades at a constant rate of its own, normalised instead of divided.
-
-    ``decay_scale`` multiplies the decay rates; TransNormerLLM lets it fall from 1 in the first layer to 0 in the
-    last.
-
-    >>> mixer = LightningAttention2(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
-
-    def __init__(self, dim: int, heads: int = 8, *, decay_scale: float = 1.0, **options: Any) -> None:
-        super().__init__(dim, heads, **options)
-        if not decay_scale >= 0:
-            raise ValueError(f"decay_scale is a factor on the decay rates, 0 or more; got {decay_scale}")
-        self.decay_scale = decay_scale
-        self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
-
-    def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-        return Inputs(silu(q), silu(k), v, decay=self.decay(x))
-
-    def decay(self, x: Tensor) -> Tensor:
-        """Logarithm of what each head keeps of its state, (H,), in the dtype of x's state."""
-        return -self.decay_scale * alibi_slopes(self.heads, dtype=accum_dtype(x.dtype), device=x.device)
-
-    def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
-        flat = join_heads(heads)
-        return self.to_out(rms_norm(flat, flat.shape[-1:], eps=1e-6) * self.to_gate(x))
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return self.heads, self.head_dim, self.value_dim

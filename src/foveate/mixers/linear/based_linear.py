@@ -1,0 +1,50 @@
+"""Based's linear attention, by the Taylor series of the exponential."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from foveate.catalogue.registry import register
+from foveate.mixers.base import divided
+from foveate.mixers.linear.linear_transformer import LinearTransformer
+from foveate.recurrence.linear.polynomial import polynomial_features
+
+
+def taylor(x: Tensor) -> Tensor:
+    """Features (..., 1 + D + D (D + 1) / 2) of x (..., D) whose products are 1 + s + s^2 / 2, s = x^T y / sqrt(D).
+
+    That is exp(s) to second order, never below 1/2. Products x_i x_j and x_j x_i are one feature.
+
+    >>> x, y = torch.randn(2, 5, 8, dtype=torch.float64).unbind(0)
+    >>> s = (x * y).sum(-1) / 8**0.5
+    >>> torch.allclose((taylor(x) * taylor(y)).sum(-1), 1 + s + s**2 / 2)
+    True
+    """
+    return polynomial_features(x * x.shape[-1] ** -0.25, 1, 1, 0.5)
+
+
+@register(
+    "based_linear",
+    papers=("BASED",),
+    formula="o_i = Σ_j (1 + s_ij + s_ij^2 / 2) v_j / Σ_j (1 + s_ij + s_ij^2 / 2), s_ij = q_iᵀ k_j / √D",
+    supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
+    notes="The linear half of BASED, whose models interleave it with softmax attention in small windows.",
+)
+class BasedLinear(LinearTransformer):
+    """Linear attention with the second-order Taylor series of softmax's exponential.
+
+    ``head_dim`` is small, 16 in the paper, because there are about head_dim^2 / 2 features; ``value_dim`` is
+    dim / heads.
+
+    >>> mixer = BasedLinear(64, heads=4)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    def __init__(
+        self, dim: int, heads: int = 8, *, head_dim: int = 16, value_dim: int | None = None, **options: Any
+    ) -> None:
+        value_dim = value_dim or divided(dim, heads)
+        super().__init__(dim, heads, head_dim=head_dim, value_dim=value_dim, feature_map=taylor, **options)

@@ -1,0 +1,54 @@
+"""RALA: linear attention with weighted keys and gated outputs, of higher rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from foveate.catalogue.registry import register
+from foveate.layers.masked_ops import TINY, count, hide, softmax_over_tokens
+from foveate.mixers.linear.gated_grid import GatedGridMixer
+from foveate.patterns import Layout
+from foveate.precision import to_accum
+from foveate.recurrence import recur
+
+
+@register(
+    "rala",
+    papers=("RALA / RAVLT",),
+    formula="o_i = g(x_i) ⊙ φ(q_i)ᵀ Σ_j α_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j α_j φ(k_j), α = N softmax_j(φ̄(q)·φ(k_j) / √d)",
+    supports={"noncausal", "padding", "grid"},
+    notes=(
+        "As in the authors' code a 5 x 5 convolution of the values is added before the gate g, and rotary positions "
+        "turn queries and keys in the products with v, not in the divisor."
+    ),
+)
+class RankAugmentedLinearAttention(GatedGridMixer):
+    """Linear attention whose sum over keys weighs each token by its bearing on the whole, and whose outputs are gated.
+
+    Both raise ranks that plain linear attention keeps low: of the sum of k v^T, where many tokens are alike, and of
+    the outputs, which a gate of the tokens themselves multiplies.
+
+    >>> mixer = RankAugmentedLinearAttention(64, heads=4)
+    >>> mixer(torch.randn(2, 35, 64), layout=Grid(5, 7)).shape
+    torch.Size([2, 35, 64])
+    """
+
+    def __init__(self, dim: int, heads: int = 8, *, causal: bool = False, **options: Any) -> None:
+        super().__init__(dim, heads, causal=causal, **options)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, key_mask: Tensor | None) -> Tensor:
+        number = count(key_mask, k.shape[2])
+        k = k * self.bearing(q, k, key_mask)
+        size = q @ k.sum(2, keepdim=True).transpose(2, 3) / number
+        turned = (self.turn(q, layout), self.turn(k, layout))
+        return recur(*turned, to_accum(v) / number, scale=1.0, causal=False).out / size.clamp_min(TINY)
+
+    def bearing(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """α (B, H, N, 1): how much each key has to do with the mean query, 1 on average."""
+        number = count(key_mask, k.shape[2])
+        mean = hide(q, key_mask).sum(2, keepdim=True) / number
+        scores = k @ mean.transpose(2, 3) * self.head_dim**-0.5
+        shown = None if key_mask is None else key_mask[:, None, :, None]
+        return number * softmax_over_tokens(scores, shown, dim=2)

@@ -1,0 +1,69 @@
+"""Retention (RetNet): linear attention with a constant decay per head and rotary positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, silu
+
+from foveate.catalogue.registry import Reference, register
+from foveate.layers.rotary import rotate
+from foveate.mixers.base import divided, join_heads
+from foveate.mixers.linear.positions import Placed
+from foveate.mixers.recurrent import Inputs
+
+
+@register(
+    "retention",
+    papers=None,
+    reference=Reference(
+        "Sun, Dong, Huang, Ma, Xia, Xue, Wang, Wei",
+        "Retentive Network: A Successor to Transformer for Large Language Models",
+        "2307.08621",
+    ),
+    family="linear",
+    formula="o_n = GN(Σ_{m≤n} γ_h^(n-m) (q_n e^{inθ}) (k_m e^{imθ})^† v_m) ⊙ silu(W_G x_n), γ_h = 1 - 2^(-5-h)",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
+    notes="The norm takes the place of the paper's three normalisations, which it undoes up to its epsilon.",
+)
+class Retention(Placed):
+    """Linear attention with rotary positions in which head h forgets 2^(-5-h) of its state at each token.
+
+    Values are twice as wide as keys, as in the paper; each head is normalised, then gated.
+
+    >>> mixer = Retention(64, heads=4)
+    >>> mixer(torch.randn(2, 50, 64)).shape
+    torch.Size([2, 50, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        rotary: float = 10_000.0,
+        **options: Any,
+    ) -> None:
+        head_dim = head_dim or divided(dim, heads)
+        super().__init__(dim, heads, head_dim=head_dim, value_dim=value_dim or 2 * head_dim, **options)
+        self.rotary = rotary
+        self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
+
+    def placed(self, x: Tensor, positions: Tensor) -> Tensor:
+        return rotate(x, positions, self.rotary)
+
+    def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
+        forgotten = 2.0 ** -(5.0 + torch.arange(self.heads, dtype=torch.float64, device=x.device))
+        return Inputs(q, k, v, decay=torch.log1p(-forgotten))
+
+    def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
+        normed = layer_norm(heads, heads.shape[-1:])
+        return self.to_out(join_heads(normed) * silu(self.to_gate(x)))
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.heads, self.head_dim, self.value_dim

@@ -1,0 +1,79 @@
+"""VMamba: an image scanned along rows and columns, forwards and backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from foveate.catalogue.registry import register
+from foveate.layouts.orders import (
+    Order,
+    cross_scan,
+)
+from foveate.mixers.grid import require_grid
+from foveate.mixers.recurrent_ssm.mamba import SelectiveScan
+from foveate.mixers.recurrent_ssm.scan_mixer import ScanMixer
+from foveate.patterns import Grid, Layout
+
+
+@register(
+    "vmamba",
+    papers=("VMamba / SS2D",),
+    formula="out = W (norm(Σ_d undo_d(scan_d(order_d(silu(conv2d(u)))))) ⊙ silu(z)), d: rows, columns, reverses",
+    supports={"noncausal", "padding", "grid"},
+    notes="The gated block of the paper's first version; gate=False is that of its later ones.",
+)
+class VMamba(ScanMixer):
+    """SS2D: an image scanned along its rows, its columns, and both backwards, so that every pixel sees all others.
+
+    ``axes`` is 2, or 3 for videos, which are scanned in six directions; ``conv`` is the side of the convolution.
+    ``gate=False`` is the block of the paper's later versions, whose convolution has no bias either.
+
+    >>> mixer = VMamba(64)
+    >>> mixer(torch.randn(2, 42, 64), layout=Grid(6, 7)).shape
+    torch.Size([2, 42, 64])
+    """
+
+    grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(8, 3))
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        axes: int = 2,
+        expand: int = 2,
+        state: int = 16,
+        conv: int = 3,
+        rank: int | None = None,
+        gate: bool = True,
+        causal: bool = False,
+    ) -> None:
+        super().__init__(dim, expand, gate=gate, causal=causal)
+        if axes not in (2, 3):
+            raise ValueError(f"axes is 2 for images or 3 for videos; got {axes}")
+        if conv < 1 or conv % 2 == 0:
+            raise ValueError(f"the convolution has an odd number of pixels a side; got conv={conv}")
+        self.axes = axes
+        rank = rank or -(-dim // 16)
+        self.passes.extend(SelectiveScan(self.inner, state, rank) for _ in range(2 * axes))
+        kind = nn.Conv2d if axes == 2 else nn.Conv3d
+        self.conv = kind(self.inner, self.inner, conv, padding=conv // 2, groups=self.inner, bias=gate)
+        self.norm = nn.LayerNorm(self.inner)
+
+    def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
+        super().check(x, context, layout, padding)
+        require_grid(self.row.name, layout, self.axes)
+
+    def before(self, u: Tensor, layout: Layout) -> Tensor:
+        assert isinstance(layout, Grid)
+        return silu(self.conv(u.mT.unflatten(2, layout.dims))).flatten(2).mT
+
+    def after(self, y: Tensor) -> Tensor:
+        return self.norm(y)
+
+    def orders(self, layout: Layout) -> Sequence[Order]:
+        assert isinstance(layout, Grid)
+        return cross_scan(layout)
