@@ -102,3 +102,36 @@ def test_one_mechanism_is_loaded_without_the_others() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "True False\n"
+
+
+def test_a_mechanism_may_name_a_reference_of_the_table() -> None:
+    found = added("mine", reference="RetNet").row
+    assert (found.papers, found.source.id, found.family) == ((), "2307.08621", "linear")
+    with pytest.raises(ValueError, match="did you mean RetNet"):
+        added("other", reference="RetNett")
+
+
+def test_the_docstring_of_a_mechanism_is_complete() -> None:
+    said = added("mine", papers=("MoBA",), notes="A note.").__doc__ or ""
+    title = "Lu et al., MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189."
+    example = ">>> import torch\n>>> mixer = MoBA(64, heads=4)\n>>> mixer(torch.randn(2, 50, 64)).shape\n"
+    assert said == f"Plain attention.\n\nf\n\n{title}\n\nA note.\n\n{example}torch.Size([2, 50, 64])\n"
+
+
+def test_a_class_with_an_example_keeps_its_own() -> None:
+    @register("mine", formula="f", supports={"causal"}, **OWN)
+    class Mine(AttentionMixer):
+        """Plain attention.
+
+        >>> Mine(8).heads
+        8
+        """
+
+    assert (Mine.__doc__ or "").count(">>>") == 1
+
+
+def test_a_mechanism_supports_what_its_class_usually_does() -> None:
+    class Usual(AttentionMixer):
+        usual_supports = frozenset({"noncausal", "padding"})
+
+    assert register("mine", formula="f", **OWN)(Usual).row.supports == {"noncausal", "padding"}

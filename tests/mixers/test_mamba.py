@@ -12,7 +12,7 @@ from torch.nn.functional import silu, softplus
 from torch.testing import assert_close
 
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.recurrent_ssm import long_mamba
+from foveate.mixers.recurrent_ssm import memmamba
 from foveate.mixers.recurrent_ssm.decimamba import DeciMamba, tokens_to_keep
 from foveate.mixers.recurrent_ssm.mamba import Mamba, SelectiveScan
 from foveate.mixers.recurrent_ssm.mamba2 import Mamba2
@@ -260,7 +260,7 @@ def asked(query: Tensor, notes: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("block", [7, 1024])
 def test_memmamba_reads_pools_of_notes(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(long_mamba, "BLOCK", block)
+    monkeypatch.setattr(memmamba, "BLOCK", block)
     mixer = shaken(MemMamba(DIM, depth=3, every=2, slots=4, width=5, expand=1, state=3))
     x = tokens(30, batch=2)
     for row in range(2):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from foveate.catalogue import papers as tables
 from foveate.catalogue.papers import Paper, Reference, check_family, paper
 
 SERVES: dict[str, Collection[str]] = {"model": ("model", "operator")}  # a model shows the operator published with it
@@ -51,10 +52,18 @@ def add(row: TierRow) -> None:
     ROWS[row.name] = row
 
 
+class Sources(NamedTuple):
+    """Where a row comes from."""
+
+    papers: tuple[Paper, ...]
+    reference: Reference | None
+    family: str
+
+
 def sources(
-    tier: str, name: str, keys: tuple[str, ...] | None, reference: Reference | None, family: str | None
-) -> tuple[tuple[Paper, ...], str]:
-    """The papers of these keys and the family, where keys and reference go together.
+    tier: str, name: str, keys: tuple[str, ...] | None, reference: Reference | str | None, family: str | None
+) -> Sources:
+    """The papers of these keys and their family, or a reference: one with a family, or the key of references.tsv.
 
     Raises ValueError for an unknown key or family, and for a paper of another tier. An operator may be part of
     anything, so that operators may name papers of every tier.
@@ -62,9 +71,12 @@ def sources(
     if isinstance(keys, str):
         raise TypeError(f"papers is a tuple of keys; write papers=({keys!r},) for {name}")
     if keys is None:
+        if isinstance(reference, str):
+            reference, usual = tables.reference(reference)
+            family = family or usual
         if reference is None or family is None:
             raise ValueError(f"{name} names no paper of the catalogue: pass reference=Reference(...) and family=...")
-        return (), check_family(family)
+        return Sources((), reference, check_family(family))
     if not keys:
         raise ValueError(f"{name} names no paper: pass papers=None with a reference and a family")
     if reference is not None or family is not None:
@@ -76,7 +88,7 @@ def sources(
                 f"{name} is registered as {tier}, but {one.key} is kept by a row of tier {one.tier} (`foveate rows "
                 f"{one.key!r}` says what it asks)"
             )
-    return found, found[0].family
+    return Sources(found, None, found[0].family)
 
 
 def _refuse_taken(row: TierRow) -> None:

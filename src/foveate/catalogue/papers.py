@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 PATH = Path(__file__).parent / "papers.tsv"
+OTHERS = Path(__file__).parent / "references.tsv"  # papers that the catalogue need not keep, but mechanisms are from
 TIERS = ("operator", "model", "inference", "recipe", "distributed", "hook", "probe", "doc")
 COLUMNS = ("key", "title", "authors", "id", "tier", "family", "domain", "works_when")
 
@@ -58,9 +59,30 @@ def papers() -> dict[str, Paper]:
     >>> papers()["MoBA"].title
     'MoBA: Mixture of Block Attention for Long-Context LLMs'
     """
-    lines = PATH.read_text(encoding="utf-8").splitlines()
-    table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    return {line["key"]: Paper(**{column: line[column] for column in COLUMNS}) for line in table}
+    return {line["key"]: Paper(**{column: line[column] for column in COLUMNS}) for line in _lines(PATH)}
+
+
+@cache
+def references() -> dict[str, tuple[Reference, str]]:
+    """Papers of mechanisms here that are not the catalogue's, by key, each with its family.
+
+    >>> references()["RetNet"][0].id
+    '2307.08621'
+    """
+    return {
+        line["key"]: (Reference(line["authors"], line["title"], line["id"]), line["family"]) for line in _lines(OTHERS)
+    }
+
+
+def reference(key: str) -> tuple[Reference, str]:
+    """The reference of that key and its family; ValueError for an unknown key, offering the nearest ones."""
+    if key not in references():
+        raise ValueError(f"references.tsv has no key {key!r}{did_you_mean(key, references())}")
+    return references()[key]
+
+
+def _lines(path: Path) -> Iterable[dict[str, str]]:
+    return csv.DictReader(path.read_text(encoding="utf-8").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def paper(key: str) -> Paper:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from foveate.catalogue.docstring import docstring
 from foveate.catalogue.namespace import ROWS, TierRow, sources
 from foveate.catalogue.namespace import add as add_row
 from foveate.catalogue.papers import Paper, Reference
@@ -56,10 +57,10 @@ class Row(TierRow):
 def register(
     name: str,
     *,
-    papers: tuple[str, ...] | None,
     formula: str,
-    supports: set[Feature],
-    reference: Reference | None = None,
+    papers: tuple[str, ...] | None = None,
+    supports: set[Feature] | None = None,
+    reference: Reference | str | None = None,
     family: str | None = None,
     core: Callable[..., Core] | None = None,
     notes: str = "",
@@ -71,25 +72,28 @@ def register(
         papers: keys of the papers that it keeps (``foveate rows`` lists them), the one it is named after first: its
             family is the mechanism's. None for a mechanism whose paper the catalogue does not have, which says
             instead
-        reference: authors, title and id, and
+        reference: a key of references.tsv, or authors, title and id and
         family: one of the catalogue's.
         formula: what it computes, in a line.
-        supports: what it claims, and `check_mixer` then tries.
+        supports: what it claims, and `check_mixer` then tries; by default what the class's ``usual_supports`` has.
         core: builds the training-free form, if it has one; by default the class's ``as_core``.
         notes: anything else a user should know.
 
+    The docstring of the class gains the formula, the papers, the notes and, where it has none, an example.
+
     Raises ValueError for an unknown paper, family or feature, and for a name that another class has.
     """
-    found, family = sources("operator", name, papers, reference, family)
-    unknown = set(supports) - set(get_args(Feature))
+    found, cited, family = sources("operator", name, papers, reference, family)
+    unknown = set(supports or ()) - set(get_args(Feature))
     if unknown:
         raise ValueError(f"{name} supports {_listed(unknown)}, which is none of {_listed(get_args(Feature))}")
 
     def add(mixer: type[Mixer]) -> type[Mixer]:
         made = core or getattr(mixer, "as_core", None)
-        row = Row(name, found, family, formula, frozenset(supports), mixer, made, notes=notes, reference=reference)
+        can = frozenset(supports or getattr(mixer, "usual_supports", ()))
+        row = Row(name, found, family, formula, can, mixer, made, notes=notes, reference=cited)
         add_row(row)
-        mixer.row = row
+        mixer.row, mixer.__doc__ = row, docstring(row)
         return mixer
 
     return add

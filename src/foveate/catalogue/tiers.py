@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from foveate.catalogue.namespace import ROWS, TierRow, add, sources
-from foveate.catalogue.papers import Reference
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -318,8 +317,9 @@ def _adding(
     kind: type[FunctionRow], name: str, keys: tuple[str, ...] | None, shared: dict[str, Any], **own: Any
 ) -> Callable[[Made], Made]:
     """A decorator that makes a row of this kind and adds it."""
-    reference: Reference | None = shared.pop("reference", None)
-    papers, family = sources(kind.tier, name, keys, reference, shared.pop("family", None))
+    papers, reference, family = sources(
+        kind.tier, name, keys, shared.pop("reference", None), shared.pop("family", None)
+    )
 
     def added(function: Made) -> Made:
         if not (function.__doc__ or "").strip():

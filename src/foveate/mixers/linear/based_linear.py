@@ -17,6 +17,7 @@ def taylor(x: Tensor) -> Tensor:
 
     That is exp(s) to second order, never below 1/2. Products x_i x_j and x_j x_i are one feature.
 
+    >>> import torch
     >>> x, y = torch.randn(2, 5, 8, dtype=torch.float64).unbind(0)
     >>> s = (x * y).sum(-1) / 8**0.5
     >>> torch.allclose((taylor(x) * taylor(y)).sum(-1), 1 + s + s**2 / 2)
@@ -37,10 +38,6 @@ class BasedLinear(LinearTransformer):
 
     ``head_dim`` is small, 16 in the paper, because there are about head_dim^2 / 2 features; ``value_dim`` is
     dim / heads.
-
-    >>> mixer = BasedLinear(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import split_heads
 from foveate.mixers.linear.deltanet import DeltaNet, unit
@@ -27,13 +27,7 @@ class Steps(Inputs):
 
 @register(
     "delta_product",
-    papers=None,
-    reference=Reference(
-        "Siems, Carstensen, Zela, Hutter, Pontil, Grazzi",
-        "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products",
-        "2502.10297",
-    ),
-    family="linear",
+    reference="DeltaProduct",
     formula="S_t = A_n … A_1 α_t S_{t-1} + …, A_j = I - β_j k_j k_jᵀ: n delta steps a token",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="gated=True is Gated DeltaProduct: the state fades once a token, before its first step.",
@@ -42,10 +36,6 @@ class DeltaProduct(DeltaNet):
     """The delta rule taken ``steps`` times a token, with keys, values and strengths of their own.
 
     A product of two such steps can rotate the state, which one step, a reflection at most, cannot.
-
-    >>> mixer = DeltaProduct(64, heads=4, steps=3)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

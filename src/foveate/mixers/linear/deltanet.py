@@ -28,10 +28,6 @@ class DeltaNet(RecurrentMixer):
     """A state in which each token overwrites what its key recalls, by as much as its writing strength says.
 
     Queries, keys and values pass a short convolution and SiLU; queries and keys have unit length.
-
-    >>> mixer = DeltaNet(64, heads=4, negative=True)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(self, dim: int, heads: int = 8, *, negative: bool = False, conv: int = 4, **options: Any) -> None:

@@ -20,12 +20,7 @@ from foveate.precision import to_accum
     notes="Positions do not matter to it: a layout changes nothing. The model swiftformer is built of it.",
 )
 class EfficientAdditiveAttention(Mixer):
-    """One global query, a weighted sum of the unit queries, multiplies every unit key; no keys meet values.
-
-    >>> mixer = EfficientAdditiveAttention(64)
-    >>> mixer(torch.randn(2, 49, 64)).shape
-    torch.Size([2, 49, 64])
-    """
+    """One global query, a weighted sum of the unit queries, multiplies every unit key; no keys meet values."""
 
     def __init__(self, dim: int, *, causal: bool = False) -> None:
         super().__init__(dim, causal=causal)

@@ -19,12 +19,7 @@ from foveate.precision import to_accum
     notes="Keys keep their length, which decides how far the state moves; unit queries and the rest are DeltaNet's.",
 )
 class EFLA(DeltaNet):
-    """The delta rule followed for a time beta instead of one step: dS/dt = -k k^T S + k v^T, solved exactly.
-
-    >>> mixer = EFLA(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """The delta rule followed for a time beta instead of one step: dS/dt = -k k^T S + k v^T, solved exactly."""
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         return Inputs(unit(q), k, v, beta=exact_strength(self.strength(x).transpose(1, 2), to_accum(k)))

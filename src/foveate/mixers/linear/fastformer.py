@@ -19,12 +19,7 @@ from foveate.precision import to_accum
     notes="Values share the queries' projection and the scores see all heads' channels, as in the paper and its code.",
 )
 class Fastformer(Mixer):
-    """A weighted mean of the queries multiplies the keys, and a weighted mean of those products multiplies the values.
-
-    >>> mixer = Fastformer(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """The weighted mean of the queries multiplies keys, and the weighted mean of these products multiplies values."""
 
     def __init__(self, dim: int, heads: int = 8, *, causal: bool = False) -> None:
         super().__init__(dim, causal=causal)

@@ -26,10 +26,6 @@ class GatedDeltaNet(RecurrentMixer):
     """A state that fades as a whole by a gate, and in which each token overwrites what its key recalls.
 
     Queries, keys and values pass a short convolution; values are twice as wide as keys, as in the paper.
-
-    >>> mixer = GatedDeltaNet(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

@@ -25,10 +25,6 @@ class GLA(RecurrentMixer):
     """Linear attention in which every key channel of the state fades by a gate made of the token.
 
     Keys are half as wide as values, as in the paper; ``rank`` is that of the gate, ``temperature`` its root.
-
-    >>> mixer = GLA(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

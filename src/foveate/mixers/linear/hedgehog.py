@@ -60,10 +60,6 @@ class Hedgehog(LinearTransformer, Placed):
 
     ``rotary`` is the base of rotary positions, turned before the maps, which then see where a token lies: padding
     is then on the right.
-
-    >>> mixer = Hedgehog(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(self, dim: int, heads: int = 8, *, rotary: float | None = None, **options: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.mixers.base import join_heads
 from foveate.mixers.recurrent import Inputs, RecurrentMixer
 from foveate.precision import to_accum
@@ -16,22 +16,13 @@ from foveate.precision import to_accum
 
 @register(
     "hgrn2",
-    papers=None,
-    reference=Reference(
-        "Qin, Yang, Sun, Shen, Li, Sun, Zhong", "HGRN2: Gated Linear RNNs with State Expansion", "2404.07904"
-    ),
-    family="linear",
+    reference="HGRN2",
     formula="S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_tᵀ, f_t = b + (1 - b) σ(W x_t), o_t = silu(q_t)ᵀ S_t",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="lower is b, the least forget gate; the paper learns one per layer, growing with depth from 0.",
 )
 class HGRN2(RecurrentMixer):
-    """A gated linear RNN whose state is expanded: outer products of what each channel forgets with the input.
-
-    >>> mixer = HGRN2(64, heads=4, lower=0.5)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """A gated linear RNN whose state is expanded: outer products of what each channel forgets with the input."""
 
     def __init__(self, dim: int, heads: int = 8, *, lower: float = 0.0, **options: Any) -> None:
         super().__init__(dim, heads, **options)

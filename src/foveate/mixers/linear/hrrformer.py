@@ -52,10 +52,6 @@ class Hrrformer(Mixer):
     """Each token's value, weighted by how well its query finds it in one superposition of all keys and values.
 
     ``inverse`` is how queries are unbound: "exact" or "pseudo", see :func:`unbound`.
-
-    >>> mixer = Hrrformer(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     tiny: ClassVar[dict[str, Any]] = {"inverse": "pseudo"}  # the exact one is too steep near 0 for differences

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.mixers.base import join_heads, split_heads
 from foveate.mixers.linear.deltanet import DeltaNet, unit
 from foveate.mixers.linear.gates import fresh_rates, small_steps
@@ -18,9 +18,7 @@ from foveate.precision import to_accum
 
 @register(
     "kda",
-    papers=None,
-    reference=Reference("Kimi Team", "Kimi Linear: An Expressive, Efficient Attention Architecture", "2510.26692"),
-    family="linear",
+    reference="Kimi Linear",
     formula="S_t = (I - β_t k_t k_tᵀ) Diag(α_t) S_{t-1} + β_t k_t v_tᵀ",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="Kimi Delta Attention, the linear layers of Kimi Linear; its other layers are full attention (MLA).",
@@ -29,10 +27,6 @@ class KDA(DeltaNet):
     """The delta rule on a state of which every key channel fades by a gate of its own.
 
     Decays and the output's sigmoid gate come out of ``rank`` channels (by default as many as a head has).
-
-    >>> mixer = KDA(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(self, dim: int, heads: int = 8, *, rank: int | None = None, **options: Any) -> None:

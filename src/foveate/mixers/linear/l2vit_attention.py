@@ -46,11 +46,6 @@ class L2ViTAttention(ReluMixer):
 
     ``concentrate=False`` leaves out the convolutions, ``least`` is the bound on the divisor. τ is learned, one per
     head.
-
-    >>> from foveate import Grid
-    >>> mixer = L2ViTAttention(64, heads=4)
-    >>> mixer(torch.randn(2, 35, 64), layout=Grid(5, 7)).shape
-    torch.Size([2, 35, 64])
     """
 
     def __init__(

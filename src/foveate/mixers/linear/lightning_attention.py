@@ -30,10 +30,6 @@ class LightningAttention2(RecurrentMixer):
 
     ``decay_scale`` multiplies the decay rates; TransNormerLLM lets it fall from 1 in the first layer to 0 in the
     last.
-
-    >>> mixer = LightningAttention2(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(self, dim: int, heads: int = 8, *, decay_scale: float = 1.0, **options: Any) -> None:
@@ -67,9 +63,4 @@ class LightningAttention2(RecurrentMixer):
     notes="The block is TNL's. Its attention is that of Lightning Attention-2, and so is the code.",
 )
 class LightningAttention(LightningAttention2):
-    """TNL's token mixer: linear attention with a constant decay per head and layer, RMS norm and a gate.
-
-    >>> mixer = LightningAttention(64, heads=4, decay_scale=0.5)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """TNL's token mixer: linear attention with a constant decay per head and layer, RMS norm and a gate."""

@@ -33,10 +33,6 @@ class LinearTransformer(RecurrentMixer):
     """Attention whose weights are inner products of positive features, so that sums over keys become a state.
 
     ``feature_map`` turns queries and keys (..., D) into positive features (..., F).
-
-    >>> mixer = LinearTransformer(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

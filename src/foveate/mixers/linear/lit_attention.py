@@ -22,13 +22,7 @@ from foveate.patterns import Layout
     notes="The recipe lit puts it into a trained diffusion transformer, which keeps all other weights.",
 )
 class LiTAttention(ReluMixer):
-    """ReLU linear attention with few, wide heads, and a 5 x 5 depthwise convolution of the values beside it.
-
-    >>> from foveate import Grid
-    >>> mixer = LiTAttention(64, heads=2)
-    >>> mixer(torch.randn(2, 35, 64), layout=Grid(5, 7)).shape
-    torch.Size([2, 35, 64])
-    """
+    """ReLU linear attention with few, wide heads, and a 5 x 5 depthwise convolution of the values beside it."""
 
     tiny: ClassVar[dict[str, Any]] = {"heads": 2}
 

@@ -44,10 +44,6 @@ class MagnitudeAwareLinearAttention(GatedGridMixer):
     Divided by their sum, linear weights forget how long the query is. Scaled and shifted instead, they still sum to
     1, and their spread grows with it; they may be negative.
 
-    >>> mixer = MagnitudeAwareLinearAttention(64, heads=4)
-    >>> mixer(torch.randn(2, 35, 64), layout=Grid(5, 7)).shape
-    torch.Size([2, 35, 64])
-
     On sequences it may be causal, and decodes with a state of fixed size. A grid has no causal form.
     """
 

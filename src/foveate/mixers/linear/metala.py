@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, logsigmoid, silu
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput, divided, join_heads
 from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState
@@ -16,13 +16,7 @@ from foveate.recurrence import Recurrent
 
 @register(
     "metala",
-    papers=None,
-    reference=Reference(
-        "Chou, Yao, Wang, Pan, Zhu, Zhong, Qiao, Wu, Xu, Li",
-        "MetaLA: Unified Optimal Linear Approximation to Softmax Attention Map",
-        "2411.10741",
-    ),
-    family="linear",
+    reference="MetaLA",
     formula="S_t = Diag(α_t) S_{t-1} + k_t v_tᵀ, k_t = 1 - α_t, o_t = q_tᵀ S_t + σ(q_tᵀ(w ⊙ k_t) v_t)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
@@ -35,10 +29,6 @@ class MetaLA(RecurrentMixer):
     """Linear attention without keys: the decay alone says what is taken in, and a token may stress itself.
 
     Tokens pass one short convolution; keys are half as wide as values, as in the paper.
-
-    >>> mixer = MetaLA(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, logsigmoid, pad
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState
 from foveate.precision import accum_dtype, to_accum
@@ -19,13 +19,7 @@ LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gr
 
 @register(
     "mlstm",
-    papers=None,
-    reference=Reference(
-        "Beck, Pöppel, Spanring, Auer, Prudnikova, Kopp, Klambauer, Brandstetter, Hochreiter",
-        "xLSTM: Extended Long Short-Term RecurrentState",
-        "2405.04517",
-    ),
-    family="linear",
+    reference="xLSTM",
     formula="C_t = f_t C_{t-1} + e^i_t k_t v_tᵀ, n_t = f_t n_{t-1} + e^i_t k_t, h_t = q_tᵀ C_t / max(|q_tᵀ n_t|, 1)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
@@ -37,10 +31,6 @@ class MLSTM(RecurrentMixer):
     """A matrix memory with a forget gate and an exponential input gate per head, read out relative to its normaliser.
 
     Inputs and state are held in units of exp(m_t), m_t = max(log f_t + m_{t-1}, i_t), the paper's stabiliser.
-
-    >>> mixer = MLSTM(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(self, dim: int, heads: int = 8, **options: Any) -> None:

@@ -29,10 +29,6 @@ class RankAugmentedLinearAttention(GatedGridMixer):
 
     Both raise ranks that plain linear attention keeps low: of the sum of k v^T, where many tokens are alike, and of
     the outputs, which a gate of the tokens themselves multiplies.
-
-    >>> mixer = RankAugmentedLinearAttention(64, heads=4)
-    >>> mixer(torch.randn(2, 35, 64), layout=Grid(5, 7)).shape
-    torch.Size([2, 35, 64])
     """
 
     def __init__(self, dim: int, heads: int = 8, *, causal: bool = False, **options: Any) -> None:

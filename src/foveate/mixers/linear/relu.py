@@ -18,6 +18,7 @@ def relu_attention(q: Tensor, k: Tensor, v: Tensor, *, least: float) -> Tensor:
     q (B, H, N, D), k (B, H, M, D), v (B, H, M, Dv); out (B, H, N, Dv) in v's dtype. Sums are float32 at least, so
     that half precision does not overflow however many tokens there are.
 
+    >>> import torch
     >>> q, k, v = torch.randn(3, 1, 2, 35, 8).unbind(0)
     >>> weights = q.relu() @ k.relu().transpose(2, 3)
     >>> expected = weights @ v / weights.sum(-1, keepdim=True).clamp_min(100)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import divided, join_heads
 from foveate.mixers.linear.positions import Placed
@@ -17,13 +17,7 @@ from foveate.mixers.recurrent import Inputs
 
 @register(
     "retention",
-    papers=None,
-    reference=Reference(
-        "Sun, Dong, Huang, Ma, Xia, Xue, Wang, Wei",
-        "Retentive Network: A Successor to Transformer for Large Language Models",
-        "2307.08621",
-    ),
-    family="linear",
+    reference="RetNet",
     formula="o_n = GN(Σ_{m≤n} γ_h^(n-m) (q_n e^{inθ}) (k_m e^{imθ})^† v_m) ⊙ silu(W_G x_n), γ_h = 1 - 2^(-5-h)",
     supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="The norm takes the place of the paper's three normalisations, which it undoes up to its epsilon.",
@@ -32,10 +26,6 @@ class Retention(Placed):
     """Linear attention with rotary positions in which head h forgets 2^(-5-h) of its state at each token.
 
     Values are twice as wide as keys, as in the paper; each head is normalised, then gated.
-
-    >>> mixer = Retention(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

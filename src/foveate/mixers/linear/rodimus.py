@@ -32,10 +32,6 @@ class Rodimus(RecurrentMixer):
     """Linear attention with tempered selection: one gate fades the state and, tempered alike, lets the token in.
 
     Tokens are widened ``expand`` times; each of the ``heads`` (one, in the paper) has ``memory`` key channels.
-
-    >>> mixer = Rodimus(64, memory=32)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

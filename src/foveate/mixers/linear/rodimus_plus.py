@@ -33,13 +33,7 @@ class PlusState(NamedTuple):
     ),
 )
 class RodimusPlus(Mixer):
-    """Rodimus for all of the past, then shared-key attention to the last ``window`` tokens, at constant memory.
-
-    >>> import torch
-    >>> mixer = RodimusPlus(64, heads=4, window=16)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """Rodimus for all of the past, then shared-key attention to the last ``window`` tokens, at constant memory."""
 
     tiny: ClassVar[dict[str, Any]] = {"window": 6, "memory": 8}
 

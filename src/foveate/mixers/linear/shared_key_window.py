@@ -20,13 +20,7 @@ from foveate.mixers.core import PatternCore
     notes="SW-SKA, the attention of Rodimus+. Unlike multi-query attention it keeps a value for each head.",
 )
 class SharedKeyWindow(AttentionMixer):
-    """Sliding-window attention in which all heads share one key and each has its own value.
-
-    >>> import torch
-    >>> mixer = SharedKeyWindow(64, heads=4, window=16)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """Sliding-window attention in which all heads share one key and each has its own value."""
 
     tiny: ClassVar[dict[str, Any]] = {"window": 6}
 

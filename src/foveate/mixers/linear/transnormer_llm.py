@@ -26,12 +26,7 @@ from foveate.precision import to_accum
     ),
 )
 class TransNormerLLM(LightningAttention2, Placed):
-    """Linear attention with a constant decay per head and LRPE, a rotation of each channel by a learned angle.
-
-    >>> mixer = TransNormerLLM(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """Linear attention with a constant decay per head and LRPE, a rotation of each channel by a learned angle."""
 
     def __init__(self, dim: int, heads: int = 8, *, lrpe: bool = True, **options: Any) -> None:
         super().__init__(dim, heads, **options)

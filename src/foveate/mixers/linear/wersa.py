@@ -88,10 +88,6 @@ class WERSA(Mixer):
 
     ``levels`` is the number of scales halved, ``features`` that of random features. The bandwidth of the kernel is
     learned; it starts at that of softmax attention.
-
-    >>> mixer = WERSA(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     planes: Tensor

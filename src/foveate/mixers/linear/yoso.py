@@ -146,10 +146,6 @@ class YOSO(Mixer):
     ``hashes`` is m, ``bits`` τ; ``form="expectation"`` weighs by the chance of a collision instead. While training,
     hashes are drawn afresh in every call; in evaluation those drawn at first are kept. Gradients are the published
     estimates: the weights are steps, with no gradient of their own.
-
-    >>> mixer = YOSO(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     exempt: ClassVar[dict[str, str]] = {

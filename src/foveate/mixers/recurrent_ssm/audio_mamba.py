@@ -31,10 +31,6 @@ class BidirectionalMamba(ScanMixer):
     """A gated block around one scan forwards and one backwards, each with its own convolution and parameters.
 
     A class token belongs in the middle, where neither scan has forgotten much: see :func:`insert_middle`.
-
-    >>> mixer = BidirectionalMamba(64)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

@@ -60,11 +60,6 @@ class DualPathMamba(Mixer):
     """Bidirectional Mamba inside chunks of ``chunk`` tokens, then across chunks for each place in them.
 
     Both passes are residual blocks behind an RMS norm; returned is what they add to x.
-
-    >>> import torch
-    >>> mixer = DualPathMamba(64, chunk=16)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     tiny: ClassVar[dict[str, Any]] = {"chunk": 8, "expand": 1, "state": 4}

@@ -39,10 +39,6 @@ class H3(StatefulMixer):
     Heads have ``head_dim`` channels; ``shift`` is how many keys the shift holds, ``state`` the real numbers kept
     for each product of a key's and a value's channel. ``chunk`` bounds the tokens of one transform, the state
     passing on; None takes in all at once.
-
-    >>> mixer = H3(64)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     exempt: ClassVar[dict[str, str]] = {"causal gradients": ROUNDED}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput
 from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
@@ -157,9 +157,7 @@ class Branch(nn.Module):
 
 @register(
     "mamba",
-    papers=None,
-    reference=Reference("Gu, Dao", "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752"),
-    family="recurrent-ssm",
+    reference="Mamba",
     formula="h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_tᵀ h_t + D u_t, out = W (y ⊙ silu(z))",
     supports={"causal", "padding", "packed", "decode"},
     notes="Padding lies at the ends of a sequence: inside it, the short convolution would read it as zeros.",
@@ -169,10 +167,6 @@ class Mamba(StatefulMixer):
 
     ``expand`` times the width is scanned with ``state`` numbers a channel, after a convolution over ``conv``
     tokens; ``rank`` is that of the step sizes (1/16 of the width by default).
-
-    >>> mixer = Mamba(64)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

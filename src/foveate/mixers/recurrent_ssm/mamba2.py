@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu, softplus
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
 from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
@@ -35,13 +35,7 @@ class SSDInputs(NamedTuple):
 
 @register(
     "mamba2",
-    papers=None,
-    reference=Reference(
-        "Dao, Gu",
-        "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
-        "2405.21060",
-    ),
-    family="recurrent-ssm",
+    reference="Mamba-2",
     formula="h_t = exp(-a Δ_t) h_{t-1} + B_t (Δ_t x_t)ᵀ, y_t = h_tᵀ C_t + D x_t, out = W rms(y ⊙ silu(z))",
     supports={"causal", "padding", "packed", "decode"},
     notes="Padding lies at the ends of a sequence: inside it, the short convolution would read it as zeros.",
@@ -52,10 +46,6 @@ class Mamba2(StatefulMixer):
     ``expand`` times the width is split into ``heads`` of values; ``groups`` of keys and queries with ``state``
     channels are shared among them, and the norm takes each group on its own. ``conv`` is the width of the causal
     convolution before.
-
-    >>> mixer = Mamba2(64, heads=4, state=16)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(

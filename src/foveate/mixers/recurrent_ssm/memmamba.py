@@ -129,10 +129,6 @@ class MemMamba(StatefulMixer):
     Tokens whose importance exceeds ``threshold`` leave a note of ``width`` numbers. A token reads the pool of its
     layer where the one before feared to forget, and in every ``every``-th layer those of all layers up to there.
     Returned is what all ``depth`` layers add to x.
-
-    >>> mixer = MemMamba(64, depth=2, slots=8)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     tiny: ClassVar[dict[str, Any]] = {"slots": 5, "width": 7, "expand": 1, "state": 4}

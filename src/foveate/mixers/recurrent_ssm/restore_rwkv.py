@@ -63,10 +63,6 @@ class RestoreRWKV(Mixer):
     """Averages over all pixels by weights that fade with the distance along the rows, then along the columns.
 
     ``passes`` is how often values are averaged, by turns along rows and columns; each has rates of its own.
-
-    >>> mixer = RestoreRWKV(64)
-    >>> mixer(torch.randn(2, 42, 64), layout=Grid(6, 7)).shape
-    torch.Size([2, 42, 64])
     """
 
     grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(8, 3))

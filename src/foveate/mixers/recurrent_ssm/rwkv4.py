@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.layers.token_shift import last_of, mixed, previous, ramp
 from foveate.mixers.base import StepOutput
 from foveate.mixers.stateful import Lengths, StatefulMixer
@@ -32,9 +32,7 @@ class RWKV4State(NamedTuple):
 
 @register(
     "rwkv4",
-    papers=None,
-    reference=Reference("Peng et al.", "RWKV: Reinventing RNNs for the Transformer Era", "2305.13048"),
-    family="recurrent-ssm",
+    reference="RWKV-4",
     formula=(
         "wkv_t = (Σ_{i<t} e^(k_i - (t-1-i) w) v_i + e^(u + k_t) v_t) / (the same without v), o_t = W(σ(r_t) ⊙ wkv_t)"
     ),
@@ -45,12 +43,7 @@ class RWKV4State(NamedTuple):
     ),
 )
 class RWKV4(StatefulMixer):
-    """Per-channel averages of all past values, by weights e^k that fade at a rate w, with a bonus u for the present.
-
-    >>> mixer = RWKV4(64)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """Per-channel averages of all past values, by weights e^k that fade at a rate w, with a bonus u for the present."""
 
     def __init__(self, dim: int, *, causal: bool = True) -> None:
         super().__init__(dim, causal=causal)

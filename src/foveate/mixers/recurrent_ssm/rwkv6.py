@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.layers.token_shift import mixed, ramp
 from foveate.mixers.base import split_heads
 from foveate.mixers.recurrent import Inputs
@@ -19,11 +19,7 @@ from foveate.precision import to_accum
 
 @register(
     "rwkv6",
-    papers=None,
-    reference=Reference(
-        "Peng et al.", "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence", "2404.05892"
-    ),
-    family="recurrent-ssm",
+    reference="RWKV-6",
     formula="o_t = r_tᵀ (S_{t-1} + Diag(u) k_t v_tᵀ), S_t = Diag(exp(-exp(d_t))) S_{t-1} + k_t v_tᵀ",
     supports={"causal", "padding", "packed", "decode"},
     notes="The time mixing of RWKV-6 (Finch). Tokens see the one before them: padding lies at the ends of a sequence.",
@@ -32,10 +28,6 @@ class RWKV6(MatrixRWKV):
     """A state that fades by a gate of every channel, read with a bonus for the present token.
 
     How much of the token before it each projection sees, and the decays, come out of low-rank maps of the token.
-
-    >>> mixer = RWKV6(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(self, dim: int, heads: int = 8, *, rank: int = 32, decay_rank: int = 64, **options: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.layers.token_shift import mixed, ramp
 from foveate.mixers.base import join_heads, split_heads
 from foveate.mixers.recurrent import Inputs
@@ -20,9 +20,7 @@ from foveate.precision import to_accum
 
 @register(
     "rwkv7",
-    papers=None,
-    reference=Reference("Peng et al.", 'RWKV-7 "Goose" with Expressive Dynamic State Evolution', "2503.14456"),
-    family="recurrent-ssm",
+    reference="RWKV-7",
     formula="S_t = (Diag(w_t) - (a_t ⊙ κ_t) κ_tᵀ) S_{t-1} + k_t v_tᵀ, o_t = r_tᵀ S_t + (r_t ⊙ u)ᵀ k_t v_tᵀ",
     supports={"causal", "padding", "packed", "decode"},
     notes=(
@@ -31,12 +29,7 @@ from foveate.precision import to_accum
     ),
 )
 class RWKV7(MatrixRWKV):
-    """A state that fades in every channel and from which each token takes out part of what its removal key recalls.
-
-    >>> mixer = RWKV7(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """A state that fades in every channel and from which each token takes out part of what its removal key recalls."""
 
     def __init__(self, dim: int, heads: int = 8, *, rank: int = 64, **options: Any) -> None:
         super().__init__(dim, heads, **options)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.mixers.base import StepOutput
 from foveate.mixers.recurrent_ssm.diagonal import ROUNDED, DiagonalSSM, State
 from foveate.mixers.stateful import Lengths, StatefulMixer
@@ -16,13 +16,7 @@ from foveate.mixers.stateful import Lengths, StatefulMixer
 
 @register(
     "s4d",
-    papers=None,
-    reference=Reference(
-        "Gu, Gupta, Goel, Ré",
-        "On the Parameterization and Initialization of Diagonal State Space Models",
-        "2206.11893",
-    ),
-    family="recurrent-ssm",
+    reference="S4D",
     formula="h_t = exp(Δ A) h_{t-1} + B̄ x_t, y_t = 2 Re(C h_t) + D x_t, out = GLU(W gelu(y))",
     supports={"causal", "padding", "packed", "decode"},
     notes="B is 1, as C stands for both. A starts as in S4D-LegS. Padding lies at the ends of a sequence.",
@@ -32,10 +26,6 @@ class S4D(StatefulMixer):
 
     ``state`` real numbers are kept a channel; ``method`` of discretisation is "zoh" or "bilinear". ``chunk`` bounds
     the tokens of one transform; None takes in all at once.
-
-    >>> mixer = S4D(64)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     exempt: ClassVar[dict[str, str]] = {"causal gradients": ROUNDED}

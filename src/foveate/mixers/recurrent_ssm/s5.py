@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from foveate.catalogue.registry import Reference, register
+from foveate.catalogue.registry import register
 from foveate.mixers.base import StepOutput
 from foveate.mixers.recurrent_ssm.diagonal import Dynamics, State, as_complex, complex_parameter, halved
 from foveate.mixers.stateful import Lengths, StatefulMixer
@@ -16,11 +16,7 @@ from foveate.recurrence.ssm import evolve_shared, hippo_rates
 
 @register(
     "s5",
-    papers=None,
-    reference=Reference(
-        "Smith, Warrington, Linderman", "Simplified State Space Layers for Sequence Modeling", "2208.04933"
-    ),
-    family="recurrent-ssm",
+    reference="S5",
     formula="h_t = exp(Δ A) h_{t-1} + B̄ x_t, y_t = 2 Re(C h_t) + D x_t with one h for all channels, out = g ⊙ σ(W g)",
     supports={"causal", "padding", "packed", "decode"},
     notes="g is gelu(y). A starts as the paper's with one block. Padding lies at the ends of a sequence.",
@@ -29,10 +25,6 @@ class S5(StatefulMixer):
     """One diagonal state space for all channels together, computed by a parallel scan.
 
     ``state`` real numbers are kept in all.
-
-    >>> mixer = S5(64)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(self, dim: int, *, state: int = 64, method: str = "zoh", causal: bool = True) -> None:

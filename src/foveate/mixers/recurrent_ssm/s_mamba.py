@@ -24,12 +24,7 @@ from foveate.patterns import Sequence as Line
     supports={"noncausal", "padding", "packed"},
 )
 class SMamba(Mixer):
-    """Two whole Mamba blocks, one over the tokens and one over them reversed; a token is a variate's whole series.
-
-    >>> mixer = SMamba(64)
-    >>> mixer(torch.randn(2, 21, 64)).shape
-    torch.Size([2, 21, 64])
-    """
+    """Two whole Mamba blocks, one over the tokens and one over them reversed; a token is a variate's whole series."""
 
     def __init__(
         self,

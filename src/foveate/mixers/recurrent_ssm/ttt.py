@@ -122,12 +122,7 @@ class TTTMixer(Mixer):
     notes=NOTES,
 )
 class TTTLinear(TTTMixer):
-    """A state that is a linear map, taught by gradient descent to turn each key into its value.
-
-    >>> mixer = TTTLinear(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
-    """
+    """A state that is a linear map, taught by gradient descent to turn each key into its value."""
 
     @property
     def layers(self) -> list[tuple[int, int]]:
@@ -148,10 +143,6 @@ class TTTMLP(TTTMixer):
     """A state that is a network of two layers, taught by gradient descent to turn each key into its value.
 
     ``expand`` is how many times wider its hidden layer is.
-
-    >>> mixer = TTTMLP(64, heads=4)
-    >>> mixer(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     def __init__(self, dim: int, heads: int = 8, *, expand: int = 4, rate: float = 0.1, **options: Any) -> None:

@@ -33,11 +33,6 @@ class TTTVideo(Mixer):
     ``segment`` is the number of tokens that attend to one another; other options are those of the TTT-MLP, whose
     parameters both directions share. ``attention`` is any mixer of (B, N, C) in the place of attention to
     segments, as in a pretrained model.
-
-    >>> from foveate import Grid
-    >>> mixer = TTTVideo(64, heads=4, segment=20)
-    >>> mixer(torch.randn(2, 60, 64), layout=Grid(3, 4, 5)).shape
-    torch.Size([2, 60, 64])
     """
 
     tiny: ClassVar[dict[str, Any]] = {"segment": 12, "mini_batch": 5}

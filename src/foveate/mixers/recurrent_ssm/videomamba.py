@@ -27,10 +27,6 @@ class VideoMamba(BidirectionalMamba):
     """Scans of a video forwards and backwards, in space and time at once.
 
     ``first`` says which is walked first: "space", frame after frame, or "time", pixel after pixel.
-
-    >>> mixer = VideoMamba(64)
-    >>> mixer(torch.randn(2, 60, 64), layout=Grid(3, 4, 5)).shape
-    torch.Size([2, 60, 64])
     """
 
     grids: ClassVar[tuple[Layout, ...]] = (Grid(3, 4, 3), Grid(2, 5, 7))

@@ -31,10 +31,6 @@ class VMamba(ScanMixer):
 
     ``axes`` is 2, or 3 for videos, which are scanned in six directions; ``conv`` is the side of the convolution.
     ``gate=False`` is the block of the paper's later versions, whose convolution has no bias either.
-
-    >>> mixer = VMamba(64)
-    >>> mixer(torch.randn(2, 42, 64), layout=Grid(6, 7)).shape
-    torch.Size([2, 42, 64])
     """
 
     grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(8, 3))
