@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from benchmarks.contest import RESULTS, write_json
 from foveate import attend, causal
+from foveate.counting import count_operations
 from foveate.lab.measure import machine
 from foveate.mixers.static_sparse.s2_attention import s2_core
+from foveate.models.video.timesformer import timesformer as timesformer_model
 from foveate.patterns import Pattern
 
 FILE = RESULTS / "static_sparse.json"
@@ -66,7 +69,29 @@ def s2_attention(repeats: int) -> list[Case]:
     return cases
 
 
-SECTIONS: dict[str, Callable[[int], list[Case]]] = {"s2_attention": s2_attention}
+def timesformer(repeats: int) -> list[Case]:
+    """One block of 192 channels and 3 heads on clips of 14 x 14 patches, by scheme."""
+    cases = []
+    for frames in (8, 32):
+        videos = torch.randn(1, 3, frames, 224, 224)
+        sizes: dict[str, Any] = {"dim": 192, "depth": 1, "heads": 3, "frames": frames}
+        schemes = ("joint", "local_global", "divided", "axial", "space")
+        models = {name: timesformer_model(10, scheme=name, **sizes).eval() for name in schemes}
+        patches = models["joint"].patches
+        pairs = {}
+        with torch.no_grad():
+            for name, made in models.items():
+                with count_operations() as counted:
+                    made(videos)
+                pairs[name] = counted.pairs
+            runs = {name: partial(made, videos) for name, made in models.items()}
+            seconds = least_seconds({"patches": lambda: patches(videos[0].transpose(0, 1)), **runs}, repeats)  # noqa: B023
+        embedding = seconds.pop("patches")
+        cases.append({"frames": frames, "pairs": pairs, "embedding": embedding, "seconds": seconds})
+    return cases
+
+
+SECTIONS: dict[str, Callable[[int], list[Case]]] = {"s2_attention": s2_attention, "timesformer": timesformer}
 
 
 def main() -> None:
