@@ -54,7 +54,7 @@ class Mixer(nn.Module):
         padding come out as zeros. What stands in padding, even NaN, changes nothing.
         """
         self.check(x, context, layout, padding)
-        if self.one_by_one and (padding is not None or isinstance(layout, Packed)):
+        if self.one_by_one and context is None and (padding is not None or isinstance(layout, Packed)):
             return self._mix_one_by_one(x, layout, padding)
         if padding is None:
             return self.mix(x, context, layout, None)
