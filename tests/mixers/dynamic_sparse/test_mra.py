@@ -11,7 +11,6 @@ from torch import Tensor
 
 from foveate.catalogue.registry import mixer
 
-KEY = "MRA attention (MRA-2 / MRA-2-s)"
 DIM, HEADS, GROUPS, WIDTH, BLOCK = 24, 4, 2, 6, 5
 
 
@@ -67,8 +66,8 @@ def formula(made: torch.nn.Module, x: Tensor, *how: int) -> Tensor:
     return torch.stack(outs) @ made.to_out.weight.T
 
 
-@pytest.mark.paper(KEY, "definition")
-@pytest.mark.paper(KEY, "works_when")
+@pytest.mark.paper("MRA attention (MRA-2 / MRA-2-s)", "definition")
+@pytest.mark.paper("MRA attention (MRA-2 / MRA-2-s)", "works_when")
 @pytest.mark.parametrize(
     ("length", "per_row", "sparse", "first", "diagonal", "random"),
     [
@@ -97,14 +96,14 @@ def exact(made: torch.nn.Module, x: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2) @ made.to_out.weight.T
 
 
-@pytest.mark.paper(KEY, "works_when")
+@pytest.mark.paper("MRA attention (MRA-2 / MRA-2-s)", "works_when")
 @pytest.mark.parametrize("sparse", [True, False])
 def test_a_budget_of_all_blocks_is_exact(sparse: bool) -> None:
     made, x = model(per_row=7, sparse=sparse), torch.randn(2, 33, DIM, dtype=torch.float64)
     torch.testing.assert_close(made(x), exact(made, x), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.paper(KEY, "works_when")
+@pytest.mark.paper("MRA attention (MRA-2 / MRA-2-s)", "works_when")
 def test_the_error_falls_with_the_budget_and_is_less_than_without_the_coarse_part() -> None:
     """Neighbours are alike, as tokens are; without that no block is worth more than another."""
     smooth = torch.randn(4, 60 + 4, DIM, dtype=torch.float64).unfold(1, 5, 1).mean(-1) * 5**0.5
@@ -118,7 +117,7 @@ def test_the_error_falls_with_the_budget_and_is_less_than_without_the_coarse_par
     assert all(both < alone for both, alone in zip(errors[False][:-1], errors[True][:-1], strict=True))
 
 
-@pytest.mark.paper(KEY, "works_when")
+@pytest.mark.paper("MRA attention (MRA-2 / MRA-2-s)", "works_when")
 def test_padding_is_as_if_it_were_not_there() -> None:
     made, x = model(per_row=2), torch.randn(2, 33, DIM, dtype=torch.float64)
     real = torch.ones(2, 33, dtype=torch.bool)
