@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.contest import RESULTS, write_json
-from foveate import attend, causal
+from benchmarks.limits import arithmetic
+from benchmarks.peak_memory import measured
+from foveate import attend, block_mask, causal, full
 from foveate.lab.measure import machine
 from foveate.mixers.head_sharing.mixture import queries_asked
 
@@ -62,7 +64,49 @@ def _trained(run: Callable[[], Tensor]) -> None:
     run().sum().backward()
 
 
-MEASUREMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {"mixture_of_heads": mixture_of_heads}
+def flash_attention() -> list[dict[str, Any]]:
+    """FlashAttention: peak memory by length, and time by the share of blocks that a mask shows, forward + backward."""
+    cases: list[dict[str, Any]] = []
+    for impl, longest in (("native", 2**15), ("sdpa", 2**15), ("tiles", 2**15), ("reference", 2**12)):
+        for tokens in (2**power for power in range(11, longest.bit_length())):
+            cases.append({"task": "memory", "impl": impl, "tokens": tokens, "bytes": measured(impl, tokens)})
+    tokens, block = 4096, 64
+    qkv = [torch.randn(1, 2, tokens, 64, requires_grad=True) for _ in range(3)]
+    for impl in ("native", "tiles"):
+        for share in (1.0, 0.5, 0.25, 0.125):
+            pattern = block_mask(torch.rand(1, 1, tokens // block, tokens // block) < share, block)
+            run = partial(attend, *qkv, pattern, impl=impl)
+            with torch.no_grad():
+                forward = least_seconds({"forward": run}, 5)
+            seconds = forward | least_seconds({"forward + backward": partial(_trained, run)}, 3)
+            cases.append({"task": "time", "impl": impl, "tokens": tokens, "share": share, "seconds": seconds})
+    return cases
+
+
+def flash_attention_2() -> list[dict[str, Any]]:
+    """FlashAttention-2: operations per second of one thread beside the multiply-adds that it reaches at best."""
+    cases: list[dict[str, Any]] = []
+    for dim in (64, 128, 256):
+        for pattern in (full, causal):
+            qkv = [torch.randn(1, 4, 2048, dim, requires_grad=True) for _ in range(3)]
+            run = partial(attend, *qkv, pattern, impl="native")
+            with torch.no_grad():
+                forward = least_seconds({"forward": run}, 7)["forward"]
+            both = least_seconds({"both": partial(_trained, run)}, 5)["both"]
+            pairs = 4 * 2048 * (2049 / 2 if pattern is causal else 2048)
+            limit = arithmetic(1)["float32"]
+            for task, products, seconds in (("forward", 2, forward), ("forward + backward", 7, both)):
+                rate = 2 * dim * products * pairs / seconds
+                case = {"task": task, "dim": dim, "pattern": str(pattern), "seconds": seconds}
+                cases.append(case | {"operations_per_second": rate, "limit": limit, "of_limit": rate / limit})
+    return cases
+
+
+MEASUREMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "flash_attention": flash_attention,
+    "flash_attention_2": flash_attention_2,
+    "mixture_of_heads": mixture_of_heads,
+}
 
 
 def main() -> None:

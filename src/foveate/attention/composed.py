@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,11 +80,14 @@ def attend_composed(
     rows = []
     for first in range(0, call.num_queries, chunk):
         part = slice(first, first + chunk)
-        compositions = (_of_queries(composition, part) for composition in (before, after))
-        inputs = (call.q[:, :, part], mask[:, :, part], call.k, call.v, *compositions, call.scale)
-        grad = torch.is_grad_enabled()
-        rows.append(checkpoint(_rows, *inputs, use_reentrant=False) if grad else _rows(*inputs))
+        some, seen = call.q[:, :, part], mask[:, :, part]
+        compositions = _of_queries(before, part), _of_queries(after, part)
+        rows.append(_recomputed(some, seen, call.k, call.v, *compositions, call.scale))
     return torch.cat(rows, dim=2)
+
+
+def _recomputed(*inputs: Any) -> Tensor:
+    return checkpoint(_rows, *inputs, use_reentrant=False) if torch.is_grad_enabled() else _rows(*inputs)
 
 
 def _check(name: str, composition: Composition, q: Tensor, k: Tensor) -> None:

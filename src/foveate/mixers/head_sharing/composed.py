@@ -68,7 +68,8 @@ class DynamicallyComposedAttention(AttentionMixer):
 
     def _side(self, flat: Tensor) -> Factors:
         read, write, gate = flat.split([self.rank * self.heads, self.rank * self.heads, self.heads], dim=-1)
-        return Factors(*(part.unflatten(-1, (self.rank, self.heads)) for part in (read, write)), gate)
+        by_rank = (self.rank, self.heads)
+        return Factors(read.unflatten(-1, by_rank), write.unflatten(-1, by_rank), gate)
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         q, k, v = self.project(x, x)

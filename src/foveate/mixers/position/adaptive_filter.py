@@ -74,6 +74,7 @@ class AdaptiveFilterAttention(Mixer):
         half = self.head_dim // 2
         rotary = 10_000.0 ** (-torch.arange(half) / half)
         self.turns = nn.Parameter(torch.randn(heads, half)) if learn_turns else None
+        self.rotary: Tensor
         self.register_buffer("rotary", rotary.expand(heads, half).clone(), persistent=False)
 
     def noise(self) -> Noise:
