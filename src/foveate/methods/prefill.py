@@ -1,0 +1,122 @@
+"""Methods that make prompts sparse: the tokens that are then written attend to everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from foveate.catalogue.contracts import Method
+from foveate.catalogue.tiers import method
+from foveate.methods.core import CoreMethod
+from foveate.mixers.core import Core, PatternCore
+from foveate.patterns import Pattern, full, sinks, window
+from foveate.patterns.rules.hierarchical import halved_ranges
+from foveate.patterns.rules.stripes import sampled_columns, stripes
+
+if TYPE_CHECKING:
+    from foveate.adapt.hf.layers import Layers
+
+FOR_PROMPTS = "it is for prompts: a token that is written attends to everything"
+AHEAD = "it chooses for many queries of a prompt at once, the last among them"
+
+
+@dataclass(frozen=True)
+class PromptCore:
+    """A core for several queries at a time; a query alone is one that is being written, and attends exactly.
+
+    >>> import torch
+    >>> from foveate import causal, window
+    >>> q = k = v = torch.randn(1, 2, 9, 4)
+    >>> core = PromptCore(PatternCore(window(1)))
+    >>> bool((core(q[:, :, -1:], k, v, within=causal) == core(q, k, v, within=causal)[:, :, -1:]).all())
+    False
+    """
+
+    prompt: Core
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.prompt.pattern
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Any) -> Tensor:
+        core = PatternCore() if q.shape[2] == 1 else self.prompt
+        return core(q, k, v, within=within, **options)
+
+
+def for_prompts(pattern: Pattern, layers: Layers | None = None) -> Method:
+    """The method that lets prompts see a pattern alone."""
+    return CoreMethod(PromptCore(PatternCore(pattern)), layers)
+
+
+@method(
+    "sample_attention",
+    papers=("SampleAttention",),
+    tiny={"mass": 0.5, "rows": 0.2, "width": 0.1},
+    full_budget={"mass": 1.0},
+    exempt={"decoding": FOR_PROMPTS, "causality": AHEAD},
+)
+def sample_attention(
+    mass: float = 0.95, rows: float = 0.05, width: float = 0.08, layers: Layers | None = None
+) -> Method:
+    """Prompts see a window and the fewest keys to which a sample of queries gives ``mass`` of its attention.
+
+    ``rows`` is the share of queries that are sampled, ``width`` the window as a share of the prompt; each head chooses
+    its keys anew for each prompt. Zhu et al., SampleAttention, arXiv 2406.15486.
+
+    >>> from foveate.methods.prefill import sample_attention
+    >>> sample_attention(mass=0.9).core.pattern
+    sampled_columns(0.9, rows=0.05, width=0.08)
+    """
+    return for_prompts(sampled_columns(mass, rows=rows, width=width), layers)
+
+
+@method(
+    "anchor_attention",
+    papers=("AnchorAttention",),
+    tiny={"theta": 1.0, "block": 3, "step": 2},
+    full_budget={"theta": 1e9},
+    exempt={"decoding": FOR_PROMPTS, "causality": AHEAD},
+)
+def anchor_attention(theta: float = 12.0, block: int = 128, step: int = 16, layers: Layers | None = None) -> Method:
+    """Prompts see their first block, their own neighbourhood, and single keys whose scores come near the best of these.
+
+    ``theta`` is how far a key's logit may lie below the anchor, the mean over a block of queries of their best scores
+    among the first ``block`` keys and the group of ``step`` blocks around them. The authors' code takes it in powers of
+    two, where 12 is 8.3 here. Zhang et al., AnchorAttention, arXiv 2505.23520.
+
+    >>> anchor_attention(theta=8.0).core.pattern
+    stripes(8.0, block=128, step=16)
+    """
+    return for_prompts(stripes(theta, block=block, step=step), layers)
+
+
+@method(
+    "hip_attention",
+    papers=("HiP",),
+    tiny={"keys": 12, "q_block": 4, "k_block": 2, "first_keys": 2, "recent": 3, "dense_layers": 0},
+    full_budget={"keys": 1 << 20},
+    exempt={"decoding": "a block of queries chooses together, a token that is written for itself", "causality": AHEAD},
+)
+def hip_attention(
+    keys: int = 512,
+    q_block: int = 64,
+    k_block: int = 16,
+    first_keys: int = 16,
+    recent: int = 64,
+    dense_layers: int = 3,
+) -> Method:
+    """Prompts and written tokens see ``keys`` keys that a search by halves of ranges finds best, in O(T log T).
+
+    Blocks of ``q_block`` queries choose blocks of ``k_block`` keys; the first keys and the recent ones are always seen,
+    and the first ``dense_layers`` of the model stay as they are. Sizes other than ``keys`` are Foveate's.
+    Lee et al., HiP Attention, arXiv 2406.09827.
+
+    >>> hip_attention(keys=256, recent=32).core.pattern
+    halved_ranges(256, q_block=64, k_block=16) | sinks(16) | window(31, 0)
+    """
+    pattern = halved_ranges(keys, q_block=q_block, k_block=k_block)
+    pattern = pattern | sinks(first_keys) if first_keys else pattern
+    pattern = pattern | window(recent - 1, 0) if recent > 1 else pattern
+    return CoreMethod(PatternCore(pattern), slice(dense_layers, None) if dense_layers else None)

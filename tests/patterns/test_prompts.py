@@ -1,0 +1,143 @@
+"""Choices for prompts against the papers' rules, written out query by query and key by key."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from foveate import attend, causal
+from foveate.patterns import Pattern
+from foveate.patterns.rules.hierarchical import halved_ranges
+from foveate.patterns.rules.stripes import sampled_columns, stripes
+
+SHAPES = [(53, 53), (29, 77), (1, 40)]  # queries and keys
+
+
+def inputs(shape: tuple[int, int], spread: float = 1.5) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.randn(2, 4, shape[0], 8, dtype=torch.float64) * spread
+    k, v = (torch.randn(2, 2, shape[1], 8, dtype=torch.float64) * spread for _ in range(2))
+    return q, k, v
+
+
+def scores_of(q: Tensor, k: Tensor) -> Tensor:
+    """Causal logits (B, H, N, M)."""
+    scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5
+    place = torch.arange(q.shape[2]) + k.shape[2] - q.shape[2]
+    return scores.masked_fill(torch.arange(k.shape[2]) > place[:, None], float("-inf"))
+
+
+def check(pattern: Pattern, seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The pattern chooses these pairs, and attention to it is softmax over them."""
+    assert torch.equal(pattern.select(q, k).to_dense().expand_as(seen), seen)
+    want = scores_of(q, k).masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(attend(q, k, v, pattern), want)
+
+
+@pytest.mark.paper("SampleAttention", "definition")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("mass", "stride", "width"), [(0.4, 5, 0.1), (0.9, 3, 0.02), (0.7, 1, 0.3)])
+def test_sampled_columns_are_the_fewest_that_hold_the_mass_of_sampled_queries(
+    shape: tuple[int, int], mass: float, stride: int, width: float
+) -> None:
+    q, k, v = inputs(shape)
+    scores = scores_of(q, k)
+    sampled = [i for i in range(shape[0]) if (shape[0] - 1 - i) % stride == 0]
+    window = max(round(width * shape[1]), 1)
+    seen = torch.zeros_like(scores, dtype=torch.bool)
+    for b in range(2):
+        for h in range(4):
+            total = sum(scores[b, h, i].softmax(-1) for i in sampled)
+            columns: list[int] = []
+            for j in total.argsort(descending=True).tolist():
+                if total[columns].sum() < mass * total.sum():
+                    columns.append(j)
+            for i in range(shape[0]):
+                place = i + shape[1] - shape[0]
+                for j in range(place + 1):
+                    seen[b, h, i, j] = j in columns or place - j < window
+    check(sampled_columns(mass, rows=1 / stride, width=width), seen, q, k, v)
+
+
+@pytest.mark.paper("AnchorAttention", "definition")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("theta", "block", "step"), [(0.5, 3, 2), (2.0, 4, 3), (1.0, 1, 1), (0.0, 16, 1)])
+def test_stripes_are_keys_near_the_anchor_of_a_block_of_queries(
+    shape: tuple[int, int], theta: float, block: int, step: int
+) -> None:
+    q, k, v = inputs(shape)
+    scores, group = scores_of(q, k), block * step
+    offset = shape[1] - shape[0]
+    seen = torch.zeros_like(scores, dtype=torch.bool)
+    for b in range(2):
+        for h in range(4):
+            anchor = torch.zeros(shape[0], dtype=torch.float64)
+            for i in range(shape[0]):
+                own = (i + offset) // group
+                common = [j for j in range(i + offset + 1) if j < block or j // group == own]
+                anchor[i] = scores[b, h, i, common].max()
+            chosen: dict[int, set[int]] = {}
+            for number in range(offset // block, (shape[1] - 1) // block + 1):
+                rows = [i for i in range(shape[0]) if (i + offset) // block == number]
+                mean = q[b, h, rows].mean(0)
+                near = (k[b, h // 2] @ mean * 8**-0.5 >= anchor[rows].mean() - theta).nonzero()[:, 0].tolist()
+                chosen.setdefault(number * block // group, set()).update(near)
+            for i in range(shape[0]):
+                own = (i + offset) // group
+                for j in range(i + offset + 1):
+                    seen[b, h, i, j] = j < block or j // group == own or j in chosen[own]
+    check(stripes(theta, block=block, step=step), seen, q, k, v)
+
+
+@pytest.mark.paper("HiP", "definition")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("keys", "q_block", "k_block"), [(7, 1, 1), (12, 4, 2), (20, 5, 3), (9, 8, 9)])
+def test_ranges_are_halved_and_the_best_kept(shape: tuple[int, int], keys: int, q_block: int, k_block: int) -> None:
+    q, k, v = inputs(shape)
+    plain = q @ k.repeat_interleave(2, 1).mT * 8**-0.5
+    offset, count = shape[1] - shape[0], -(-keys // k_block)
+    seen = torch.zeros_like(plain, dtype=torch.bool)
+    for b in range(2):
+        for h in range(4):
+            for row in range(offset // q_block, (shape[1] - 1) // q_block + 1):
+                mine = [i for i in range(shape[0]) if (i + offset) // q_block == row]
+                last = mine[-1] + offset
+                blocks = last // k_block + 1
+                ranges = [(blocks * c // count, blocks * (c + 1) // count) for c in range(count)]
+                while any(end - first > 1 for first, end in ranges):
+                    halves = [(a, (a + z + 1) // 2) for a, z in ranges] + [((a + z + 1) // 2, z) for a, z in ranges]
+                    halves = [(a, z) for a, z in halves if a < z]
+                    middle = [min((a + z) * k_block // 2, last) for a, z in halves]
+                    judged = plain[b, h][mine][:, middle].amax(0)
+                    best = judged.argsort(descending=True, stable=True)[:count].tolist()
+                    ranges = [halves[at] for at in best]
+                kept = {a for a, z in ranges if a < z}
+                for i in mine:
+                    for j in range(i + offset + 1):
+                        seen[b, h, i, j] = j // k_block in kept
+    pattern = halved_ranges(keys, q_block=q_block, k_block=k_block)
+    assert torch.equal(pattern.select(q, k).to_dense().expand_as(seen), seen)
+    want = torch.nan_to_num(scores_of(q, k).masked_fill(~seen, float("-inf")).softmax(-1)) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(attend(q, k, v, pattern), want)
+
+
+@pytest.mark.parametrize("pattern", [sampled_columns(1.0), stripes(1e9, block=3, step=2), halved_ranges(400)], ids=str)
+@pytest.mark.paper("SampleAttention", "works_when")
+@pytest.mark.paper("AnchorAttention", "works_when")
+@pytest.mark.paper("HiP", "works_when")
+def test_all_of_the_budget_is_causal_attention(pattern: Pattern) -> None:
+    q, k, v = inputs((77, 90))
+    torch.testing.assert_close(attend(q, k, v, pattern), attend(q, k, v, causal))
+
+
+@pytest.mark.paper("HiP", "works_when")
+def test_the_search_grows_like_n_log_n() -> None:
+    flops = {}
+    for length in (1024, 4096):
+        q = k = torch.randn(1, 1, length, 16)
+        with FlopCounterMode(display=False) as counter:
+            halved_ranges(64, q_block=16, k_block=4).select(q, k)
+        flops[length] = counter.get_total_flops()
+    assert flops[1024] > 0
+    assert 3.5 <= flops[4096] / flops[1024] <= 4 * 12 / 10 * 1.3  # 4 for n, log 4096 / log 1024; 16 were n squared
