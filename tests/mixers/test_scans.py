@@ -360,7 +360,7 @@ def test_refusals_say_what_to_do() -> None:
     wrongs: list[tuple[str, Any]] = [
         ("lives on a grid of 3 axes", lambda: VideoMamba(8)(x, layout=Grid(3, 4))),
         ("lives on a grid of 2 axes", lambda: VMamba(8)(x)),
-        ("lives on a grid of 2 axes", lambda: ZigMa(8)(x)),
+        ("lives on a grid of 2 or 3 axes", lambda: ZigMa(8)(x)),
         ("space", lambda: VideoMamba(8, first="height")),
         ("axes is 2", lambda: VMamba(8, axes=4)),
         ("odd number", lambda: VMamba(8, conv=2)),

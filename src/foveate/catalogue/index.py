@@ -6,7 +6,6 @@ mechanisms appear, and one that cannot be imported is reported and hides nothing
 
 from __future__ import annotations
 
-import inspect
 import json
 import zlib
 from collections.abc import Container, Iterable
@@ -16,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from foveate.catalogue.options import options_of
 from foveate.catalogue.papers import Paper, Reference, did_you_mean, papers
 
 if TYPE_CHECKING:
@@ -253,8 +253,7 @@ def _keeps_a_state(row: Row) -> bool:
     cls: Any = row.mixer
     if "decode" not in row.supports or issubclass(cls, AttentionMixer):
         return False
-    accepted = inspect.signature(cls).parameters
-    causal = {"causal": True} if {"causal", "options"} & accepted.keys() else {}
+    causal = {"causal": True} if "causal" in options_of(cls) else {}
     mixer = cls(64, **getattr(cls, "tiny", {}), **causal)
     return mixer.state_bytes(2**12) == mixer.state_bytes(2**20)
 

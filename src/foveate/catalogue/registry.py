@@ -90,7 +90,9 @@ def register(
 
     def add(mixer: type[Mixer]) -> type[Mixer]:
         made = core or getattr(mixer, "as_core", None)
-        can = frozenset(supports or getattr(mixer, "usual_supports", ()))
+        can = frozenset(supports or mixer.usual_supports)
+        if not can:
+            raise ValueError(f"{name} supports nothing: pass supports, at least causal or noncausal")
         row = Row(name, found, family, formula, can, mixer, made, notes=notes, reference=cited)
         add_row(row)
         mixer.row, mixer.__doc__ = row, docstring(row)

@@ -253,9 +253,10 @@ def _tiny(row: Row) -> dict[str, Any]:
 
 def _form(row: Row) -> dict[str, Any]:
     """The usual number of heads, where it has heads; causal, unless it has no such form."""
-    accepted = inspect.signature(row.mixer).parameters
-    heads = "heads" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    return ({"heads": HEADS} if heads else {}) | ({} if "causal" in row.supports else {"causal": False})
+    from foveate.catalogue.options import options_of
+
+    heads = {"heads": HEADS} if "heads" in options_of(row.mixer) else {}
+    return heads | ({} if "causal" in row.supports else {"causal": False})
 
 
 def _draw(console: Console, drawn: Drawn, path: Path | None, length: int | None = None) -> None:
@@ -330,10 +331,24 @@ def _head(row: Row) -> Text:
         (f"  {row.formula}\n\n", "cyan"),
         (f"{papers}\n", ""),
         (f"  family {row.family}; supports {', '.join(sorted(row.supports))}\n", "dim"),
+        (f"  options {_options(row)}\n", "dim"),
         (f"  {_use(row)}", "dim"),
         (f"\n\n  {row.notes}" if row.notes else "", ""),
     ]
     return Text.assemble(*lines)
+
+
+def _options(row: Row) -> str:
+    """What the mixer's constructor takes, with defaults as far as it has them itself."""
+    from foveate.catalogue.options import parameters_of
+
+    return ", ".join(_option(one) for name, one in parameters_of(row.mixer).items() if name != "dim")
+
+
+def _option(one: inspect.Parameter) -> str:
+    if one.default is one.empty:
+        return one.name
+    return f"{one.name}={getattr(one.default, '__name__', repr(one.default))}"
 
 
 def _use(row: Row) -> str:

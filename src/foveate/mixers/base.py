@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from foveate.catalogue.registry import Row
+from foveate.catalogue.registry import Feature, Row
 from foveate.layouts.place import NOWHERE, Place
 from foveate.patterns import Grid, Layout, Packed, Pattern, causal, full, key_padding
 from foveate.patterns.placed import merged
@@ -25,9 +26,11 @@ class Mixer(nn.Module):
     """Base of all mixers: (B, N, C) to (B, N, C)."""
 
     row: ClassVar[Row]
+    usual_supports: ClassVar[frozenset[Feature]] = frozenset()  # what rows of this kind support unless they say so
     tiny: ClassVar[dict[str, Any]] = {}  # options under which a few dozen tokens are already sparse
     full_budget: ClassVar[dict[str, Any] | None] = None  # options that make it plain attention, if any do
     grids: ClassVar[tuple[Layout, ...]] = ()  # layouts to test a grid mechanism on
+    grid_axes: tuple[int, ...] = ()  # tokens live on a grid of as many axes, or of one of these; () for any layout
     one_by_one: ClassVar[bool] = False  # mixes documents of a pack, and sequences beside padding, one after the other
     exempt: ClassVar[dict[str, str]] = {}  # properties of the conformance suite it fails by design, with the reason
 
@@ -41,12 +44,7 @@ class Mixer(nn.Module):
         self.dim, self.causal = dim, causal
 
     def forward(
-        self,
-        x: Tensor,
-        *,
-        context: Tensor | None = None,
-        layout: Layout | None = None,
-        padding: Tensor | None = None,
+        self, x: Tensor, *, context: Tensor | None = None, layout: Layout | None = None, padding: Tensor | None = None
     ) -> Tensor:
         """Mix tokens x (B, N, C), or read a ``context`` (B, M, C).
 
@@ -124,8 +122,11 @@ class Mixer(nn.Module):
         return count_forward(self, n, layout).flops
 
     def state_bytes(self, n: int) -> int:
-        """Bytes a decoder keeps for one sequence after n tokens, at the parameters' precision."""
-        raise NotImplementedError
+        """Bytes a decoder keeps for one sequence after n tokens, at the parameters' precision.
+
+        Counted on the state before the first token, which is right where it does not grow; numbers of tokens left out.
+        """
+        return sum(tensor.nbytes for tensor in tensors_of(self.empty_state(1, None)) if tensor.dtype != torch.long)
 
     def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
         """Refuse inputs this mechanism does not support, in words."""
@@ -135,6 +136,10 @@ class Mixer(nn.Module):
                 raise ValueError(f"{name} takes {what} (batch, length, {self.dim}); got {tuple(tensor.shape)}")
         if context is not None and ("cross" not in supports or self.causal):
             raise ValueError(f"{name} cannot read a context{' while causal' if 'cross' in supports else ''}")
+        if self.grid_axes and (not isinstance(layout, Grid) or layout.num_axes not in self.grid_axes):
+            axes = " or ".join(map(str, self.grid_axes))
+            shape = "Grid(height, width)" if 2 in self.grid_axes else "Grid(time, height, width)"
+            raise ValueError(f"{name} lives on a grid of {axes} axes: pass layout={shape}; got {layout}")
         for kind, feature in ((Grid, "grid"), (Packed, "packed")):
             if isinstance(layout, kind) and feature not in supports:
                 raise ValueError(f"{name} does not take a {feature} layout; got {layout}")
@@ -165,6 +170,15 @@ def _place(length: int, layout: Layout | None, padding: Tensor | None) -> Place:
     places = [place_of_lengths(layout.lengths, length)] if isinstance(layout, Packed) else []
     places += [] if padding is None else [Place.counted(torch.where(padding, 0, NOWHERE))]
     return merged(places)
+
+
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, tuple):
+        for part in state:
+            yield from tensors_of(part)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from foveate.catalogue.registry import Feature
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
+from foveate.mixers.stateful import Lengths, laid_end_to_end
 from foveate.patterns import Layout, Packed
-from foveate.precision import accum_dtype
 from foveate.recurrence import Recurrent, recur, step
-
-Lengths = Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +32,7 @@ class Inputs:
     scale: float | None = None
 
     def mask_padding(self, key_mask: Tensor) -> Inputs:
-        """These inputs with tokens outside ``real`` (B, M) neither writing to the state nor fading it."""
+        """These inputs with tokens outside ``key_mask`` (B, M) neither writing to the state nor decaying it."""
         hidden = ~key_mask[:, None, :]  # (B, 1, M)
         k, v = (x.masked_fill(hidden.unsqueeze(-1), 0) for x in (self.k, self.v))
         decay = self.decay
@@ -61,13 +60,51 @@ class Projected(NamedTuple):
     tails: tuple[Tensor, ...]
 
 
+class HeadOptions(TypedDict, total=False):
+    """Options of :class:`RecurrentMixer` that mechanisms pass on to it."""
+
+    kv_heads: int | None
+    head_dim: int | None
+    value_dim: int | None
+    causal: bool
+
+
+class RecurOptions(HeadOptions, total=False):
+    """The same of those that leave the width of convolutions to users."""
+
+    conv: int
+
+
+Widths = Callable[[int, int, int | None, int | None], tuple[int, int]]
+
+
+def equal_widths(dim: int, heads: int, head_dim: int | None, value_dim: int | None) -> tuple[int, int]:
+    """Widths of a head's keys and values: dim / heads, and as many, where they are not given."""
+    head_dim = head_dim or divided(dim, heads)
+    return head_dim, value_dim or head_dim
+
+
+def wide_values(dim: int, heads: int, head_dim: int | None, value_dim: int | None) -> tuple[int, int]:
+    """The same with keys of dim / heads channels, and values twice as wide as keys."""
+    head_dim = head_dim or divided(dim, heads)
+    return head_dim, value_dim or 2 * head_dim
+
+
+def narrow_keys(dim: int, heads: int, head_dim: int | None, value_dim: int | None) -> tuple[int, int]:
+    """The same with values of dim / heads channels, and keys half as wide as values."""
+    value_dim = value_dim or divided(dim, heads)
+    return head_dim or max(1, value_dim // 2), value_dim
+
+
 class RecurrentMixer(Mixer):
     """Query, key, value and output projections around ``recur``; a mechanism adds features, gates and norms.
 
-    ``head_dim`` is the width of queries and keys (dim / heads by default), ``value_dim`` that of values
-    (head_dim by default). ``conv``, where not 0, is the width of short convolutions, followed by SiLU, on
-    queries, keys and values.
+    ``head_dim`` is the width of queries and keys, ``value_dim`` that of values; ``widths`` says what they are by
+    default. ``conv``, where not 0, is the width of short convolutions, followed by SiLU, on queries, keys and values.
     """
+
+    usual_supports: ClassVar[frozenset[Feature]] = frozenset({"causal", "padding", "packed", "decode", "gqa"})
+    widths: ClassVar[Widths] = equal_widths
 
     def __init__(
         self,
@@ -84,8 +121,7 @@ class RecurrentMixer(Mixer):
         self.heads, self.kv_heads = heads, kv_heads or heads
         if heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
-        self.head_dim = head_dim or divided(dim, heads)
-        self.value_dim = value_dim or self.head_dim
+        self.head_dim, self.value_dim = type(self).widths(dim, heads, head_dim, value_dim)
         self.to_q = nn.Linear(dim, heads * self.head_dim, bias=False)
         self.to_k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)
         self.to_v = nn.Linear(dim, self.kv_heads * self.value_dim, bias=False)
@@ -103,40 +139,18 @@ class RecurrentMixer(Mixer):
         """(B, N, C) from what the state said (B, H, N, Dv)."""
         return self.to_out(join_heads(heads))
 
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        """States, keys and values of the recurrence, (S, D, Dv)."""
-        return self.kv_heads, self.head_dim, self.value_dim
-
-    @property
-    def tail_shapes(self) -> list[tuple[int, int]]:
-        """Channels and tokens that each convolution keeps."""
-        return [conv.tail_shape for conv in self.convs if isinstance(conv, ShortConv)]
-
     # ---- forward, and the same with a state in hand ----------------------------------------------------
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
-        if not isinstance(layout, Packed) or x.shape[0] == 0:
-            return self.read(x, x if context is None else context, None, padding)
         if context is not None:
-            raise ValueError(f"{self.row.name} reads a context as a whole: it takes no packed layout beside it")
-        lengths = layout.lengths * x.shape[0]  # the batch laid end to end is one longer pack
-        flat = x.flatten(0, 1).unsqueeze(0)
-        padding = None if padding is None else padding.reshape(1, -1)
-        return self.read(flat, flat, lengths or None, padding).view(x.shape)
-
-    def read(self, x: Tensor, context: Tensor, lengths: Lengths, padding: Tensor | None) -> Tensor:
-        if padding is not None and context is x:
-            x = context = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
-        return self.flow(x, context, None, lengths, padding).out
+            if isinstance(layout, Packed):
+                raise ValueError(f"{self.row.name} reads a context as a whole: it takes no packed layout beside it")
+            return self.flow(x, context, None, None, padding).out
+        flat, key_mask, lengths = laid_end_to_end(x, padding, layout)
+        return self.flow(flat, flat, None, lengths, key_mask).out.reshape(x.shape)
 
     def flow(
-        self,
-        x: Tensor,
-        context: Tensor,
-        state: RecurrentState | None = None,
-        lengths: Lengths = None,
-        padding: Tensor | None = None,
+        self, x: Tensor, context: Tensor, state: Any = None, lengths: Lengths = None, padding: Tensor | None = None
     ) -> StepOutput:
         """All that happens to tokens whose padding is zeros, with the state after the last of them."""
         q, k, v, tails = self.project(x, context, () if state is None else state.tails, lengths)
@@ -157,10 +171,10 @@ class RecurrentMixer(Mixer):
         q, k, v = (split_heads(y, number) for y, number in zip(flat, heads, strict=True))
         return Projected(q, k, v, tails)
 
-    def empty_state(self, batch: int, capacity: int | None) -> RecurrentState:
-        weight = self.weight
-        state = weight.new_zeros(batch, *self.state_shape, dtype=accum_dtype(weight.dtype))
-        return RecurrentState(state, tuple(weight.new_zeros(batch, *shape) for shape in self.tail_shapes))
+    @torch.no_grad()
+    def empty_state(self, batch: int, capacity: int | None) -> Any:
+        nothing = self.weight.new_zeros(batch, 0, self.dim)
+        return self.flow(nothing, nothing).state  # what no tokens leave
 
     def mix_after(self, x: Tensor, state: RecurrentState) -> StepOutput:
         return self.flow(x, x, state)
@@ -170,10 +184,3 @@ class RecurrentMixer(Mixer):
         if state is not None and inputs.q.shape[2] == 1:
             return step(**vars(inputs), state=state)
         return recur(**vars(inputs), lengths=lengths, state=state, causal=self.causal)
-
-    # ---- costs -----------------------------------------------------------------------------------------
-
-    def state_bytes(self, n: int) -> int:
-        tails = sum(math.prod(shape) for shape in self.tail_shapes)
-        state_size, tail_size = accum_dtype(self.weight.dtype).itemsize, self.weight.element_size()
-        return math.prod(self.state_shape) * state_size + tails * tail_size

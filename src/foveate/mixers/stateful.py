@@ -1,14 +1,14 @@
-"""Causal mixers whose decoding state is a few tensors of fixed size, and the parts that state-space blocks share."""
+"""Causal mixers whose decoding state is a few tensors of fixed size."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from foveate.catalogue.registry import Feature
 from foveate.mixers.base import Mixer, StepOutput
 from foveate.patterns import Layout, Packed
 
@@ -18,35 +18,27 @@ Lengths = Sequence[int] | None
 class StatefulMixer(Mixer):
     """A mixer that says how tokens change a state: ``run``; forward, decoding and packing follow from it."""
 
+    usual_supports: ClassVar[frozenset[Feature]] = frozenset({"causal", "padding", "packed", "decode"})
+
     def run(self, x: Tensor, state: Any, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         """Mix tokens x (B, N, C) after what ``state`` holds, a named tuple of tensors.
 
-        Where it is None they are the first, and no state need be returned. ``lengths`` are those of packed
-        sequences, then x has batch size 1 and starts afresh at each; tokens that are not ``real`` (B, N) must
-        neither write nor fade.
+        Where it is None they are the first. ``lengths`` are those of packed
+        sequences, then x has batch size 1 and starts afresh at each; tokens outside ``key_mask`` (B, N)
+        must neither write nor decay.
         """
         raise NotImplementedError
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
-        if padding is not None:
-            x = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
         flat, key_mask, lengths = laid_end_to_end(x, padding, layout)
         return self.run(flat, None, lengths, key_mask).out.reshape(x.shape)
 
     def mix_after(self, x: Tensor, state: Any) -> StepOutput:
         return self.run(x, state, None, None)
 
-    def state_bytes(self, n: int) -> int:
-        return sum(tensor.nbytes for tensor in tensors_of(self.empty_state(1, None)) if tensor.dtype != torch.long)
-
-
-def tensors_of(state: Any) -> Iterator[Tensor]:
-    """The tensors of nested tuples."""
-    if isinstance(state, Tensor):
-        yield state
-    else:
-        for part in state:
-            yield from tensors_of(part)
+    @torch.no_grad()
+    def empty_state(self, batch: int, capacity: int | None) -> Any:
+        return self.run(self.weight.new_zeros(batch, 0, self.dim), None, None, None).state  # what no tokens leave
 
 
 def laid_end_to_end(
@@ -57,9 +49,3 @@ def laid_end_to_end(
         return x, padding, None
     key_mask = None if padding is None else padding.reshape(1, -1)
     return x.flatten(0, 1).unsqueeze(0), key_mask, list(layout.lengths) * x.shape[0]
-
-
-def step_bias(count: int) -> nn.Parameter:
-    """Biases whose softplus, the step size, is log-uniform in [0.001, 0.1], as in Mamba."""
-    step = torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-    return nn.Parameter(step.expm1().log())

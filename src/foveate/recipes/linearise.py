@@ -38,8 +38,8 @@ def linearise(**options: Any) -> Conversion:
     """
 
     def linear(mixer: AttentionMixer) -> LinearizedLLM:
-        sizes = {"kv_heads": mixer.kv_heads, "head_dim": mixer.head_dim}
-        new = LinearizedLLM(mixer.dim, mixer.heads, **sizes, **options).to(mixer.weight)
+        sizes = {"kv_heads": mixer.kv_heads, "head_dim": mixer.head_dim} | options
+        new = LinearizedLLM(mixer.dim, mixer.heads, **sizes).to(mixer.weight)
         new.load_state_dict(mixer.state_dict(), strict=False)
         return new.train(mixer.training)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from foveate.catalogue.options import options_of
 from foveate.catalogue.registry import Feature, Row
 from foveate.mixers.base import Mixer
 from foveate.patterns import Layout
@@ -46,11 +46,9 @@ class Subject:
     @property
     def arguments(self) -> dict[str, Any]:
         """The usual options as far as the mixer takes them, and those it is tested with."""
-        accepted = inspect.signature(self.row.mixer).parameters
-        anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        accepted = options_of(self.row.mixer)
         usual = {"heads": HEADS, "causal": self.causal}
-        taken = {name: value for name, value in usual.items() if anything or name in accepted}
-        return taken | self.options
+        return {name: value for name, value in usual.items() if name in accepted} | self.options
 
     def tokens(self, length: int, batch: int = 2) -> Tensor:
         return torch.randn(batch, length, DIM, dtype=torch.float64)

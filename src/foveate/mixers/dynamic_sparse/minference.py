@@ -107,9 +107,7 @@ class MInference(PatternMixer):
 
     @staticmethod
     def pattern(
-        *,
-        assignment: str | Sequence[str] = "vertical_slash",
-        patterns: Mapping[str, Pattern] | None = None,
+        *, assignment: str | Sequence[str] = "vertical_slash", patterns: Mapping[str, Pattern] | None = None
     ) -> Pattern:
         known = {**PATTERNS, **(patterns or {})}
         names = [assignment] if isinstance(assignment, str) else list(assignment)

@@ -48,13 +48,7 @@ def patterns_under(budget: float, length: int) -> dict[str, Pattern]:
 
 @torch.no_grad()
 def search_heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    budget: float = 0.25,
-    within: Pattern = causal,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, budget: float = 0.25, within: Pattern = causal, scale: float | None = None
 ) -> HeadSearch:
     """The pattern under one budget that brings each head's output nearest to full attention on a sample.
 

@@ -60,13 +60,7 @@ class MemoryEfficientAttention(AttentionMixer):
     full_budget: ClassVar[dict[str, Any] | None] = {}
 
     def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *,
-        query_chunk: int = 1024,
-        key_chunk: int | None = None,
-        **options: Any,
+        self, dim: int, heads: int = 8, *, query_chunk: int = 1024, key_chunk: int | None = None, **options: Any
     ) -> None:
         super().__init__(dim, heads, core=ChunkedCore(query_chunk, key_chunk), **options)
 

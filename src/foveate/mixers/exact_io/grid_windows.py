@@ -41,13 +41,7 @@ class SameLabel(Pattern):
 
 
 def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: BiasLike = None,
-    labels: Tensor | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, bias: BiasLike = None, labels: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Attention inside each of many short windows, (batch * windows, H, L, D).
 

@@ -30,7 +30,6 @@ def taylor(x: Tensor) -> Tensor:
     "based_linear",
     papers=("BASED",),
     formula="o_i = Σ_j (1 + s_ij + s_ij^2 / 2) v_j / Σ_j (1 + s_ij + s_ij^2 / 2), s_ij = q_iᵀ k_j / √D",
-    supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
     notes="The linear half of BASED, whose models interleave it with softmax attention in small windows.",
 )
 class BasedLinear(LinearTransformer):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
 from foveate.catalogue.registry import register
+from foveate.layers.decay import dt_linear, init_A_log
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import split_heads
 from foveate.mixers.linear.deltanet import DeltaNet, unit
-from foveate.mixers.linear.gates import fresh_rates, small_steps
-from foveate.mixers.recurrent import Inputs, Lengths
+from foveate.mixers.recurrent import HeadOptions, Inputs, Lengths
 from foveate.precision import to_accum
 from foveate.recurrence import Recurrent
 
@@ -29,7 +28,6 @@ class Steps(Inputs):
     "delta_product",
     reference="DeltaProduct",
     formula="S_t = A_n … A_1 α_t S_{t-1} + …, A_j = I - β_j k_j k_jᵀ: n delta steps a token",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="gated=True is Gated DeltaProduct: the state fades once a token, before its first step.",
 )
 class DeltaProduct(DeltaNet):
@@ -47,7 +45,7 @@ class DeltaProduct(DeltaNet):
         gated: bool = False,
         negative: bool = True,
         conv: int = 4,
-        **options: Any,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(dim, heads, negative=negative, conv=conv, **options)
         if steps < 1:
@@ -57,11 +55,9 @@ class DeltaProduct(DeltaNet):
         self.to_k, self.to_v = nn.Linear(dim, keys, bias=False), nn.Linear(dim, values, bias=False)
         self.to_strength = nn.Linear(dim, steps * self.kv_heads, bias=False)
         self.convs = nn.ModuleList(ShortConv(w, conv) for w in (self.to_q.out_features, keys, values) if conv)
-        self.to_decay = nn.Linear(dim, self.kv_heads) if gated else None
-        if self.to_decay is not None:
-            self.A_log = nn.Parameter(fresh_rates(self.kv_heads).log())
-            with torch.no_grad():
-                self.to_decay.bias.copy_(small_steps(self.kv_heads))
+        self.to_decay = dt_linear(dim, self.kv_heads) if gated else None
+        if gated:
+            self.A_log = init_A_log(self.kv_heads)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         k, v = (y.unflatten(-1, (self.steps, -1)).flatten(2, 3) for y in (k, v))  # (B, G, N * steps, D)

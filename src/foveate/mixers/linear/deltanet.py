@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,20 @@ from torch.nn.functional import normalize
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import join_heads
-from foveate.mixers.recurrent import Inputs, RecurrentMixer
+from foveate.mixers.recurrent import HeadOptions, Inputs, RecurOptions, RecurrentMixer
 from foveate.precision import to_accum
+
+
+class DeltaOptions(RecurOptions, total=False):
+    """What :class:`DeltaNet` takes beside the width and the number of heads."""
+
+    negative: bool
 
 
 @register(
     "deltanet",
     papers=("DeltaNet",),
     formula="S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, |k_t| = 1",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "negative=True lets beta reach 2 and eigenvalues -1 (Grazzi et al., 2411.12537). Padding lies at the ends of "
         "a sequence: inside it, the short convolutions would read it as zeros."
@@ -30,7 +35,9 @@ class DeltaNet(RecurrentMixer):
     Queries, keys and values pass a short convolution and SiLU; queries and keys have unit length.
     """
 
-    def __init__(self, dim: int, heads: int = 8, *, negative: bool = False, conv: int = 4, **options: Any) -> None:
+    def __init__(
+        self, dim: int, heads: int = 8, *, negative: bool = False, conv: int = 4, **options: Unpack[HeadOptions]
+    ) -> None:
         super().__init__(dim, heads, conv=conv, **options)
         self.strongest = 2.0 if negative else 1.0
         self.to_strength = nn.Linear(dim, self.kv_heads, bias=False)

@@ -15,7 +15,6 @@ from foveate.precision import to_accum
     "efla",
     papers=("EFLA",),
     formula="S_t = (I - a_t k_t k_tᵀ) S_{t-1} + a_t k_t v_tᵀ, a_t = (1 - exp(-β_t λ_t)) / λ_t, λ_t = |k_t|^2",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="Keys keep their length, which decides how far the state moves; unit queries and the rest are DeltaNet's.",
 )
 class EFLA(DeltaNet):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from foveate.catalogue.registry import register
 from foveate.layers.masked_ops import TINY, count, hide
 from foveate.mixers.base import StepOutput
 from foveate.mixers.recurrent import Lengths, RecurrentMixer
-from foveate.precision import accum_dtype, to_accum
+from foveate.precision import to_accum
 from foveate.recurrence import recur
 
 
@@ -105,13 +105,8 @@ class FlowAttention(RecurrentMixer):
     def __init__(self, dim: int, heads: int = 8, *, head_dim: int | None = None, causal: bool = True) -> None:
         super().__init__(dim, heads, head_dim=head_dim, causal=causal)
 
-    def flow(  # type: ignore[override]
-        self,
-        x: Tensor,
-        context: Tensor,
-        state: Flows | None = None,
-        lengths: Lengths = None,
-        padding: Tensor | None = None,
+    def flow(
+        self, x: Tensor, context: Tensor, state: Any = None, lengths: Lengths = None, padding: Tensor | None = None
     ) -> StepOutput:
         q, k, v, _ = self.project(x, context, (), lengths)
         out, flows = flow_attention(
@@ -125,18 +120,3 @@ class FlowAttention(RecurrentMixer):
             flows=state,
         )
         return StepOutput(self.read_out(x, out), flows)
-
-    def empty_state(self, batch: int, capacity: int | None) -> Flows:  # type: ignore[override]
-        weight = self.weight
-        sums = (weight.new_zeros(batch, self.heads, *shape, dtype=accum_dtype(weight.dtype)) for shape in self.shapes)
-        return Flows(*sums)
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Of the sums kept for one head."""
-        width = self.head_dim
-        return [(1, 1), *[(width, 1)] * 4, (1, 1), (width, self.value_dim)]
-
-    def state_bytes(self, n: int) -> int:
-        size = accum_dtype(self.weight.dtype).itemsize
-        return self.heads * sum(keys * values for keys, values in self.shapes) * size

@@ -1,14 +1,12 @@
-"""What gated linear attentions share: the gated norm, and what decays start from."""
+"""Recurrent mixers whose outputs are normalised head by head and gated by the tokens."""
 
 from __future__ import annotations
 
-import math
-
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from foveate.mixers.base import join_heads
+from foveate.mixers.recurrent import RecurrentMixer
 
 
 class GatedNorm(nn.Module):
@@ -24,11 +22,10 @@ class GatedNorm(nn.Module):
         return join_heads(self.norm(heads)) * silu(self.to_gate(x))
 
 
-def fresh_rates(size: int) -> Tensor:
-    """Decay rates to start from: uniform in [1, 16], as in Mamba2."""
-    return torch.empty(size).uniform_(1, 16)
+class GatedMixer(RecurrentMixer):
+    """A recurrent mixer whose heads pass a :class:`GatedNorm` before the output projection."""
 
+    norm: GatedNorm
 
-def small_steps(size: int) -> Tensor:
-    """Biases to start from whose softplus, a time step, is log-uniform in [0.001, 0.1], as in Mamba2."""
-    return torch.empty(size).uniform_(math.log(1e-3), math.log(1e-1)).exp().expm1().log()
+    def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
+        return self.to_out(self.norm(x, heads))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from foveate.catalogue.registry import register
 from foveate.layers.rotary import rotate
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
-from foveate.mixers.linear.linear_transformer import LinearTransformer
+from foveate.mixers.linear.linear_transformer import LinearOptions, LinearTransformer
 from foveate.mixers.linear.positions import Placed
 from foveate.mixers.recurrent import Inputs
 from foveate.patterns import Layout, full
@@ -52,7 +52,6 @@ class HedgehogMaps(nn.Module):
     "hedgehog",
     papers=("Hedgehog",),
     formula="o_i = φ(q_i)ᵀ Σ_j ψ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j ψ(k_j), φ(x) = [exp(Wx + b), exp(-Wx - b)]",
-    supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
     notes="mimic trains the maps on queries and keys of a softmax attention; linearised starts from its projections.",
 )
 class Hedgehog(LinearTransformer, Placed):
@@ -62,7 +61,9 @@ class Hedgehog(LinearTransformer, Placed):
     is then on the right.
     """
 
-    def __init__(self, dim: int, heads: int = 8, *, rotary: float | None = None, **options: Any) -> None:
+    def __init__(
+        self, dim: int, heads: int = 8, *, rotary: float | None = None, **options: Unpack[LinearOptions]
+    ) -> None:
         super().__init__(dim, heads, **options)
         self.rotary, self.num_features = rotary, 2 * self.head_dim
         self.maps = HedgehogMaps(heads, self.kv_heads, self.head_dim)

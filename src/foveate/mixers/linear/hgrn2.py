@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid, silu
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import join_heads
-from foveate.mixers.recurrent import Inputs, RecurrentMixer
+from foveate.mixers.recurrent import Inputs, RecurOptions, RecurrentMixer
 from foveate.precision import to_accum
 
 
@@ -18,13 +18,12 @@ from foveate.precision import to_accum
     "hgrn2",
     reference="HGRN2",
     formula="S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_tᵀ, f_t = b + (1 - b) σ(W x_t), o_t = silu(q_t)ᵀ S_t",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="lower is b, the least forget gate; the paper learns one per layer, growing with depth from 0.",
 )
 class HGRN2(RecurrentMixer):
     """A gated linear RNN whose state is expanded: outer products of what each channel forgets with the input."""
 
-    def __init__(self, dim: int, heads: int = 8, *, lower: float = 0.0, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, lower: float = 0.0, **options: Unpack[RecurOptions]) -> None:
         super().__init__(dim, heads, **options)
         if not 0 <= lower < 1:
             raise ValueError(f"lower is the least forget gate, from 0 to below 1; got {lower}")

@@ -80,7 +80,7 @@ class JRT(BasedLinear):
         else:
             reach = prefix.unsqueeze(-1) if isinstance(prefix, Tensor) else prefix
             known = key_mask & (key_mask.cumsum(1) <= reach)
-        state = RecurrentState(self.prefix_state(x, known), self.empty_state(x.shape[0], None).tails)
+        state = RecurrentState(self.prefix_state(x, known), ())
         out, state = super().flow(x, x, state, None, padding)
         return StepOutput(out * key_mask.unsqueeze(-1), state)
 
@@ -91,12 +91,7 @@ class JRT(BasedLinear):
         return recur(k[:, :, :0], k, pad(to_accum(v), (0, 1), value=1.0), causal=False).state
 
     def flow(
-        self,
-        x: Tensor,
-        context: Tensor,
-        state: RecurrentState | None = None,
-        lengths: Lengths = None,
-        padding: Tensor | None = None,
+        self, x: Tensor, context: Tensor, state: Any = None, lengths: Lengths = None, padding: Tensor | None = None
     ) -> StepOutput:
         if state is not None:
             return super().flow(x, context, state, lengths, padding)

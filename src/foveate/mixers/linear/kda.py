@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from foveate.catalogue.registry import register
+from foveate.layers.decay import dt_linear, init_A_log
 from foveate.mixers.base import join_heads, split_heads
-from foveate.mixers.linear.deltanet import DeltaNet, unit
-from foveate.mixers.linear.gates import fresh_rates, small_steps
+from foveate.mixers.linear.deltanet import DeltaNet, DeltaOptions, unit
 from foveate.mixers.recurrent import Inputs
 from foveate.precision import to_accum
 
@@ -20,7 +20,6 @@ from foveate.precision import to_accum
     "kda",
     reference="Kimi Linear",
     formula="S_t = (I - β_t k_t k_tᵀ) Diag(α_t) S_{t-1} + β_t k_t v_tᵀ",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="Kimi Delta Attention, the linear layers of Kimi Linear; its other layers are full attention (MLA).",
 )
 class KDA(DeltaNet):
@@ -29,14 +28,11 @@ class KDA(DeltaNet):
     Decays and the output's sigmoid gate come out of ``rank`` channels (by default as many as a head has).
     """
 
-    def __init__(self, dim: int, heads: int = 8, *, rank: int | None = None, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, rank: int | None = None, **options: Unpack[DeltaOptions]) -> None:
         super().__init__(dim, heads, **options)
         rank, channels = rank or self.value_dim, self.kv_heads * self.head_dim
-        to_decay = nn.Linear(rank, channels)
-        with torch.no_grad():
-            to_decay.bias.copy_(small_steps(channels))
-        self.to_decay = nn.Sequential(nn.Linear(dim, rank, bias=False), to_decay)
-        self.A_log = nn.Parameter(fresh_rates(self.kv_heads).log())
+        self.to_decay = nn.Sequential(nn.Linear(dim, rank, bias=False), dt_linear(rank, channels))
+        self.A_log = init_A_log(self.kv_heads)
         self.to_gate = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, heads * self.value_dim))
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:

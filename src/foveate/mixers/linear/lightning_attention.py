@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
@@ -10,15 +10,20 @@ from torch.nn.functional import rms_norm, silu
 from foveate.attention import alibi_slopes
 from foveate.catalogue.registry import register
 from foveate.mixers.base import join_heads
-from foveate.mixers.recurrent import Inputs, RecurrentMixer
+from foveate.mixers.recurrent import Inputs, RecurOptions, RecurrentMixer
 from foveate.precision import accum_dtype
+
+
+class LightningOptions(RecurOptions, total=False):
+    """What :class:`LightningAttention2` takes beside the width and the number of heads."""
+
+    decay_scale: float
 
 
 @register(
     "lightning_attention_2",
     papers=("Lightning-Attention-2",),
     formula="S_t = λ_h S_{t-1} + k_t v_tᵀ, o_t = norm(q_tᵀ S_t) ⊙ u_t",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "The paper fixes the tiling, a constant decay per head, and a norm instead of a denominator. Around "
         "it stands the block of TransNormerLLM (2307.14995), on which it was measured: SiLU features, an RMS "
@@ -32,7 +37,7 @@ class LightningAttention2(RecurrentMixer):
     last.
     """
 
-    def __init__(self, dim: int, heads: int = 8, *, decay_scale: float = 1.0, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, decay_scale: float = 1.0, **options: Unpack[RecurOptions]) -> None:
         super().__init__(dim, heads, **options)
         if not decay_scale >= 0:
             raise ValueError(f"decay_scale is a factor on the decay rates, 0 or more; got {decay_scale}")
@@ -50,16 +55,11 @@ class LightningAttention2(RecurrentMixer):
         flat = join_heads(heads)
         return self.to_out(rms_norm(flat, flat.shape[-1:], eps=1e-6) * self.to_gate(x))
 
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return self.heads, self.head_dim, self.value_dim
-
 
 @register(
     "lightning_attention",
     papers=("Lightning-Attention-TNL",),
     formula="S_t = λ_h S_{t-1} + k_t v_tᵀ, o_t = norm(q_tᵀ S_t) ⊙ u_t",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="The block is TNL's. Its attention is that of Lightning Attention-2, and so is the code.",
 )
 class LightningAttention(LightningAttention2):

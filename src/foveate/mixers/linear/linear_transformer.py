@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.catalogue.registry import register
-from foveate.mixers.recurrent import Inputs, RecurrentMixer
+from foveate.mixers.recurrent import Inputs, RecurOptions, RecurrentMixer
 from foveate.precision import to_accum
 
 
@@ -23,11 +23,16 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
+class LinearOptions(RecurOptions, total=False):
+    """What :class:`LinearTransformer` takes beside the width and the number of heads."""
+
+    feature_map: Callable[[Tensor], Tensor]
+
+
 @register(
     "linear_transformer",
     papers=("Linear Transformer",),
     formula="o_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j φ(k_j)",
-    supports={"causal", "noncausal", "cross", "padding", "packed", "decode", "gqa"},
 )
 class LinearTransformer(RecurrentMixer):
     """Attention whose weights are inner products of positive features, so that sums over keys become a state.
@@ -35,13 +40,15 @@ class LinearTransformer(RecurrentMixer):
     ``feature_map`` turns queries and keys (..., D) into positive features (..., F).
     """
 
+    usual_supports = RecurrentMixer.usual_supports | {"noncausal", "cross"}
+
     def __init__(
         self,
         dim: int,
         heads: int = 8,
         *,
         feature_map: Callable[[Tensor], Tensor] = elu_plus_one,
-        **options: Any,
+        **options: Unpack[RecurOptions],
     ) -> None:
         super().__init__(dim, heads, **options)
         self.feature_map = feature_map
@@ -56,10 +63,6 @@ class LinearTransformer(RecurrentMixer):
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         return super().read_out(x, averaged(heads).to(x.dtype))
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return self.kv_heads, self.num_features, self.value_dim + 1
 
 
 def averaged(heads: Tensor) -> Tensor:

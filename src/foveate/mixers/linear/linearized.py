@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.catalogue.registry import register
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput, join_heads, split_heads
-from foveate.mixers.linear.linear_transformer import LinearTransformer, averaged
+from foveate.mixers.linear.linear_transformer import LinearOptions, LinearTransformer, averaged
 from foveate.mixers.recurrent import Lengths, RecurrentState
 
 
@@ -19,7 +19,6 @@ from foveate.mixers.recurrent import Lengths, RecurrentState
     "linearized_llm",
     papers=("Linearized-LLM",),
     formula="o_i = φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_{j≤i} φ(k_j) + Σ_{r<w} c_r ⊙ v_{i-r}",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "feature_map chooses among linear attentions, of which the paper studies seven. Padding lies at the ends of a "
         "sequence: inside it, the convolution would read it as zeros."
@@ -37,17 +36,12 @@ class LinearizedLLM(LinearTransformer):
     >>> _, state = mixer.prefill(drafts[:, [0, 3]], state)  # accept 0-3
     """
 
-    def __init__(self, dim: int, heads: int = 8, *, width: int = 9, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, width: int = 9, **options: Unpack[LinearOptions]) -> None:
         super().__init__(dim, heads, **options)
         self.local = ShortConv(self.kv_heads * self.value_dim, width)
 
     def flow(
-        self,
-        x: Tensor,
-        context: Tensor,
-        state: RecurrentState | None = None,
-        lengths: Lengths = None,
-        padding: Tensor | None = None,
+        self, x: Tensor, context: Tensor, state: Any = None, lengths: Lengths = None, padding: Tensor | None = None
     ) -> StepOutput:
         q, k, v, _ = self.project(x, context, (), lengths)
         near, tail = self.local(join_heads(v), None if state is None else state.tails[0], lengths)
@@ -85,10 +79,6 @@ class LinearizedLLM(LinearTransformer):
         line = torch.cat([tail.mT.to(values.dtype), values], dim=1)
         taps = self.local.weight.squeeze(1).flip(1)  # (channels, width), from the token itself backwards
         return torch.einsum("btwc,cw->btc", line[:, paths], taps)
-
-    @property
-    def tail_shapes(self) -> list[tuple[int, int]]:
-        return [self.local.tail_shape]
 
 
 def ancestry(parents: Sequence[int]) -> Tensor:

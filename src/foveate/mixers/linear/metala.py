@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, Unpack
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, logsigmoid, silu
 
 from foveate.catalogue.registry import register
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.base import StepOutput, divided, join_heads
-from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState
+from foveate.mixers.base import StepOutput, join_heads
+from foveate.mixers.recurrent import HeadOptions, Inputs, Lengths, RecurrentMixer, RecurrentState, narrow_keys
 from foveate.precision import to_accum
 from foveate.recurrence import Recurrent
 
@@ -18,7 +20,6 @@ from foveate.recurrence import Recurrent
     "metala",
     reference="MetaLA",
     formula="S_t = Diag(α_t) S_{t-1} + k_t v_tᵀ, k_t = 1 - α_t, o_t = q_tᵀ S_t + σ(q_tᵀ(w ⊙ k_t) v_t)",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "alpha_t = sigmoid(W x_t)^(1/16), the sigmoid around the whole of the token's own part, the norm and the gate "
         "are those of the authors' code. Padding lies at the ends of a sequence: inside it, the short convolution "
@@ -31,35 +32,21 @@ class MetaLA(RecurrentMixer):
     Tokens pass one short convolution; keys are half as wide as values, as in the paper.
     """
 
+    widths = narrow_keys
+
     def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        value_dim: int | None = None,
-        conv: int = 4,
-        temperature: float = 16.0,
-        causal: bool = True,
+        self, dim: int, heads: int = 8, *, conv: int = 4, temperature: float = 16.0, **options: Unpack[HeadOptions]
     ) -> None:
-        value_dim = value_dim or divided(dim, heads)
-        widths = {"head_dim": head_dim or max(1, value_dim // 2), "value_dim": value_dim}
-        super().__init__(dim, heads, kv_heads=kv_heads, causal=causal, **widths)
+        super().__init__(dim, heads, **options)
         if not temperature > 0:
             raise ValueError(f"temperature is positive, 16 in the paper; got {temperature}")
         self.temperature = temperature
         self.conv = ShortConv(dim, conv)
-        self.to_gate = nn.Linear(dim, heads * value_dim)
+        self.to_gate = nn.Linear(dim, heads * self.value_dim)
         self.stress = nn.Parameter(torch.zeros(heads, self.head_dim))
 
     def flow(
-        self,
-        x: Tensor,
-        context: Tensor,
-        state: RecurrentState | None = None,
-        lengths: Lengths = None,
-        padding: Tensor | None = None,
+        self, x: Tensor, context: Tensor, state: Any = None, lengths: Lengths = None, padding: Tensor | None = None
     ) -> StepOutput:
         convolved, tail = self.conv(x, None if state is None else state.tails[0], lengths)
         x = silu(convolved)
@@ -79,7 +66,3 @@ class MetaLA(RecurrentMixer):
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         return self.to_out(join_heads(layer_norm(heads, heads.shape[-1:])) * silu(self.to_gate(x)))
-
-    @property
-    def tail_shapes(self) -> list[tuple[int, int]]:
-        return [self.conv.tail_shape]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from torch.nn.functional import layer_norm, logsigmoid, pad
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import StepOutput, join_heads
-from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState
-from foveate.precision import accum_dtype, to_accum
-from foveate.recurrence.linear.stabilise import NOTHING, Stabilised, stabilise
+from foveate.mixers.recurrent import Inputs, Lengths, RecurOptions, RecurrentMixer, RecurrentState
+from foveate.precision import to_accum
+from foveate.recurrence.linear.stabilise import Stabilised, stabilise
 
 LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gradient
 
@@ -21,7 +21,6 @@ LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gr
     "mlstm",
     reference="xLSTM",
     formula="C_t = f_t C_{t-1} + e^i_t k_t v_tᵀ, n_t = f_t n_{t-1} + e^i_t k_t, h_t = q_tᵀ C_t / max(|q_tᵀ n_t|, 1)",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "The layer of the xLSTM paper without the block around it: sigmoid forget gates, a layer norm of each head, a "
         "sigmoid output gate. conv puts short convolutions before queries, keys and values."
@@ -33,7 +32,7 @@ class MLSTM(RecurrentMixer):
     Inputs and state are held in units of exp(m_t), m_t = max(log f_t + m_{t-1}, i_t), the paper's stabiliser.
     """
 
-    def __init__(self, dim: int, heads: int = 8, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, **options: Unpack[RecurOptions]) -> None:
         super().__init__(dim, heads, **options)
         self.to_input, self.to_forget = nn.Linear(dim, self.kv_heads), nn.Linear(dim, self.kv_heads)
         self.to_gate = nn.Linear(dim, heads * self.value_dim)
@@ -43,12 +42,7 @@ class MLSTM(RecurrentMixer):
             self.to_forget.bias.copy_(torch.linspace(3, 6, self.kv_heads))
 
     def flow(
-        self,
-        x: Tensor,
-        context: Tensor,
-        state: RecurrentState | None = None,
-        lengths: Lengths = None,
-        padding: Tensor | None = None,
+        self, x: Tensor, context: Tensor, state: Any = None, lengths: Lengths = None, padding: Tensor | None = None
     ) -> StepOutput:
         before, (*tails, unit) = (None, (None,)) if state is None else state
         q, k, v, after = self.project(x, context, tuple(tails), lengths)
@@ -69,17 +63,6 @@ class MLSTM(RecurrentMixer):
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
         normed = join_heads(layer_norm(heads, heads.shape[-1:])) * self.gain
         return self.to_out(normed.to(x.dtype) * torch.sigmoid(self.to_gate(x)))
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return self.kv_heads, self.head_dim, self.value_dim + 1
-
-    def empty_state(self, batch: int, capacity: int | None) -> RecurrentState:
-        recurrent, tails = super().empty_state(batch, capacity)
-        return RecurrentState(recurrent, (*tails, recurrent.new_full((batch, self.kv_heads), NOTHING)))
-
-    def state_bytes(self, n: int) -> int:
-        return super().state_bytes(n) + self.kv_heads * accum_dtype(self.weight.dtype).itemsize
 
 
 def normalised(heads: Tensor, unit: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.mixers.recurrent import Lengths, Projected, RecurrentMixer, RecurrentState
+from foveate.mixers.recurrent import Lengths, Projected, RecurrentMixer
 
 
 class Placed(RecurrentMixer):
@@ -20,10 +20,6 @@ class Placed(RecurrentMixer):
         q, k, v, after = super().project(x, context, tuple(tails_of_convs), lengths)
         q, k = (self.placed(y, first + places(y.shape[2], lengths).to(x.device)) for y in (q, k))
         return Projected(q, k, v, (*after, first + x.shape[1]))
-
-    def empty_state(self, batch: int, capacity: int | None) -> RecurrentState:
-        recurrent, tails = super().empty_state(batch, capacity)
-        return RecurrentState(recurrent, (*tails, torch.zeros((), dtype=torch.long, device=recurrent.device)))
 
 
 def places(length: int, lengths: Lengths = None) -> Tensor:

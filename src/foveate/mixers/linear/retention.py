@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,15 @@ from torch.nn.functional import layer_norm, silu
 
 from foveate.catalogue.registry import register
 from foveate.layers.rotary import rotate
-from foveate.mixers.base import divided, join_heads
+from foveate.mixers.base import join_heads
 from foveate.mixers.linear.positions import Placed
-from foveate.mixers.recurrent import Inputs
+from foveate.mixers.recurrent import Inputs, RecurOptions, wide_values
 
 
 @register(
     "retention",
     reference="RetNet",
     formula="o_n = GN(Σ_{m≤n} γ_h^(n-m) (q_n e^{inθ}) (k_m e^{imθ})^† v_m) ⊙ silu(W_G x_n), γ_h = 1 - 2^(-5-h)",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes="The norm takes the place of the paper's three normalisations, which it undoes up to its epsilon.",
 )
 class Retention(Placed):
@@ -28,18 +27,10 @@ class Retention(Placed):
     Values are twice as wide as keys, as in the paper; each head is normalised, then gated.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *,
-        head_dim: int | None = None,
-        value_dim: int | None = None,
-        rotary: float = 10_000.0,
-        **options: Any,
-    ) -> None:
-        head_dim = head_dim or divided(dim, heads)
-        super().__init__(dim, heads, head_dim=head_dim, value_dim=value_dim or 2 * head_dim, **options)
+    widths = wide_values
+
+    def __init__(self, dim: int, heads: int = 8, *, rotary: float = 10_000.0, **options: Unpack[RecurOptions]) -> None:
+        super().__init__(dim, heads, **options)
         self.rotary = rotary
         self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
 
@@ -51,9 +42,4 @@ class Retention(Placed):
         return Inputs(q, k, v, decay=torch.log1p(-forgotten))
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
-        normed = layer_norm(heads, heads.shape[-1:])
-        return self.to_out(join_heads(normed) * silu(self.to_gate(x)))
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return self.heads, self.head_dim, self.value_dim
+        return self.to_out(join_heads(layer_norm(heads, heads.shape[-1:])) * silu(self.to_gate(x)))

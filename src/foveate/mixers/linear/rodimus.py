@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, silu, softplus
 
 from foveate.catalogue.registry import register
+from foveate.layers.decay import dt_linear
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
-from foveate.mixers.linear.gates import small_steps
 from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentState
 from foveate.precision import to_accum
 
@@ -20,7 +22,6 @@ TINY = 1e-30  # a gate closed further would have an infinite root's slope
     "rodimus",
     papers=("Rodimus / Rodimus+",),
     formula="S_t = Diag(exp(-g_t τ_t)) S_{t-1} + (g_t^τ_t ⊙ k_t) u_tᵀ, g_t = softplus(W x_t), τ_t = σ(W' x_t)",
-    supports={"causal", "padding", "packed", "decode"},
     notes=(
         "Around it stands the authors' block: widened tokens, one short convolution, a low-rank input gate, a residual "
         "and a norm after the gate. Gates start as in their code: g log-uniform in [0.001, 0.1], τ uniform in "
@@ -33,6 +34,8 @@ class Rodimus(RecurrentMixer):
 
     Tokens are widened ``expand`` times; each of the ``heads`` (one, in the paper) has ``memory`` key channels.
     """
+
+    usual_supports = RecurrentMixer.usual_supports - {"gqa"}
 
     def __init__(
         self,
@@ -50,9 +53,8 @@ class Rodimus(RecurrentMixer):
         self.to_inner, self.to_gate = (nn.Linear(dim, width, bias=False) for _ in range(2))
         self.conv = ShortConv(width, conv, bias=True)
         self.to_q, self.to_k = (nn.Linear(width, heads * memory, bias=False) for _ in range(2))
-        self.to_fading, self.to_tempering = (nn.Linear(width, heads * memory) for _ in range(2))
+        self.to_fading, self.to_tempering = dt_linear(width, heads * memory), nn.Linear(width, heads * memory)
         with torch.no_grad():
-            self.to_fading.bias.copy_(small_steps(heads * memory))
             self.to_tempering.bias.uniform_(1 / 16, 0.9).logit_()
         rank = rank or max(dim // 64, 16)
         self.to_rank, self.to_v = nn.Linear(width, rank, bias=False), nn.Linear(rank, width)
@@ -60,12 +62,7 @@ class Rodimus(RecurrentMixer):
         self.norm = nn.RMSNorm(width, eps=1e-5)
 
     def flow(
-        self,
-        x: Tensor,
-        context: Tensor,
-        state: RecurrentState | None = None,
-        lengths: Lengths = None,
-        padding: Tensor | None = None,
+        self, x: Tensor, context: Tensor, state: Any = None, lengths: Lengths = None, padding: Tensor | None = None
     ) -> StepOutput:
         inner = self.to_inner(x)
         convolved, tail = self.conv(inner, None if state is None else state.tails[0], lengths)
@@ -85,7 +82,3 @@ class Rodimus(RecurrentMixer):
         key = normalize(to_accum(k), dim=-1) * gate.clamp(min=TINY) ** temper
         value = torch.sigmoid(self.to_v(self.to_rank(inner))) * inner
         return Inputs(q, key, split_heads(value, self.heads), decay=-gate * temper)
-
-    @property
-    def tail_shapes(self) -> list[tuple[int, int]]:
-        return [self.conv.tail_shape]

@@ -115,12 +115,7 @@ class SmallE(Mixer):
         return Text(self.to_k(text), self.to_v(text), key_mask)
 
     def init_state(
-        self,
-        batch: int,
-        capacity: int | None = None,
-        *,
-        text: Tensor | None = None,
-        text_padding: Tensor | None = None,
+        self, batch: int, capacity: int | None = None, *, text: Tensor | None = None, text_padding: Tensor | None = None
     ) -> Reading:
         """The decoding state before the first token, for ``text`` (B, M, C)."""
         state = super().init_state(batch, capacity)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from foveate.catalogue.registry import register
-from foveate.mixers.linear.lightning_attention import LightningAttention2
+from foveate.mixers.linear.lightning_attention import LightningAttention2, LightningOptions
 from foveate.mixers.linear.positions import Placed
 from foveate.mixers.recurrent import Inputs
 from foveate.precision import to_accum
@@ -19,7 +19,6 @@ from foveate.precision import to_accum
     "transnormer_llm",
     papers=("TransNormerLLM",),
     formula="o_t = norm(Σ_{s≤t} λ_h^(t-s) Σ_c q_tc k_sc cos((t - s) θ_c) v_s) ⊙ u_t",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "lrpe=False is what the paper has in all layers but the first, the decay alone (lightning_attention). The "
         "decoder keeps the faded state and never forms λ^-t. The model transnormer is built of it."
@@ -28,7 +27,7 @@ from foveate.precision import to_accum
 class TransNormerLLM(LightningAttention2, Placed):
     """Linear attention with a constant decay per head and LRPE, a rotation of each channel by a learned angle."""
 
-    def __init__(self, dim: int, heads: int = 8, *, lrpe: bool = True, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, lrpe: bool = True, **options: Unpack[LightningOptions]) -> None:
         super().__init__(dim, heads, **options)
         channels = self.kv_heads * self.head_dim
         angles = 10_000.0 ** (-2 * torch.arange(channels) / channels)  # over all heads, as in the authors' code
@@ -45,7 +44,3 @@ class TransNormerLLM(LightningAttention2, Placed):
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         return Inputs(q, k, v, decay=self.decay(x), scale=self.head_dim**-0.5)
-
-    @property
-    def state_shape(self) -> tuple[int, int, int]:
-        return self.heads, self.head_dim * (1 if self.angles is None else 2), self.value_dim

@@ -29,13 +29,7 @@ class SWAT(AttentionMixer):
     tiny: ClassVar[dict[str, Any]] = {"window": 6}
 
     def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *,
-        window: int = 1024,
-        rotary: float | None = 10_000.0,
-        **options: Any,
+        self, dim: int, heads: int = 8, *, window: int = 1024, rotary: float | None = 10_000.0, **options: Any
     ) -> None:
         super().__init__(dim, heads, core=PatternCore(recent(window)), rotary=rotary, **options)
 

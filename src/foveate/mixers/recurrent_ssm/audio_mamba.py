@@ -12,7 +12,6 @@ from foveate.layouts.orders import (
     Order,
     bidirectional,
 )
-from foveate.mixers.recurrent_ssm.mamba import Branch
 from foveate.mixers.recurrent_ssm.scan_mixer import ScanMixer
 from foveate.patterns import Layout
 
@@ -32,20 +31,6 @@ class BidirectionalMamba(ScanMixer):
 
     A class token belongs in the middle, where neither scan has forgotten much: see :func:`insert_middle`.
     """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        expand: int = 2,
-        state: int = 16,
-        conv: int = 4,
-        rank: int | None = None,
-        causal: bool = False,
-    ) -> None:
-        super().__init__(dim, expand, causal=causal)
-        rank = rank or -(-dim // 16)
-        self.passes.extend(Branch(self.inner, state=state, conv=conv, rank=rank) for _ in range(2))
 
     def orders(self, layout: Layout) -> Sequence[Order]:
         return bidirectional(layout)

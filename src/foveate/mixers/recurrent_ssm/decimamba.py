@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import StepOutput
-from foveate.mixers.recurrent_ssm.mamba import Mamba, MambaState, SSMParams
+from foveate.mixers.recurrent_ssm.mamba import Mamba, MambaOptions, MambaState, SSMParams
 from foveate.mixers.stateful import Lengths
 
 
@@ -49,19 +49,8 @@ class DeciMamba(Mamba):
     tiny: ClassVar[dict[str, Any]] = {"keep": 11}
     exempt: ClassVar[dict[str, str]] = {"causality": "which tokens are kept depends on the step sizes of all of them"}
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        keep: int = 2048,
-        last: int = 1,
-        expand: int = 2,
-        state: int = 16,
-        conv: int = 4,
-        rank: int | None = None,
-        causal: bool = True,
-    ) -> None:
-        super().__init__(dim, expand=expand, state=state, conv=conv, rank=rank, causal=causal)
+    def __init__(self, dim: int, *, keep: int = 2048, last: int = 1, **mamba: Unpack[MambaOptions]) -> None:
+        super().__init__(dim, **mamba)
         if not 0 <= last <= keep or keep < 1:
             raise ValueError(f"keep, at least 1, counts the last tokens, too; got keep={keep} and last={last}")
         self.keep, self.last = keep, last

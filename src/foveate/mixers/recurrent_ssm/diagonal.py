@@ -45,12 +45,7 @@ class DiagonalSSM(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        state: int = 64,
-        *,
-        method: str = "zoh",
-        rates: Callable[[int], Tensor] = hippo_rates,
+        self, channels: int, state: int = 64, *, method: str = "zoh", rates: Callable[[int], Tensor] = hippo_rates
     ) -> None:
         super().__init__()
         pairs = halved(state)

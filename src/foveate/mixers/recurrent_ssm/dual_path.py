@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from foveate.catalogue.registry import register
 from foveate.mixers.base import Mixer
 from foveate.mixers.recurrent_ssm.audio_mamba import BidirectionalMamba
+from foveate.mixers.recurrent_ssm.mamba import ScanOptions
 from foveate.patterns import Layout
 
 
@@ -64,22 +65,11 @@ class DualPathMamba(Mixer):
 
     tiny: ClassVar[dict[str, Any]] = {"chunk": 8, "expand": 1, "state": 4}
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        chunk: int = 250,
-        expand: int = 2,
-        state: int = 16,
-        conv: int = 4,
-        rank: int | None = None,
-        causal: bool = False,
-    ) -> None:
+    def __init__(self, dim: int, *, chunk: int = 250, causal: bool = False, **mamba: Unpack[ScanOptions]) -> None:
         super().__init__(dim, causal=causal)
         self.chunk = check_chunk(chunk)
-        sizes: dict[str, Any] = {"expand": expand, "state": state, "conv": conv, "rank": rank}
         self.norms = nn.ModuleList(nn.RMSNorm(dim, eps=1e-5) for _ in range(2))
-        self.inside, self.across = BidirectionalMamba(dim, **sizes), BidirectionalMamba(dim, **sizes)
+        self.inside, self.across = (BidirectionalMamba(dim, **mamba) for _ in range(2))
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         if x.numel() == 0:

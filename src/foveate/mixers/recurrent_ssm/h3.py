@@ -26,7 +26,6 @@ class Shifted(NamedTuple):
     "h3",
     papers=("H3",),
     formula="o = q · SSM_diag(SSM_shift(k) vᵀ), by heads, out = W o",
-    supports={"causal", "padding", "packed", "decode"},
     notes=(
         "As in the authors' code A starts as in S4D-Lin and is discretised by the trapezoidal rule, and head_dim is 1. "
         "What they keep beside the shift, a factor of the newest key, is part of the shift here. Padding lies at the "

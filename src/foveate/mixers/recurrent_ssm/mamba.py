@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from foveate.catalogue.registry import register
+from foveate.layers.decay import init_dt_bias
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput
-from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
-from foveate.precision import accum_dtype, to_accum
+from foveate.mixers.stateful import Lengths, StatefulMixer
+from foveate.precision import to_accum
 from foveate.recurrence.selective.api import Scanned, scan
 
 NO_STEP = -1e4  # a logit of step sizes at which softplus is exactly 0: such a token neither writes nor fades
@@ -41,7 +42,7 @@ class SelectiveScan(nn.Module):
         self.to_choices = nn.Linear(channels, self.rank + 2 * state, bias=False)
         self.to_step = nn.Linear(self.rank, channels, bias=False)
         nn.init.uniform_(self.to_step.weight, -(self.rank**-0.5), self.rank**-0.5)
-        self.step_bias = step_bias(channels)
+        self.step_bias = nn.Parameter(init_dt_bias(channels))
         self.A_log = nn.Parameter(torch.arange(1.0, state + 1).log().repeat(channels, 1))
         self.D = nn.Parameter(torch.ones(channels))
 
@@ -112,10 +113,6 @@ class SelectiveScan(nn.Module):
         D = to_accum(self.D)[None, :, None].expand(1, -1, u.shape[1])
         return (out * size.unsqueeze(-2)).tril() + torch.diag_embed(D)
 
-    def init_state(self, batch: int) -> Tensor:
-        """The state before the first token."""
-        return self.A_log.new_zeros(batch, *self.A_log.shape, dtype=accum_dtype(self.A_log.dtype))
-
 
 class MambaState(NamedTuple):
     """The scan's state (B, C, S), and the tail (B, C, width - 1) of the convolution."""
@@ -151,15 +148,31 @@ class Branch(nn.Module):
         out, after = self.ssm(convolved, gate=gate, state=before, lengths=lengths, key_mask=key_mask)
         return StepOutput(out, MambaState(after, tail))
 
-    def init_state(self, batch: int) -> MambaState:
-        return MambaState(self.ssm.init_state(batch), self.conv.init_state(batch))
+
+class StateOptions(TypedDict, total=False):
+    """Options of a scan: numbers a channel keeps, and the rank of step sizes."""
+
+    state: int
+    rank: int | None
+
+
+class ScanOptions(StateOptions, total=False):
+    """Options of a gated block around scans, with how often it widens and how far its convolution reads."""
+
+    expand: int
+    conv: int
+
+
+class MambaOptions(ScanOptions, total=False):
+    """What :class:`Mamba` takes beside the width."""
+
+    causal: bool
 
 
 @register(
     "mamba",
     reference="Mamba",
     formula="h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = C_tᵀ h_t + D u_t, out = W (y ⊙ silu(z))",
-    supports={"causal", "padding", "packed", "decode"},
     notes="Padding lies at the ends of a sequence: inside it, the short convolution would read it as zeros.",
 )
 class Mamba(StatefulMixer):
@@ -170,14 +183,7 @@ class Mamba(StatefulMixer):
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        expand: int = 2,
-        state: int = 16,
-        conv: int = 4,
-        rank: int | None = None,
-        causal: bool = True,
+        self, dim: int, *, expand: int = 2, state: int = 16, conv: int = 4, rank: int | None = None, causal: bool = True
     ) -> None:
         super().__init__(dim, causal=causal)
         if expand < 1:
@@ -200,6 +206,3 @@ class Mamba(StatefulMixer):
         """
         u, _ = self.to_in(x).chunk(2, dim=-1)
         return self.branch.ssm.matrix(self.branch.conv(u).out)
-
-    def empty_state(self, batch: int, capacity: int | None) -> MambaState:
-        return self.branch.init_state(batch)

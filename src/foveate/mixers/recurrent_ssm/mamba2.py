@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu, softplus
 
 from foveate.catalogue.registry import register
+from foveate.layers.decay import init_A_log, init_dt_bias
 from foveate.layers.short_conv import ShortConv
 from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
-from foveate.mixers.stateful import Lengths, StatefulMixer, step_bias
-from foveate.precision import accum_dtype, to_accum
+from foveate.mixers.stateful import Lengths, StatefulMixer
+from foveate.precision import to_accum
 from foveate.recurrence import recur
 
 
@@ -37,7 +38,6 @@ class SSDInputs(NamedTuple):
     "mamba2",
     reference="Mamba-2",
     formula="h_t = exp(-a Δ_t) h_{t-1} + B_t (Δ_t x_t)ᵀ, y_t = h_tᵀ C_t + D x_t, out = W rms(y ⊙ silu(z))",
-    supports={"causal", "padding", "packed", "decode"},
     notes="Padding lies at the ends of a sequence: inside it, the short convolution would read it as zeros.",
 )
 class Mamba2(StatefulMixer):
@@ -68,8 +68,7 @@ class Mamba2(StatefulMixer):
         self.widths = (inner, groups * state, groups * state)  # x, B, C
         self.to_in = nn.Linear(dim, inner + sum(self.widths) + heads, bias=False)  # z, x, B, C, Δ
         self.conv = ShortConv(sum(self.widths), conv, bias=True, activation="silu")
-        self.step_bias = step_bias(heads)
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.step_bias, self.A_log = nn.Parameter(init_dt_bias(heads)), init_A_log(heads)
         self.D = nn.Parameter(torch.ones(heads))
         self.scale = nn.Parameter(torch.ones(inner))  # of the norm
         self.to_out = nn.Linear(inner, dim, bias=False)
@@ -117,9 +116,3 @@ class Mamba2(StatefulMixer):
         keys = ssd.k.repeat_interleave(self.heads // self.groups, dim=1)
         scores = to_accum(ssd.q) @ to_accum(keys).mT * fading * ssd.dt.unsqueeze(-2)
         return scores.tril() + torch.diag_embed(to_accum(self.D).view(1, -1, 1).expand(1, -1, x.shape[1]))
-
-    def empty_state(self, batch: int, capacity: int | None) -> Mamba2State:
-        shape = (batch, self.heads, self.states, self.head_dim)
-        return Mamba2State(
-            self.weight.new_zeros(shape, dtype=accum_dtype(self.weight.dtype)), self.conv.init_state(batch)
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foveate.catalogue.registry import register
 from foveate.mixers.base import StepOutput
 from foveate.mixers.recurrent_ssm.decimamba import gathered
-from foveate.mixers.recurrent_ssm.mamba import Mamba, MambaState
+from foveate.mixers.recurrent_ssm.mamba import Mamba, MambaState, ScanOptions
 from foveate.mixers.stateful import Lengths, StatefulMixer
 from foveate.precision import to_accum
 
@@ -142,11 +142,8 @@ class MemMamba(StatefulMixer):
         slots: int = 50,
         width: int = 64,
         threshold: float = 0.5,
-        expand: int = 2,
-        state: int = 16,
-        conv: int = 4,
-        rank: int | None = None,
         causal: bool = True,
+        **mamba: Unpack[ScanOptions],
     ) -> None:
         super().__init__(dim, causal=causal)
         if min(depth, every, slots, width) < 1:
@@ -154,7 +151,7 @@ class MemMamba(StatefulMixer):
         self.layers = nn.ModuleList(
             NoteLayer(
                 dim,
-                Mamba(dim, expand=expand, state=state, conv=conv, rank=rank),
+                Mamba(dim, **mamba),
                 slots=slots,
                 width=width,
                 threshold=threshold,

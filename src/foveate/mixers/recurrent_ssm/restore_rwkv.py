@@ -11,7 +11,6 @@ from torch.nn.functional import conv2d, pad
 from foveate.catalogue.registry import register
 from foveate.layouts.orders import Order, column_major, raster
 from foveate.mixers.base import Mixer
-from foveate.mixers.grid import require_grid
 from foveate.patterns import Grid, Layout
 from foveate.recurrence.bi_wkv import bi_wkv
 
@@ -67,6 +66,8 @@ class RestoreRWKV(Mixer):
 
     grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(8, 3))
 
+    grid_axes = (2,)
+
     def __init__(self, dim: int, *, passes: int = 2, causal: bool = False) -> None:
         super().__init__(dim, causal=causal)
         if passes < 1:
@@ -75,17 +76,12 @@ class RestoreRWKV(Mixer):
         self.to_r, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         self.rates, self.bonuses = nn.Parameter(torch.randn(passes, dim)), nn.Parameter(torch.randn(passes, dim))
 
-    def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
-        super().check(x, context, layout, padding)
-        require_grid(self.row.name, layout, 2)
-
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         assert isinstance(layout, Grid)
-        key_mask = None if padding is None else padding.unsqueeze(-1)
-        x = self.shift(x if key_mask is None else x.masked_fill(~key_mask, 0), layout)
+        x = self.shift(x, layout)
         k, v = self.to_k(x), self.to_v(x)
-        if key_mask is not None:
-            k = k.masked_fill(~key_mask, HIDDEN)
+        if padding is not None:
+            k = k.masked_fill(~padding.unsqueeze(-1), HIDDEN)
         for rate, bonus, order in zip(self.rates, self.bonuses, self.paths(layout), strict=True):
             v = order.undo(bi_wkv(order.apply(k), order.apply(v), rate / x.shape[1], bonus / x.shape[1]))
         return self.to_out(torch.sigmoid(self.to_r(x)) * v)

@@ -36,7 +36,6 @@ class RWKV4State(NamedTuple):
     formula=(
         "wkv_t = (Σ_{i<t} e^(k_i - (t-1-i) w) v_i + e^(u + k_t) v_t) / (the same without v), o_t = W(σ(r_t) ⊙ wkv_t)"
     ),
-    supports={"causal", "padding", "packed", "decode"},
     notes=(
         "The time mixing of RWKV-4. r, k and v see a mixture of the token and the one before it: padding lies at the "
         "ends of a sequence."

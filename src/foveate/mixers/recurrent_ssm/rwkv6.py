@@ -21,7 +21,6 @@ from foveate.precision import to_accum
     "rwkv6",
     reference="RWKV-6",
     formula="o_t = r_tᵀ (S_{t-1} + Diag(u) k_t v_tᵀ), S_t = Diag(exp(-exp(d_t))) S_{t-1} + k_t v_tᵀ",
-    supports={"causal", "padding", "packed", "decode"},
     notes="The time mixing of RWKV-6 (Finch). Tokens see the one before them: padding lies at the ends of a sequence.",
 )
 class RWKV6(MatrixRWKV):

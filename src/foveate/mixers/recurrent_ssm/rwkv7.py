@@ -22,7 +22,6 @@ from foveate.precision import to_accum
     "rwkv7",
     reference="RWKV-7",
     formula="S_t = (Diag(w_t) - (a_t ⊙ κ_t) κ_tᵀ) S_{t-1} + k_t v_tᵀ, o_t = r_tᵀ S_t + (r_t ⊙ u)ᵀ k_t v_tᵀ",
-    supports={"causal", "padding", "packed", "decode"},
     notes=(
         "The time mixing of RWKV-7 (Goose) as in a model's first layer: later ones also mix in that layer's values. "
         "Tokens see the one before them: padding lies at the ends of a sequence."

@@ -18,7 +18,6 @@ from foveate.mixers.stateful import Lengths, StatefulMixer
     "s4d",
     reference="S4D",
     formula="h_t = exp(Δ A) h_{t-1} + B̄ x_t, y_t = 2 Re(C h_t) + D x_t, out = GLU(W gelu(y))",
-    supports={"causal", "padding", "packed", "decode"},
     notes="B is 1, as C stands for both. A starts as in S4D-LegS. Padding lies at the ends of a sequence.",
 )
 class S4D(StatefulMixer):

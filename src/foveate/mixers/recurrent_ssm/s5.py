@@ -18,7 +18,6 @@ from foveate.recurrence.ssm import evolve_shared, hippo_rates
     "s5",
     reference="S5",
     formula="h_t = exp(Δ A) h_{t-1} + B̄ x_t, y_t = 2 Re(C h_t) + D x_t with one h for all channels, out = g ⊙ σ(W g)",
-    supports={"causal", "padding", "packed", "decode"},
     notes="g is gelu(y). A starts as the paper's with one block. Padding lies at the ends of a sequence.",
 )
 class S5(StatefulMixer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from foveate.layouts.orders import (
     bidirectional,
 )
 from foveate.mixers.base import Mixer
-from foveate.mixers.recurrent_ssm.mamba import Mamba
+from foveate.mixers.recurrent_ssm.mamba import Mamba, StateOptions
 from foveate.mixers.stateful import laid_end_to_end
 from foveate.patterns import Layout
 from foveate.patterns import Sequence as Line
@@ -27,23 +27,13 @@ class SMamba(Mixer):
     """Two whole Mamba blocks, one over the tokens and one over them reversed; a token is a variate's whole series."""
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        expand: int = 1,
-        state: int = 16,
-        conv: int = 2,
-        rank: int | None = None,
-        causal: bool = False,
+        self, dim: int, *, expand: int = 1, conv: int = 2, causal: bool = False, **sizes: Unpack[StateOptions]
     ) -> None:
         super().__init__(dim, causal=causal)
-        sizes: dict[str, Any] = {"expand": expand, "state": state, "conv": conv, "rank": rank}
-        self.forwards, self.backwards = Mamba(dim, **sizes), Mamba(dim, **sizes)
+        self.forwards, self.backwards = (Mamba(dim, expand=expand, conv=conv, **sizes) for _ in range(2))
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         flat, key_mask, lengths = laid_end_to_end(x, padding, layout)
-        if key_mask is not None:
-            flat = flat.masked_fill(~key_mask.unsqueeze(-1), 0)
         out = flat.new_zeros(())
         for mamba, order in zip((self.forwards, self.backwards), bidirectional(Line(flat.shape[1])), strict=True):
             ahead = lengths if lengths is None or order.is_identity else lengths[::-1]

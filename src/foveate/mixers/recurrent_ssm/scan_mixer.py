@@ -13,6 +13,7 @@ from foveate.layouts.orders import (
     scan_orders,
 )
 from foveate.mixers.base import Mixer
+from foveate.mixers.recurrent_ssm.mamba import Branch
 from foveate.mixers.stateful import Lengths, laid_end_to_end
 from foveate.patterns import Grid, Layout
 from foveate.patterns import Sequence as Line
@@ -21,18 +22,34 @@ from foveate.patterns import Sequence as Line
 class ScanMixer(Mixer):
     """A gated block around several passes over the tokens, each along an order of its own, which are added.
 
-    A mechanism says which ``orders``; it may change the channels ``before`` they are scanned and what the passes
-    say ``after``, and leave the ``gate`` out.
+    A mechanism says which ``orders`` its ``passes`` take and what a pass is, by default a convolution and a scan; it
+    may change the channels ``before`` they are scanned and what the passes say ``after``, and leave the ``gate`` out.
     """
 
-    def __init__(self, dim: int, expand: int, *, gate: bool = True, causal: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expand: int = 2,
+        state: int = 16,
+        conv: int = 4,
+        rank: int | None = None,
+        passes: int = 2,
+        gate: bool = True,
+        causal: bool = False,
+    ) -> None:
         super().__init__(dim, causal=causal)
         if expand < 1:
             raise ValueError(f"expand is how many times the width is scanned, at least once; got {expand}")
         self.inner = expand * dim
         self.to_in = nn.Linear(dim, (1 + gate) * self.inner, bias=False)
         self.to_out = nn.Linear(self.inner, dim, bias=False)
-        self.passes = nn.ModuleList()  # of Branch or SelectiveScan, which a mechanism appends
+        sizes = {"state": state, "conv": conv, "rank": rank or -(-dim // 16)}
+        self.passes = nn.ModuleList(self.one_pass(**sizes) for _ in range(passes))
+
+    def one_pass(self, *, state: int, conv: int, rank: int) -> nn.Module:
+        """What scans ``inner`` channels along one order."""
+        return Branch(self.inner, state=state, conv=conv, rank=rank)
 
     def orders(self, layout: Layout) -> Sequence[Order]:
         """The order of each pass, for tokens that live on ``layout``."""
@@ -45,8 +62,6 @@ class ScanMixer(Mixer):
         return y
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
-        if padding is not None:
-            x = x.masked_fill(~padding.unsqueeze(-1), 0)  # a convolution would read on
         flat, key_mask, lengths = laid_end_to_end(x, padding, layout)
         place = layout if isinstance(layout, Grid) else Line(flat.shape[1])
         u, *gate = self.to_in(flat).split(self.inner, dim=-1)

@@ -27,7 +27,6 @@ class Lifted(Inputs):
     "state_tuning",
     papers=("State-Tuning",),
     formula="RWKV-7 from a learned S_0; enlarged: x ↦ exp(-γ |x - u_i|^2), i = 1…M, for r, k, v, w, a and κ",
-    supports={"causal", "padding", "packed", "decode"},
     notes=(
         "What is read of an enlarged state becomes a vector again by interpolation through the support vectors, and "
         "the removal key's features are scaled to unit length, which keeps the state bounded; both are ours. Tokens "

@@ -11,7 +11,7 @@ from foveate.catalogue.registry import Feature, register
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.patterns import Layout, Packed
-from foveate.precision import accum_dtype, to_accum
+from foveate.precision import to_accum
 from foveate.recurrence.ttt import InnerModel, TTTOutput, init_inner_state, ttt_linear, ttt_mlp
 
 SUPPORTS: set[Feature] = {"causal", "padding", "packed", "decode"}
@@ -106,12 +106,6 @@ class TTTMixer(Mixer):
         count = torch.arange(1, self.mini_batch + 1, device=moved.device, dtype=moved.dtype)
         step_scale = (1 / count + moved).clamp(min=0)
         return {"norm": (self.norm_weight, self.norm_bias), "step_scale": step_scale, "batch": self.mini_batch}
-
-    # ---- costs ---------------------------------------------------------------------------------------------
-
-    def state_bytes(self, n: int) -> int:
-        size = sum((ins + 1) * outs for ins, outs in self.layers)
-        return 2 * self.heads * size * accum_dtype(self.weight.dtype).itemsize
 
 
 @register(

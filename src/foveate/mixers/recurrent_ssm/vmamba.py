@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -13,8 +13,7 @@ from foveate.layouts.orders import (
     Order,
     cross_scan,
 )
-from foveate.mixers.grid import require_grid
-from foveate.mixers.recurrent_ssm.mamba import SelectiveScan
+from foveate.mixers.recurrent_ssm.mamba import SelectiveScan, StateOptions
 from foveate.mixers.recurrent_ssm.scan_mixer import ScanMixer
 from foveate.patterns import Grid, Layout
 
@@ -41,27 +40,23 @@ class VMamba(ScanMixer):
         *,
         axes: int = 2,
         expand: int = 2,
-        state: int = 16,
         conv: int = 3,
-        rank: int | None = None,
         gate: bool = True,
         causal: bool = False,
+        **sizes: Unpack[StateOptions],
     ) -> None:
-        super().__init__(dim, expand, gate=gate, causal=causal)
+        super().__init__(dim, expand=expand, passes=2 * axes, gate=gate, causal=causal, **sizes)
         if axes not in (2, 3):
             raise ValueError(f"axes is 2 for images or 3 for videos; got {axes}")
         if conv < 1 or conv % 2 == 0:
             raise ValueError(f"the convolution has an odd number of pixels a side; got conv={conv}")
-        self.axes = axes
-        rank = rank or -(-dim // 16)
-        self.passes.extend(SelectiveScan(self.inner, state, rank) for _ in range(2 * axes))
+        self.grid_axes = (axes,)
         kind = nn.Conv2d if axes == 2 else nn.Conv3d
         self.conv = kind(self.inner, self.inner, conv, padding=conv // 2, groups=self.inner, bias=gate)
         self.norm = nn.LayerNorm(self.inner)
 
-    def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
-        super().check(x, context, layout, padding)
-        require_grid(self.row.name, layout, self.axes)
+    def one_pass(self, *, state: int, conv: int, rank: int) -> SelectiveScan:
+        return SelectiveScan(self.inner, state, rank)
 
     def before(self, u: Tensor, layout: Layout) -> Tensor:
         assert isinstance(layout, Grid)

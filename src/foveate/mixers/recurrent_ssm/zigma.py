@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from foveate.layouts.orders import (
     zigzag,
 )
 from foveate.mixers.base import Mixer
-from foveate.mixers.grid import require_grid
-from foveate.mixers.recurrent_ssm.mamba import Mamba
+from foveate.mixers.recurrent_ssm.mamba import Mamba, ScanOptions
 from foveate.patterns import Grid, Layout
 
 
@@ -43,27 +42,14 @@ class ZigMa(Mixer):
 
     grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(2, 4, 5))
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        layer: int = 0,
-        expand: int = 2,
-        state: int = 16,
-        conv: int = 4,
-        rank: int | None = None,
-        causal: bool = False,
-    ) -> None:
+    grid_axes = (2, 3)
+
+    def __init__(self, dim: int, *, layer: int = 0, causal: bool = False, **mamba: Unpack[ScanOptions]) -> None:
         super().__init__(dim, causal=causal)
         if layer < 0:
             raise ValueError(f"layer is the number of the layer, from 0; got {layer}")
         self.layer = layer
-        self.mamba = Mamba(dim, expand=expand, state=state, conv=conv, rank=rank)
-
-    def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
-        super().check(x, context, layout, padding)
-        axes = layout.num_axes if isinstance(layout, Grid) and layout.num_axes == 3 else 2
-        require_grid(self.row.name, layout, axes)
+        self.mamba = Mamba(dim, **mamba)
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         assert isinstance(layout, Grid)
