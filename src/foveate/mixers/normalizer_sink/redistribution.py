@@ -74,8 +74,8 @@ def redistribute(
     chosen = rows[:, None] & (visual & sinks).any(-1)[:, None, None] & (clear > 0)
     chosen = chosen & (image >= how.least) & (sunk <= how.rho * image)
     moved = torch.where(chosen, (1 - how.p) * (sunk + other_sunk), 0)
-    kept = torch.where(chosen, how.p, 1.0).to(clear.dtype)
-    shares = (clear + moved, kept * sunk, kept * other_sunk, rest)
+    sunk, other_sunk = (torch.where(chosen, how.p * share, share) for share in (sunk, other_sunk))
+    shares = (clear + moved, sunk, other_sunk, rest)
     out = sum(share.unsqueeze(-1) * part.out for share, part in zip(shares, parts, strict=True))
     return out.to(q.dtype)  # type: ignore[union-attr]
 
