@@ -51,6 +51,9 @@ SUBJECTS = {
     "vsa": Subject({"k": 16}),
     "vmoba": Subject({"layer": 2, "cube": (4, 8, 8)}, (Grid(2, 8, 8), *VIDEOS)),
     "nabla": Subject({"mass": 0.3, "near": (3, 3, 3)}),
+    "psa": Subject({}),
+    "sparsifiner": Subject({"tokens": 196, "class_token": False}, (Grid(14, 14),), Grid(14, 14)),
+    "radial_attention": Subject({}, (Grid(8, 32, 32), Grid(16, 32, 32), Grid(32, 32, 32)), Grid(9, 13, 11)),
 }
 
 
@@ -93,9 +96,9 @@ def check(row: str) -> None:
     mixer = made(row, DIM, heads=HEADS, **subject.options).eval()
     x = torch.randn(1, subject.checked.length, DIM)
     with torch.no_grad():
-        got = mixer(x, layout=subject.checked)
+        got = mixer(x, layout=layout_of(mixer, subject.checked))
         with reference_only():
-            error = float((got - mixer(x, layout=subject.checked)).abs().max())
+            error = float((got - mixer(x, layout=layout_of(mixer, subject.checked))).abs().max())
     if not error <= TOLERANCE:
         raise SystemExit(f"{row}: off by {error:.1e}; nothing timed")
 
@@ -108,7 +111,7 @@ def measure(row: str, grid: Grid, repeats: int) -> list[Line]:
     }
     x = torch.randn(1, grid.length, DIM)
     with torch.no_grad(), count_operations() as counted:
-        mixers["sparse"](x, layout=grid)
+        mixers["sparse"](x, layout=layout_of(mixers["sparse"], grid))
     share = counted.pairs / (HEADS * grid.length**2)
     lines = []
     for task, way in {"forward": forward, "forward + backward": trained}.items():
@@ -118,8 +121,12 @@ def measure(row: str, grid: Grid, repeats: int) -> list[Line]:
     return lines
 
 
+def layout_of(mixer: Mixer, grid: Grid) -> Grid | None:
+    return grid if "grid" in mixer.row.supports else None
+
+
 def forward(mixer: Mixer, x: torch.Tensor, grid: Grid) -> Callable[[], object]:
-    layout = grid if "grid" in mixer.row.supports else None
+    layout = layout_of(mixer, grid)
 
     def run() -> object:
         with torch.no_grad():
@@ -129,7 +136,7 @@ def forward(mixer: Mixer, x: torch.Tensor, grid: Grid) -> Callable[[], object]:
 
 
 def trained(mixer: Mixer, x: torch.Tensor, grid: Grid) -> Callable[[], object]:
-    layout = grid if "grid" in mixer.row.supports else None
+    layout = layout_of(mixer, grid)
     parameters = list(mixer.parameters())
     return lambda: torch.autograd.grad(mixer(x, layout=layout).sum(), parameters, allow_unused=True)
 
