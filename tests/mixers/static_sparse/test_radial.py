@@ -117,7 +117,8 @@ def test_blocks_grow_as_n_log_n() -> None:
 
 @pytest.mark.paper("Radial Attention", "works_when")
 def test_it_was_measured_faster_than_dense_attention_at_video_length() -> None:
-    faster_from("radial_attention", 16384, 1.5)
+    faster_from("radial_attention", 16384, 1.3)
+    faster_from("radial_attention", 32768, 1.7)
 
 
 def test_what_cannot_be_is_refused() -> None:

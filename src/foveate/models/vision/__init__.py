@@ -1,6 +1,8 @@
 """Vision backbones of the catalogue."""
 
 from foveate.models.vision.backbones import l2vit, ravlt, swiftformer
+from foveate.models.vision.histoformer import histoformer
+from foveate.models.vision.rat import rat
 from foveate.models.vision.vmamba import vmamba_backbone
 
-__all__ = ["l2vit", "ravlt", "swiftformer", "vmamba_backbone"]
+__all__ = ["histoformer", "l2vit", "rat", "ravlt", "swiftformer", "vmamba_backbone"]
