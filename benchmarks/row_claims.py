@@ -15,14 +15,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.contest import RESULTS, write_json
 from benchmarks.limits import arithmetic
 from benchmarks.peak_memory import measured
 from foveate import attend, block_mask, causal, full
+from foveate.catalogue.tiers import row
 from foveate.lab.measure import machine
 from foveate.mixers.head_sharing.mixture import queries_asked
+from foveate.models.vision.shvit import SHViT, conv_norm
 
 Contenders = Mapping[str, Callable[[], object]]
 
@@ -102,10 +104,72 @@ def flash_attention_2() -> list[dict[str, Any]]:
     return cases
 
 
+@torch.no_grad()
+def geb() -> list[dict[str, Any]]:
+    """GEB-1.3B at its own sizes with random weights in float32: tokens per CPU second of one thread."""
+    with torch.device("meta"):
+        empty = row("geb").make("1.3B")  # type: ignore[attr-defined]
+    model = empty.to_empty(device="cpu").eval()
+    for parameter in model.parameters():
+        parameter.uniform_(-0.02, 0.02)
+    tokens = torch.randint(64_896, (1, 128))
+    start = time.process_time()
+    _, state = model.prefill(tokens, model.init_state(1, 160))
+    prompt = time.process_time() - start
+    seconds = []
+    for _ in range(8):
+        start = time.process_time()
+        _, state = model.decode(tokens[:, :1], state)
+        seconds.append(time.process_time() - start)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    rates = {"prompt": 128 / prompt, "decoding": 1 / sorted(seconds)[4]}
+    return [{"parameters": counted, "dtype": "float32", "tokens_per_second": rates}]
+
+
+class MultiHead(nn.Module):
+    """Attention of heads of 32 channels on all channels, in the place of SHViT's one head on a part."""
+
+    def __init__(self, dim: int, part: int) -> None:
+        super().__init__()
+        self.norm, self.heads = nn.GroupNorm(1, dim), dim // 32
+        self.to_qkv, self.to_out = conv_norm(dim, 3 * dim), conv_norm(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.flatten(2).unflatten(1, (self.heads, -1)).mT for y in self.to_qkv(self.norm(x)).chunk(3, 1))
+        return self.to_out(attend(q, k, v).mT.flatten(1, 2).unflatten(2, x.shape[2:]))
+
+
+@torch.no_grad()
+def shvit() -> list[dict[str, Any]]:
+    """SHViT: latency of S1 with one head on a part of the channels and with heads on all; heads of 16 channels."""
+    sizes: dict[str, Any] = {"dims": (128, 224, 320), "depths": (2, 4, 5), "parts": (32, 48, 68), "channels": 3}
+    one, many = SHViT(1000, **sizes).eval(), SHViT(1000, **sizes, attention=MultiHead).eval()
+    cases: list[dict[str, Any]] = []
+    for side in (224, 512):
+        image = torch.randn(1, 3, side, side)
+        seconds = least_seconds({"single head": partial(one, image), "multi head": partial(many, image)}, 9)
+        cases.append({"task": "S1", "side": side, "seconds": seconds})
+    for tokens in (196, 1024):
+        v = torch.randn(8, 1, tokens, 48)
+        runs = {}
+        for dim in (16, 64):
+            q, k = torch.randn(2, 8, 1, tokens, dim)
+            runs[str(dim)] = partial(_often, partial(attend, q, k, v))
+        cases.append({"task": "attention by channels of keys", "tokens": tokens, "seconds": least_seconds(runs, 7)})
+    return cases
+
+
+def _often(run: Callable[[], Tensor]) -> None:
+    for _ in range(5):
+        run()
+
+
 MEASUREMENTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "flash_attention": flash_attention,
     "flash_attention_2": flash_attention_2,
+    "geb": geb,
     "mixture_of_heads": mixture_of_heads,
+    "shvit": shvit,
 }
 
 

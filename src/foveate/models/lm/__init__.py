@@ -1,6 +1,7 @@
 """Language models of the catalogue."""
 
+from foveate.models.lm.decoder import geb, swan_gpt
 from foveate.models.lm.longcoder import longcoder
 from foveate.models.lm.transnormer import transnormer
 
-__all__ = ["longcoder", "transnormer"]
+__all__ = ["geb", "longcoder", "swan_gpt", "transnormer"]

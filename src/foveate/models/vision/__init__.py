@@ -3,6 +3,7 @@
 from foveate.models.vision.backbones import l2vit, ravlt, swiftformer
 from foveate.models.vision.histoformer import histoformer
 from foveate.models.vision.rat import rat
+from foveate.models.vision.shvit import shvit
 from foveate.models.vision.vmamba import vmamba_backbone
 
-__all__ = ["histoformer", "l2vit", "rat", "ravlt", "swiftformer", "vmamba_backbone"]
+__all__ = ["histoformer", "l2vit", "rat", "ravlt", "shvit", "swiftformer", "vmamba_backbone"]
