@@ -110,26 +110,26 @@ class CAMixer(Mixer):
         image, values = (tokens.mT.unflatten(2, layout.dims) for tokens in (x, self.to_v(x)))
         routing = self.router(values)
         warped = image + moved(image, routing.offsets)
-        parts = [windowed(each, self.window) for each in (image, warped, values, values * routing.spatial)]
-        mixed = unwindowed(self.drawn(*parts, routing) if self.training else self.chosen(*parts, routing), layout)
+        parts = (windowed(each, self.window) for each in (image, warped, values, values * routing.spatial))
+        mixed = unwindowed((self.drawn if self.training else self.chosen)(routing.scores, *parts), layout)
         out = gelu(self.far(self.near(mixed))) * routing.channel + mixed
         return self.to_out(out.flatten(2).mT)
 
-    def drawn(self, q: Tensor, k: Tensor, v: Tensor, cheap: Tensor, routing: Routing) -> Tensor:
+    def drawn(self, scores: Tensor, q: Tensor, k: Tensor, v: Tensor, cheap: Tensor) -> Tensor:
         """Windows (B, W, L, C), each of either path as it is drawn."""
-        takes = gumbel_softmax(routing.scores, hard=True)[:, :, :1].unsqueeze(3)
+        takes = gumbel_softmax(scores, hard=True)[:, :, :1].unsqueeze(3)
         return self.attention(q * takes, k * takes, v * takes) + cheap * (1 - takes)
 
-    def chosen(self, q: Tensor, k: Tensor, v: Tensor, cheap: Tensor, routing: Routing) -> Tensor:
+    def chosen(self, scores: Tensor, q: Tensor, k: Tensor, v: Tensor, cheap: Tensor) -> Tensor:
         """The same with the best windows of each image gathered."""
         count = int(q.shape[1] * self.ratio)
-        order = torch.argsort(routing.scores[:, :, 0], dim=1, descending=True, stable=True)[:, :count]
+        order = torch.argsort(scores[:, :, 0], dim=1, descending=True, stable=True)[:, :count]
         at = torch.arange(len(q), device=q.device).unsqueeze(1), order
         return cheap.index_put(at, self.attention(q[at], k[at], v[at])) if count else cheap
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (each.flatten(0, 1).unsqueeze(1) for each in (self.to_q(q), self.to_k(k), v))
-        return attend(*heads, scale=1.0).squeeze(1).view_as(v)
+        q, k, values = (each.flatten(0, 1).unsqueeze(1) for each in (self.to_q(q), self.to_k(k), v))
+        return attend(q, k, values, scale=1.0).squeeze(1).view_as(v)
 
 
 def windowed(image: Tensor, window: int) -> Tensor:

@@ -90,12 +90,13 @@ def in_windows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, windows: Regions, 
     entry, window = torch.nonzero(kept, as_tuple=True)
     tokens = windows.slots.to(q.device)[window]  # (P, L)
     inside = tokens >= 0
-    gathered = [x.transpose(1, 2)[entry.unsqueeze(1), tokens.clamp_min(0)].transpose(1, 2) for x in (q, k, v)]
+    places = entry.unsqueeze(1), tokens.clamp_min(0)
+    queries, keys, values = (x.transpose(1, 2)[places].transpose(1, 2) for x in (q, k, v))
     pattern = full if windows.is_whole else key_padding(inside)
-    mixed = attend(*gathered, pattern, **options).transpose(1, 2)  # (P, L, H, D)
+    mixed = attend(queries, keys, values, pattern, **options).transpose(1, 2)  # (P, L, H, D)
     out = mixed.new_zeros(q.shape[0], q.shape[2], *mixed.shape[2:])
-    places = entry.unsqueeze(1).expand_as(tokens)[inside], tokens[inside]
-    return out.index_put(places, mixed[inside]).transpose(1, 2)
+    own = entry.unsqueeze(1).expand_as(tokens)[inside], tokens[inside]
+    return out.index_put(own, mixed[inside]).transpose(1, 2)
 
 
 @register(

@@ -91,8 +91,8 @@ class PyramidSparseAttention(AttentionMixer):
         if group == 1:
             return attend_partial(q, k, v, pattern)
         sizes = groups(torch.ones_like(k[:1, :1, :, :1]), group).sum(3)  # (1, 1, groups, 1)
-        pooled = ((groups(x, group).sum(3) / sizes).to(x.dtype) for x in (k, v))
-        return attend_partial(q, *pooled, pattern, bias=sizes.log().transpose(2, 3))
+        keys, values = ((groups(x, group).sum(3) / sizes).to(x.dtype) for x in (k, v))
+        return attend_partial(q, keys, values, pattern, bias=sizes.log().transpose(2, 3))
 
     @torch.no_grad()
     def level_of(self, q: Tensor, k: Tensor) -> Tensor:

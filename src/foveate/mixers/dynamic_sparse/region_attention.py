@@ -31,8 +31,8 @@ def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: Tensor, *, scale:
             f"regions are whole numbers {(q.shape[0], q.shape[2])}; got {regions.dtype} {tuple(regions.shape)}"
         )
     order = torch.argsort(regions, dim=1, stable=True)
-    sorted_heads = (in_order(x, order) for x in (q, k, v))
-    mixed = attend(*sorted_heads, same_bucket(regions.gather(1, order).unsqueeze(1)), scale=scale)
+    q, k, v = (in_order(x, order) for x in (q, k, v))
+    mixed = attend(q, k, v, same_bucket(regions.gather(1, order).unsqueeze(1)), scale=scale)
     return in_order(mixed, order.argsort(1))
 
 

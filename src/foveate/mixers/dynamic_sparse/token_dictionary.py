@@ -114,11 +114,12 @@ class AdaptiveTokenDictionary(Mixer):
         size = min(self.category, num_tokens)
         order = torch.argsort(categories, dim=1, stable=True)
         filled = torch.cat((order, order[:, num_tokens - -num_tokens % size :].flip(1)), 1)
-        grouped = [
-            in_order(join_heads(x), filled).reshape(len(q) * filled.shape[1] // size, size, self.dim) for x in (q, k, v)
-        ]
+        shape = (len(q) * filled.shape[1] // size, size, self.dim)
+        queries, keys, values = (
+            split_heads(in_order(join_heads(x), filled).reshape(shape), self.heads) for x in (q, k, v)
+        )
         scale = self.log_scale.clamp(max=GREATEST_SCALE).exp()
-        mixed = join_heads(attend(*(split_heads(x, self.heads) for x in grouped), scale=scale))
+        mixed = join_heads(attend(queries, keys, values, scale=scale))
         return in_order(mixed.view(len(q), filled.shape[1], self.dim), order.argsort(1))
 
 

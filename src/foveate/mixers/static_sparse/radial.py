@@ -55,7 +55,11 @@ class RadialAttention(AttentionMixer):
 
     def check(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> None:
         super().check(x, context, layout, padding)
-        if not isinstance(layout, Grid | Beside) or layout.num_axes != 3 or getattr(layout, "before", 0):
+        if (
+            not isinstance(layout, Grid | Beside)
+            or layout.num_axes != 3
+            or (isinstance(layout, Beside) and layout.before)
+        ):
             words = "Grid(time, height, width), or Beside(Grid(time, height, width), after=text)"
             raise ValueError(f"{self.row.name} lives on a video: pass layout={words}; got {layout}")
 

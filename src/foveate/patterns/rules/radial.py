@@ -57,13 +57,13 @@ def radial_blocks(frames: int, tokens: int, block: int = 128, decay: float = 1.0
 
     Raises ValueError unless sizes are at least 1, a frame holds a block and ``decay`` is positive.
     """
-    sizes = {"frames": frames, "tokens": tokens, "block": block}
-    whole = [positive("radial_blocks", name, size) for name, size in sizes.items()]
+    for name, size in (("frames", frames), ("tokens", tokens), ("block", block)):
+        positive("radial_blocks", name, size)
     if not decay > 0 or full_reach < 0:
         raise ValueError(f"radial_blocks takes decay > 0 and full_reach >= 0; got {decay} and {full_reach}")
     if tokens < block:
         raise ValueError(f"blocks are of one frame or two: block={block} is more than the {tokens} tokens of a frame")
-    return _blocks(*whole, float(decay), full_reach)
+    return _blocks(frames, tokens, block, float(decay), full_reach)
 
 
 @remembered(16)
