@@ -31,6 +31,7 @@ from foveate.lab.measure import machine
 from foveate.models import builtin
 from foveate.patterns.algebra import LINE, Scene, resolve
 from foveate.patterns.rules.hierarchical import halved_ranges
+from foveate.patterns.rules.proxies import proxy_blocks
 from foveate.patterns.rules.stripes import sampled_columns, stripes
 
 CONTENDERS: dict[str, Pattern] = {
@@ -39,6 +40,8 @@ CONTENDERS: dict[str, Pattern] = {
     "anchor_attention": stripes(12.0),
     "anchor_attention 4": stripes(4.0),
     "anchor_attention 2": stripes(2.0),
+    "proxy_attention": proxy_blocks(0.95),
+    "proxy_attention 0.8": proxy_blocks(0.8),
     "hip_attention": halved_ranges(512),
     "hip_attention 2048": halved_ranges(2048),
     "minference_vertical_slash": vertical_slash(512, 512),

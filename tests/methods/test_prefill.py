@@ -20,6 +20,7 @@ MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "prefill_metho
 METHODS = {
     "sample_attention": ("mass=0.5", "mass=1.0"),
     "anchor_attention": ("theta=0.5, block=3, step=2", "theta=1e9, block=3, step=2"),
+    "proxy_attention": ("mass=0.3, block=4", "mass=1.0"),
     "hip_attention": (
         "keys=6, q_block=4, k_block=2, first_keys=1, recent=2, dense_layers=0",
         "keys=4096, dense_layers=1",
@@ -104,6 +105,7 @@ def test_in_six_architectures_with_all_of_the_budget_nothing_changes(method: str
 
 @pytest.mark.paper("SampleAttention", "works_when")
 @pytest.mark.paper("AnchorAttention", "works_when")
+@pytest.mark.paper("ProxyAttn", "works_when")
 @pytest.mark.paper("HiP", "works_when")
 def test_recall_sparsity_and_time_of_long_prompts_were_measured() -> None:
     found = json.loads(MEASURED.read_text(encoding="utf-8"))
@@ -114,7 +116,8 @@ def test_recall_sparsity_and_time_of_long_prompts_were_measured() -> None:
         return sum(own) / len(own)
 
     assert mean("sample_attention", "recall") >= 0.95
-    for method in ("sample_attention", "anchor_attention 4", "hip_attention"):
+    assert mean("proxy_attention", "recall") >= 0.9
+    for method in ("sample_attention", "anchor_attention 4", "proxy_attention 0.8", "hip_attention"):
         assert mean(method, "share_of_pairs") < 0.5
         assert mean(method, "seconds") < mean(method, "dense")
     assert mean("hip_attention", "seconds") < 0.25 * mean("hip_attention", "dense")

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveate import attend, causal
 from foveate.patterns import Pattern
 from foveate.patterns.rules.hierarchical import halved_ranges
+from foveate.patterns.rules.proxies import proxy_blocks
 from foveate.patterns.rules.stripes import sampled_columns, stripes
 
 SHAPES = [(53, 53), (29, 77), (1, 40)]  # queries and keys
@@ -90,6 +91,38 @@ def test_stripes_are_keys_near_the_anchor_of_a_block_of_queries(
     check(stripes(theta, block=block, step=step), seen, q, k, v)
 
 
+@pytest.mark.paper("ProxyAttn", "definition")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("mass", "block", "proxies"), [(0.3, 4, 1), (0.6, 7, 2), (0.8, 3, 4)])
+def test_blocks_are_judged_by_mean_heads_and_counted_by_each_head(
+    shape: tuple[int, int], mass: float, block: int, proxies: int
+) -> None:
+    q, k, v = inputs(shape)
+    offset, last = shape[1] - shape[0], min(block, shape[0])
+    every = k.repeat_interleave(2, 1)
+    mean_q, mean_k = (x.view(2, proxies, 4 // proxies, -1, 8).mean(2) for x in (q, every))
+    place = torch.arange(shape[0]) + offset
+    hidden = torch.arange(shape[1]) > place[:, None]
+    proxy = (mean_q @ mean_k.mT * 8**-0.5).masked_fill(hidden, float("-inf")).softmax(-1)
+    exact = scores_of(q, k).softmax(-1)[:, :, -last:].mean(2)
+    blocks = -(-shape[1] // block)
+    seen = torch.zeros(2, 4, *shape, dtype=torch.bool)
+    for b in range(2):
+        for h in range(4):
+            shares = [float(exact[b, h, c * block : (c + 1) * block].sum()) for c in range(blocks)]
+            needed = next(n for n in range(1, blocks + 1) if sum(sorted(shares)[-n:]) >= mass)
+            for row in range(offset // block, blocks):
+                mine = [i for i in range(shape[0]) if (i + offset) // block == row]
+                weights = proxy[b, h * proxies // 4][mine]
+                judged = [float(weights[:, c * block : (c + 1) * block].max()) for c in range(row)]
+                count = -(-needed * (row + 1) // blocks)
+                kept = {row, *sorted(range(row), key=lambda c: -judged[c])[:count]}
+                for i in mine:
+                    for j in range(i + offset + 1):
+                        seen[b, h, i, j] = j // block in kept
+    check(proxy_blocks(mass, block=block, proxies=proxies), seen, q, k, v)
+
+
 @pytest.mark.paper("HiP", "definition")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("keys", "q_block", "k_block"), [(7, 1, 1), (12, 4, 2), (20, 5, 3), (9, 8, 9)])
@@ -122,9 +155,12 @@ def test_ranges_are_halved_and_the_best_kept(shape: tuple[int, int], keys: int, 
     torch.testing.assert_close(attend(q, k, v, pattern), want)
 
 
-@pytest.mark.parametrize("pattern", [sampled_columns(1.0), stripes(1e9, block=3, step=2), halved_ranges(400)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [sampled_columns(1.0), stripes(1e9, block=3, step=2), halved_ranges(400), proxy_blocks(1.0)], ids=str
+)
 @pytest.mark.paper("SampleAttention", "works_when")
 @pytest.mark.paper("AnchorAttention", "works_when")
+@pytest.mark.paper("ProxyAttn", "works_when")
 @pytest.mark.paper("HiP", "works_when")
 def test_all_of_the_budget_is_causal_attention(pattern: Pattern) -> None:
     q, k, v = inputs((77, 90))

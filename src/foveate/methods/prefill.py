@@ -13,6 +13,7 @@ from foveate.methods.core import CoreMethod
 from foveate.mixers.core import Core, PatternCore
 from foveate.patterns import Pattern, full, sinks, window
 from foveate.patterns.rules.hierarchical import halved_ranges
+from foveate.patterns.rules.proxies import proxy_blocks
 from foveate.patterns.rules.stripes import sampled_columns, stripes
 
 if TYPE_CHECKING:
@@ -90,6 +91,25 @@ def anchor_attention(theta: float = 12.0, block: int = 128, step: int = 16, laye
     stripes(8.0, block=128, step=16)
     """
     return for_prompts(stripes(theta, block=block, step=step), layers)
+
+
+@method(
+    "proxy_attention",
+    papers=("ProxyAttn",),
+    tiny={"mass": 0.4, "block": 4},
+    full_budget={"mass": 1.0},
+    exempt={"decoding": FOR_PROMPTS, "causality": AHEAD},
+)
+def proxy_attention(mass: float = 0.95, block: int = 64, proxies: int = 1, layers: Layers | None = None) -> Method:
+    """Prompts see blocks that a few mean heads find important, as many for each head as its last queries need.
+
+    ``proxies`` groups of heads each have a mean head; ``mass`` is the share of a head's attention that its blocks hold.
+    The paper's own mass and block were not verified. Wang et al., ProxyAttn, arXiv 2509.24745.
+
+    >>> proxy_attention(mass=0.9).core.pattern
+    proxy_blocks(0.9, block=64, proxies=1)
+    """
+    return for_prompts(proxy_blocks(mass, block=block, proxies=proxies), layers)
 
 
 @method(
