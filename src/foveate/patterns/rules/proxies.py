@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.patterns.algebra import Pattern, Scene
-from foveate.patterns.rules.choose import NEVER, fewest, score, slices
+from foveate.patterns.rules.choose import NEVER, fewest, score
 from foveate.patterns.rules.decided import block_table, pack_rows
 from foveate.patterns.rules.dynamic import _looked_at, counted_from
 from foveate.patterns.rules.sequence import causal, positive
@@ -54,7 +54,7 @@ class ProxyBlocks(Pattern):
         return counted_from(scene.first - lead, table & causal)
 
     def _importance(self, q: Tensor, keys: Tensor, scene: Scene, offset: int, lead: int) -> Tensor:
-        """The greatest causal softmax weight of the mean heads in each block of pairs before the own; NEVER from there on."""
+        """The greatest softmax weight of the mean heads in each block before the own; NEVER from there on."""
         rows = to_accum(q).unflatten(1, (self.proxies, -1)).mean(2)
         mean = keys.unflatten(1, (self.proxies, -1)).mean(2) if keys.shape[1] >= self.proxies else keys
         found = []
@@ -93,12 +93,12 @@ def _in_blocks(weights: Tensor, block: int, lead: int, beyond: float) -> Tensor:
 
 
 def proxy_blocks(mass: float, *, block: int = 64, proxies: int = 1) -> Pattern:
-    """Blocks of keys that mean heads find important, as many for each head as that head needs for ``mass`` of its weights.
+    """Blocks of keys that mean heads find important, as many for each head as it needs for ``mass`` of its weights.
 
-    Heads are divided into ``proxies`` groups; the mean queries and keys of a group attend in the place of its heads, and
+    Heads are divided into ``proxies`` groups; the mean queries and keys of a group attend in place of its heads, and
     a block is as important as the greatest of their weights in it. How many blocks a head sees is told by the exact
-    weights of its last ``block`` queries: the share of blocks that hold ``mass`` of them, rounded up in every row. A query
-    sees its own block besides, no key after itself, and everything if ``mass=1``.
+    weights of its last ``block`` queries: the share of blocks that hold ``mass`` of them, rounded up in every row. A
+    query sees its own block besides, no key after itself, and everything if ``mass=1``.
 
     Wang et al., ProxyAttn: Guided Sparse Attention via Representative Heads, arXiv 2509.24745.
 
