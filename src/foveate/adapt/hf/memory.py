@@ -35,12 +35,13 @@ from foveate.patterns.compound import leaves
 class LayerFacts:
     """What a memory may be made by: the layer's number, how many there are, its model's configuration.
 
-    ``below`` are the memories of the layers under it in the same cache, by their numbers.
+    ``served`` layers have a memory of the method; ``below`` are the memories of the layers under it in the same cache, by their numbers.
     """
 
     number: int
     total: int
     config: Any
+    served: int
     below: dict[int, LayerMemory] = field(default_factory=dict)
 
 
@@ -205,7 +206,7 @@ class Keeper:
             )
         below: dict[int, LayerMemory] = {}
         for number in self.numbers:
-            below[number] = self.make(LayerFacts(number, total, self.config, dict(below)))
+            below[number] = self.make(LayerFacts(number, total, self.config, len(self.numbers), dict(below)))
             layers[number] = MemoryLayer(below[number], getattr(layers[number], "sliding_window", None))
         cache.layers, cache.layer_class_to_replicate = layers, None
 
