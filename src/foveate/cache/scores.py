@@ -28,11 +28,12 @@ def rows_of(q: Tensor, look: Look, rows: Tensor) -> tuple[Tensor, Look]:
     return q.gather(2, index), replace(look, position=position, padded=True)
 
 
-def weights_of_rows(q: Tensor, k: Tensor, position: Tensor, look: Look) -> Tensor:
+def weights_of_rows(q: Tensor, k: Tensor, position: Tensor, look: Look, beside: Tensor | None = None) -> Tensor:
     """Attention weights (B, H, R, M) of a few queries (B, H, R, D) to keys (B, G, M, D) at positions (B, G, M).
 
     Of the model's own kind: its scale, soft-cap, bias by distance, sliding window, and a sink that takes weight away.
-    Rows of padding are zeros. In float32 at least.
+    ``beside`` (B, H, R) is the log of the sum of weights of further keys. Rows of padding are zeros. In float32 at
+    least.
 
     Raises NotImplementedError for weights other than softmax.
     """
@@ -40,26 +41,30 @@ def weights_of_rows(q: Tensor, k: Tensor, position: Tensor, look: Look) -> Tenso
     if (weights.kind if isinstance(weights, Weights) else weights) != "softmax":
         raise NotImplementedError(f"which tokens matter is read off softmax weights; this layer has {weights}")
     dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = _logits(q.to(dtype), k.to(dtype), position, look)
-    seen = look.visible(position).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    logits = logits.masked_fill(~seen, float("-inf"))
+    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))  # (B, G, r, R, D)
+    products = (grouped @ k.to(dtype).unsqueeze(2).mT).flatten(1, 2)
+    logits = logits_of(products, position, look, q.shape[3])
     sink = weights.sink if isinstance(weights, Weights) else None
-    if sink is None:
-        sink = logits.new_full((), float("-inf"))
-    extra = sink.to(dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-    return torch.cat([logits, extra], 3).softmax(3)[..., :-1].masked_fill(~seen, 0.0)
+    others = [] if sink is None else [sink.to(dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)]
+    others += [] if beside is None else [beside.to(dtype).unsqueeze(3)]
+    never = logits.new_full((*logits.shape[:3], 1), float("-inf"))
+    total = torch.cat([logits, never, *others], 3).logsumexp(3, keepdim=True)
+    return (logits - total).exp().masked_fill(logits.isinf(), 0.0)
 
 
-def _logits(q: Tensor, k: Tensor, position: Tensor, look: Look) -> Tensor:
+def logits_of(products: Tensor, position: Tensor, look: Look, dim: int) -> Tensor:
+    """Logits (B, H, R, M) of products q k^T of ``dim`` channels, with keys at positions (B, G, M); -inf if unseen."""
     options = look.options_at(position)
     scale = options.get("scale")
-    grouped = q.unflatten(1, (k.shape[1], -1))  # (B, G, r, R, D)
-    logits = (grouped @ k.unsqueeze(2).mT).flatten(1, 2) * (q.shape[3] ** -0.5 if scale is None else scale)
+    logits = products * (dim**-0.5 if scale is None else scale)
     softcap = options.get("softcap")
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     bias = options.get("bias")
-    return logits if bias is None else logits + bias
+    if bias is not None:
+        logits = logits + bias
+    seen = look.visible(position).repeat_interleave(logits.shape[1] // position.shape[1], dim=1)
+    return logits.masked_fill(~seen, float("-inf"))
 
 
 def of_key_heads(x: Tensor, heads: int) -> Tensor:

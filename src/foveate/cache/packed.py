@@ -1,0 +1,122 @@
+"""Keys and values in two or four bits: keys with a scale a channel, values with one a channel and one a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from foveate.attention import Partial
+from foveate.cache.memory import Look
+from foveate.cache.scores import logits_of
+from foveate.cache.slots import FREE
+
+CHUNK = 64  # queries that meet packed keys at once
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes (..., D) below 2 ** bits, ``8 // bits`` of neighbouring channels to a byte; bits is 2 or 4.
+
+    >>> pack(torch.tensor([[1, 2, 3, 0, 2]], dtype=torch.uint8), 2)
+    tensor([[57,  2]], dtype=torch.uint8)
+    """
+    each = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    shifts = bits * torch.arange(each, device=codes.device, dtype=torch.uint8)
+    return (padded << shifts).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
+    """The codes (..., dim) that `pack` packed.
+
+    >>> unpack(torch.tensor([[57, 2]], dtype=torch.uint8), 2, 5)
+    tensor([[1, 2, 3, 0, 2]], dtype=torch.uint8)
+    """
+    each = 8 // bits
+    shifts = bits * torch.arange(each, device=packed.device, dtype=torch.uint8)
+    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :dim]
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Keys and values of some tokens in ``bits`` bits, with their positions; FREE where there is none.
+
+    A key is ``code * k_step + k_least`` of its channel. A value is ``(code * v_step + v_least) * v_norm``: step and
+    least of its token, norm of its channel, the root of the largest magnitude there.
+    """
+
+    position: Tensor  # (B, G, S) int32
+    k: Tensor  # (B, G, S, D / codes a byte) uint8
+    k_step: Tensor  # (B, G, 1, D)
+    k_least: Tensor
+    v: Tensor  # (B, G, S, Dv / codes a byte) uint8
+    v_step: Tensor  # (B, G, S, 1)
+    v_least: Tensor
+    v_norm: Tensor  # (B, G, 1, Dv)
+    bits: int
+
+    @staticmethod
+    def of(k: Tensor, v: Tensor, position: Tensor, bits: int) -> PackedTokens:
+        """Quantise keys (B, G, S, D) and values (B, G, S, Dv) at positions (B, G, S)."""
+        there = (position != FREE).unsqueeze(-1)
+        k_code, k_step, k_least = _quantised(k, bits, 2, there)
+        norm = v.abs().masked_fill(~there, 0.0).amax(2, keepdim=True).sqrt()
+        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+        v_code, v_step, v_least = _quantised(v / norm, bits, 3, there)
+        packed_k, packed_v = pack(k_code, bits), pack(v_code, bits)
+        return PackedTokens(position.int(), packed_k, k_step, k_least, packed_v, v_step, v_least, norm, bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Codes, scales of both kinds, and positions."""
+        return sum(x.nbytes for x in self._tensors)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "bits")
+
+    def select(self, entries: Tensor) -> PackedTokens:
+        """Batch entries (B',) of these."""
+        return PackedTokens(*(x[entries.to(x.device)] for x in self._tensors), bits=self.bits)
+
+    def dequantised(self) -> tuple[Tensor, Tensor]:
+        """Keys (B, G, S, D) and values (B, G, S, Dv) as numbers again."""
+        k, v = self._codes(self.k, self.k_step), self._codes(self.v, self.v_norm)
+        return k * self.k_step + self.k_least, (v * self.v_step + self.v_least) * self.v_norm
+
+    def _codes(self, packed: Tensor, like: Tensor) -> Tensor:
+        return unpack(packed, self.bits, like.shape[3]).to(like.dtype)
+
+    def attend(self, q: Tensor, look: Look) -> Partial:
+        """Attention of queries (B, H, N, D) to these tokens alone, from the codes: scales are applied to q and out."""
+        parts = [self._attend(q[:, :, at : at + CHUNK], look, at) for at in range(0, q.shape[2], CHUNK)]
+        outs, sums = zip(*parts, strict=True)
+        return Partial(torch.cat(outs, 2), torch.cat(sums, 2))
+
+    def _attend(self, q: Tensor, look: Look, at: int) -> tuple[Tensor, Tensor]:
+        few = Look(look.position[:, at : at + q.shape[2]], look.options, look.width, slopes=look.slopes)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        grouped = q.to(dtype).unflatten(1, (self.k.shape[1], -1))  # (B, G, r, N, D)
+        codes = self._codes(self.k, self.k_step).to(dtype)
+        products = (grouped * self.k_step.unsqueeze(2)) @ codes.unsqueeze(2).mT
+        products = (products + grouped @ self.k_least.to(dtype).unsqueeze(2).mT).flatten(1, 2)
+        logits = logits_of(products, self.position.long(), few, q.shape[3])
+        total = torch.cat([logits, torch.full_like(logits[..., :1], float("-inf"))], 3).logsumexp(3)
+        weights = (logits - torch.where(total.isinf(), 0.0, total).unsqueeze(3)).exp()
+        weights = weights.unflatten(1, (self.k.shape[1], -1))
+        codes = self._codes(self.v, self.v_norm).to(dtype)
+        out = (weights * self.v_step.unsqueeze(2).mT) @ codes.unsqueeze(2) + weights @ self.v_least.unsqueeze(2).to(dtype)
+        return (out * self.v_norm.unsqueeze(2)).flatten(1, 2).to(q.dtype), total
+
+
+def _quantised(x: Tensor, bits: int, axis: int, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of x, and the step and least value along an axis, of what is there."""
+    least = x.masked_fill(~there, float("inf")).amin(axis, keepdim=True)
+    most = x.masked_fill(~there, float("-inf")).amax(axis, keepdim=True)
+    some = there.expand_as(x).any(axis, keepdim=True)
+    least, most = (torch.where(some, one, torch.zeros_like(one)) for one in (least, most))
+    step = (most - least) / (2**bits - 1)
+    safe = torch.where(step > 0, step, torch.ones_like(step))
+    codes = ((x - least) / safe).round().clamp(0, 2**bits - 1)
+    return codes.masked_fill(~there, 0.0).to(torch.uint8), step, least
