@@ -1,6 +1,6 @@
 """A packed cache beside one of float16: bytes, the error of a decoding step, its time, and the loss on real text.
 
-python -m benchmarks.kv_packed [--prompt 2048] [--next 64] [--texts 6] [--repeats 50]
+python -m benchmarks.kv_packed [--prompt 1536] [--next 48] [--texts 6] [--repeats 50]
 
 The loss is that of the built-in model on the tokens after a prompt that is packed. The naive choice beside it takes
 the salient tokens at random, as many of them in as many bits.
@@ -9,7 +9,7 @@ the salient tokens at random, as many of them in as many bits.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from benchmarks.kv_budget import measured, texts
 from foveate import attend
 from foveate.cache.memory import Look
 from foveate.cache.zipped import Precision, ZipMemory
-from foveate.catalogue import tiers
 from foveate.lab.measure import machine
 from foveate.methods.cached import CachedMethod
+from foveate.methods.zipcache import zipcache
 from foveate.models import builtin
 
-SETTINGS = {"prompt": 2048, "next": 64, "texts": 6, "repeats": 50}
+SETTINGS = {"prompt": 1536, "next": 48, "texts": 6, "repeats": 50}
 SALIENT = (0.6, 0.2)
 
 
@@ -36,6 +36,10 @@ class AtRandom(ZipMemory):
     def saliency(self) -> Tensor:
         assert self.slots is not None
         return torch.rand(self.slots.position.shape, generator=torch.Generator().manual_seed(5))
+
+
+def at_random(share: float) -> Callable[[Any], ZipMemory]:
+    return lambda _: AtRandom(Precision(share, 4, 2, 100, 0.05))
 
 
 def keys_and_values(model: Any, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -78,10 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record["layers"] = [a_step(k, v, options.repeats) for k, v in keys_and_values(model, pieces[0])]
     record["losses"] = losses = {"whole": measured(model, None, pieces, options.prompt)}
     for share in SALIENT:
-        how = Precision(share, 4, 2, 100, 0.05)
-        made = {
-            f"zipcache, {share}": tiers.row("zipcache").make(salient=share),
-            f"random, {share}": CachedMethod(lambda _, how=how: AtRandom(how)),
+        made: dict[str, Any] = {
+            f"zipcache, {share}": zipcache(salient=share),
+            f"random, {share}": CachedMethod(at_random(share)),
         }
         for name, method in made.items():
             losses[name] = measured(model, method, pieces, options.prompt)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -133,3 +136,16 @@ def test_what_is_held_is_codes_and_scales() -> None:
     a_channel = 2 * 2 * 3 * 64 * 2  # of two groups and heads: step and least of keys, norm of values
     assert sum(group.nbytes for group in memory.packed) == codes + a_token + a_channel
     assert codes + a_token + a_channel < 2 * k.nbytes / 4
+
+
+@pytest.mark.paper("ZipCache", "works_when")
+def test_measured_bytes_error_latency_and_loss() -> None:
+    record = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "kv_packed.json").read_text())
+    for layer in record["layers"]:
+        assert layer["bytes"]["packed"] < layer["bytes"]["float16"] / 4
+        assert 0 < layer["error"] < 0.15
+        assert set(layer["seconds"]) == {"packed", "float16"}
+    losses = {name: sum(each) / len(each) for name, each in record["losses"].items()}
+    assert losses["zipcache, 0.6"] - losses["whole"] < 0.05
+    for share in (0.6, 0.2):
+        assert losses[f"zipcache, {share}"] < losses[f"random, {share}"] - 0.05

@@ -118,5 +118,11 @@ def test_budgets_too_small_are_refused() -> None:
         tiers.row("alisa").make(budget=1)
 
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "kv_budget.json"
-assert json and RESULTS
+@pytest.mark.paper("ALISA", "works_when")
+def test_measured_attention_sums_choose_better_than_chance() -> None:
+    """Beside the same recent tokens; on the built-in model as many more recent tokens do better still."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "kv_budget.json"
+    losses = {name: sum(each) / len(each) for name, each in json.loads(path.read_text())["losses"].items()}
+    for budget in (128, 256):
+        assert losses["whole"] < losses[f"alisa, {budget}"]
+        assert losses[f"alisa, {budget}"] < losses[f"latest and random, {budget}"] - 0.02

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +163,16 @@ def test_statistics_take_no_table_of_all_pairs() -> None:
         memory.settle(q, Look(torch.arange(999)[None], {}, padded=False))
     assert int(memory.valid) == 50
     assert largest.most <= 4 * 4 * 1000  # a row of each of the window's queries, of the text's 999
+
+
+@pytest.mark.paper("CAKE", "works_when")
+def test_measured_it_loses_less_than_naive_choices_of_as_many_tokens() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "kv_budget.json"
+    losses = {name: sum(each) / len(each) for name, each in json.loads(path.read_text())["losses"].items()}
+    for budget in (128, 256):
+        assert losses["whole"] < losses[f"cake, {budget}"]
+        for naive in ("latest", "latest and random"):
+            assert losses[f"cake, {budget}"] < losses[f"{naive}, {budget}"]
 
 
 def test_windows_must_fit_the_budget() -> None:

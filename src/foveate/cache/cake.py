@@ -43,7 +43,8 @@ class Shared:
         budgets = self.window + (share * (self.total - self.layers * self.window)).floor().long()
         for member, budget in zip(known, budgets, strict=True):
             member.budget = budget
-            member.shrink(budget)
+            if member.pending is None:  # else it gives way when that is settled
+                member.shrink(budget)
 
 
 class CakeMemory(LayerMemory):
@@ -71,7 +72,6 @@ class CakeMemory(LayerMemory):
             self.measure(prefers=True)
             self.shared.allot()
         elif bool((self.valid > self.budget).any()):
-            self.measure(prefers=False)
             spared = self.budget - (self.budget - self.how.window) // 8
             self.shrink(torch.where(self.valid > self.budget, spared, self.budget))
 
@@ -114,10 +114,13 @@ class CakeMemory(LayerMemory):
 
     def shrink(self, budget: Tensor) -> None:
         """Keep as many tokens of each text as ``budget`` (B,) says, those of the highest indicators."""
-        assert self.slots is not None and self.indicator is not None
+        assert self.slots is not None
         left = torch.minimum(self.valid, budget)
         if bool((self.valid == left).all()):
             return
+        if self.indicator is None or self.indicator.shape[2] < self.slots.count:  # tokens came after it
+            self.measure(prefers=False)
+        assert self.indicator is not None
         count = int(left.max())
         kept = self.indicator.topk(count, dim=2).indices
         dropped = torch.arange(count, device=left.device) >= left[:, None]  # of those in descending order

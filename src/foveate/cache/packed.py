@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -16,26 +16,27 @@ CHUNK = 64  # queries that meet packed keys at once
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (..., D) below 2 ** bits, ``8 // bits`` of neighbouring channels to a byte; bits is 2 or 4.
+    """Codes (..., D) below 2 ** bits, ``8 // bits`` channels to a byte, D / 8 * bits apart; bits is 2 or 4.
 
     >>> pack(torch.tensor([[1, 2, 3, 0, 2]], dtype=torch.uint8), 2)
-    tensor([[57,  2]], dtype=torch.uint8)
+    tensor([[45,  2]], dtype=torch.uint8)
     """
     each = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
-    shifts = bits * torch.arange(each, device=codes.device, dtype=torch.uint8)
-    return (padded << shifts).sum(-1).to(torch.uint8)
+    planes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).chunk(each, -1)
+    packed = planes[0].clone()
+    for number, plane in enumerate(planes[1:], 1):
+        packed |= plane << bits * number
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
     """The codes (..., dim) that `pack` packed.
 
-    >>> unpack(torch.tensor([[57, 2]], dtype=torch.uint8), 2, 5)
+    >>> unpack(torch.tensor([[45, 2]], dtype=torch.uint8), 2, 5)
     tensor([[1, 2, 3, 0, 2]], dtype=torch.uint8)
     """
-    each = 8 // bits
-    shifts = bits * torch.arange(each, device=packed.device, dtype=torch.uint8)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :dim]
+    planes = [(packed >> bits * number) & (2**bits - 1) for number in range(8 // bits)]
+    return torch.cat(planes, -1)[..., :dim]
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,18 @@ class PackedTokens:
 
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "bits")
+        return tuple(getattr(self, each.name) for each in fields(self)[:-1])
 
     def select(self, entries: Tensor) -> PackedTokens:
         """Batch entries (B',) of these."""
-        return PackedTokens(*(x[entries.to(x.device)] for x in self._tensors), bits=self.bits)
+        index = entries.to(self.k.device)
+        return replace(self, **{each.name: getattr(self, each.name)[index] for each in fields(self)[:-1]})
 
     def dequantised(self) -> tuple[Tensor, Tensor]:
         """Keys (B, G, S, D) and values (B, G, S, Dv) as numbers again."""
-        k, v = self._codes(self.k, self.k_step), self._codes(self.v, self.v_norm)
+        k = unpack(self.k, self.bits, self.k_step.shape[3]).to(self.k_step.dtype)
+        v = unpack(self.v, self.bits, self.v_norm.shape[3]).to(self.v_step.dtype)
         return k * self.k_step + self.k_least, (v * self.v_step + self.v_least) * self.v_norm
-
-    def _codes(self, packed: Tensor, like: Tensor) -> Tensor:
-        return unpack(packed, self.bits, like.shape[3]).to(like.dtype)
 
     def attend(self, q: Tensor, look: Look) -> Partial:
         """Attention of queries (B, H, N, D) to these tokens alone, from the codes: scales are applied to q and out."""
@@ -97,17 +97,19 @@ class PackedTokens:
     def _attend(self, q: Tensor, look: Look, at: int) -> tuple[Tensor, Tensor]:
         few = Look(look.position[:, at : at + q.shape[2]], look.options, look.width, slopes=look.slopes)
         dtype = torch.promote_types(q.dtype, torch.float32)
-        grouped = q.to(dtype).unflatten(1, (self.k.shape[1], -1))  # (B, G, r, N, D)
-        codes = self._codes(self.k, self.k_step).to(dtype)
-        products = (grouped * self.k_step.unsqueeze(2)) @ codes.unsqueeze(2).mT
-        products = (products + grouped @ self.k_least.to(dtype).unsqueeze(2).mT).flatten(1, 2)
+        heads = (self.k.shape[1], q.shape[1] // self.k.shape[1])
+        rows = q.to(dtype).unflatten(1, heads).flatten(2, 3)  # (B, G, r N, D)
+        codes = unpack(self.k, self.bits, q.shape[3]).to(dtype)
+        products = (rows * self.k_step.to(dtype)) @ codes.mT + rows @ self.k_least.to(dtype).mT
+        products = products.unflatten(2, (heads[1], -1)).flatten(1, 2)
         logits = logits_of(products, self.position.long(), few, q.shape[3])
         total = torch.cat([logits, torch.full_like(logits[..., :1], float("-inf"))], 3).logsumexp(3)
         weights = (logits - torch.where(total.isinf(), 0.0, total).unsqueeze(3)).exp()
-        weights = weights.unflatten(1, (self.k.shape[1], -1))
-        codes = self._codes(self.v, self.v_norm).to(dtype)
-        out = (weights * self.v_step.unsqueeze(2).mT) @ codes.unsqueeze(2) + weights @ self.v_least.unsqueeze(2).to(dtype)
-        return (out * self.v_norm.unsqueeze(2)).flatten(1, 2).to(q.dtype), total
+        weights = weights.unflatten(1, heads).flatten(2, 3)
+        codes = unpack(self.v, self.bits, self.v_norm.shape[3]).to(dtype)
+        out = (weights * self.v_step.to(dtype).mT) @ codes + weights @ self.v_least.to(dtype)
+        out = (out * self.v_norm.to(dtype)).unflatten(2, (heads[1], -1)).flatten(1, 2)
+        return out.to(q.dtype), total
 
 
 def _quantised(x: Tensor, bits: int, axis: int, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:

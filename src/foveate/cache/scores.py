@@ -41,8 +41,9 @@ def weights_of_rows(q: Tensor, k: Tensor, position: Tensor, look: Look, beside: 
     if (weights.kind if isinstance(weights, Weights) else weights) != "softmax":
         raise NotImplementedError(f"which tokens matter is read off softmax weights; this layer has {weights}")
     dtype = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))  # (B, G, r, R, D)
-    products = (grouped @ k.to(dtype).unsqueeze(2).mT).flatten(1, 2)
+    heads = (k.shape[1], q.shape[1] // k.shape[1])
+    products = q.to(dtype).unflatten(1, heads).flatten(2, 3) @ k.to(dtype).mT  # (B, G, r R, M)
+    products = products.unflatten(2, (heads[1], -1)).flatten(1, 2)
     logits = logits_of(products, position, look, q.shape[3])
     sink = weights.sink if isinstance(weights, Weights) else None
     others = [] if sink is None else [sink.to(dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)]

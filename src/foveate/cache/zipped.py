@@ -141,5 +141,3 @@ def probe_rows(position: Tensor, share: float) -> tuple[Tensor, Tensor]:
     filled = [torch.nn.functional.pad(rows, (0, most - len(rows))) for rows in found]
     unused = [torch.arange(most, device=position.device) >= len(rows) for rows in found]
     return torch.stack(filled), torch.stack(unused)
-
-

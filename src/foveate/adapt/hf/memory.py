@@ -35,7 +35,8 @@ from foveate.patterns.compound import leaves
 class LayerFacts:
     """What a memory may be made by: the layer's number, how many there are, its model's configuration.
 
-    ``served`` layers have a memory of the method; ``below`` are the memories of the layers under it in the same cache, by their numbers.
+    ``served`` layers have a memory of the method; ``below`` are the memories of those under it in the same cache, by
+    their numbers.
     """
 
     number: int
