@@ -160,3 +160,15 @@ def test_it_was_measured_in_nearly_linear_time_with_its_error() -> None:
     assert own[131072]["seconds"]["dense"] > 5 * own[131072]["seconds"]["sparse"]
     assert all(0 <= case["error"] < 1 for case in own.values())
     assert own[4096]["error"] < 1e-5  # below 4096 queries all are seen
+
+
+def test_a_query_whose_hash_is_beyond_all_keys_takes_the_block_at_the_end() -> None:
+    core = HyperCore(BLOCK, 9, BITS, 0)
+    directions = core.directions(6).double()
+    of_codes = {places(x[None], directions)[0]: x for x in torch.randn(400, 6, dtype=torch.float64)}
+    k = of_codes[3].expand(1, 1, 20, 6)
+    for code, block in ((0, 0), (7, 2)):
+        labels, _ = core.blocks(of_codes[code].expand(1, 1, 5, 6), k, True)
+        assert labels.flatten().tolist() == [block] * 5
+    labels, _ = core.blocks(of_codes[3].expand(1, 1, 25, 6), k, True)
+    assert labels.flatten().tolist() == [i % 20 // BLOCK for i in range(25)]  # of equal ones each its own
