@@ -21,6 +21,7 @@ namespace {
 // How a call is cut into units and parts.
 struct Plan {
     int64_t heads, key_heads, value_heads, units, parts, key_rows, dim, value_dim;
+    bool ring;  // the sums are of the keys in sight: a row is that of key slot % key_rows
 
     template <class A> static Plan of(const FoveateAttend& call) {
         Plan plan;
@@ -31,11 +32,21 @@ struct Plan {
         const int64_t wanted = (4 * call.threads + plan.units - 1) / plan.units;
         plan.parts = call.threads == 1 ? 1 : std::clamp<int64_t>(wanted, 1, std::max<int64_t>(plan.heads * num_q_tiles(call), 1));
         plan.key_rows = round_up(num_slots(call), TILE);
+        const FoveateSelection& band = call.selection;
+        const bool bounded = !band.tile_starts && band.band_high - band.band_low < call.num_keys;
+        const int64_t in_sight = bounded ? rows_in_sight(band) : plan.key_rows;
+        plan.ring = plan.parts == 1 && in_sight <= plan.key_rows / 2;
+        if (plan.ring) plan.key_rows = in_sight;
         plan.dim = round_up(call.dim, A::GRAIN_D);
         plan.value_dim = round_up(call.value_dim, A::GRAIN_D);
         return plan;
     }
+    // Whole tiles of keys that a tile of queries sees of a band.
+    static int64_t rows_in_sight(const FoveateSelection& band) {
+        return round_up(std::max<int64_t>(band.band_high - band.band_low, 0) + TILE, TILE) + 2 * TILE;
+    }
     int64_t key_sums() const { return key_heads * key_rows * dim; }
+    int64_t row(int64_t slot) const { return ring ? slot % key_rows : slot; }
     int64_t sums() const { return key_sums() + value_heads * key_rows * value_dim; }
 };
 
@@ -83,15 +94,20 @@ template <class A> FOVEATE_INLINE void put_left(void* to, int64_t at, Floats x) 
 
 // Rows (64, padded) as the right side of a product over the rows: float32 as they are, bfloat16 in pairs of rows.
 template <class A>
-static void pair_rows(void* to, const typename A::Element* rows, int64_t count, int64_t padded) {
+static void pair_rows(void* to, const typename A::Element* rows, int64_t stride, int64_t count, int64_t padded) {
     if constexpr (A::PAIR == 1)
-        std::memcpy(to, rows, count * padded * sizeof *rows);
+        for (int64_t i = 0; i < count; ++i) std::memcpy((float*)to + i * padded, rows + i * stride, padded * sizeof *rows);
     else
         for (int64_t i = 0; i < count; i += 2)
             for (int64_t c = 0; c < padded; ++c)
                 ((uint32_t*)to)[i / 2 * padded + c] =
-                    (uint32_t)rows[i * padded + c] | (uint32_t)rows[(i + 1) * padded + c] << 16;
+                    (uint32_t)rows[i * stride + c] | (uint32_t)rows[(i + 1) * stride + c] << 16;
 }
+
+// What a work item comes to after another: a tile of queries of a head.
+struct Item {
+    int64_t h, q_tile;
+};
 
 template <class A> class Backward {
   public:
@@ -105,14 +121,18 @@ template <class A> class Backward {
         space_.biases.begin();
     }
 
-    // One tile of queries; adds to the unit's sums dk (key_heads, key_rows, dim) and dv.
-    void tile(int64_t b, int64_t h, int64_t q_tile, float* dk, float* dv, const RunningRows* running = nullptr) {
+    // One tile of queries; adds to the unit's sums dk (key_heads, key_rows, dim) and dv. Fetches what the next will need.
+    void tile(int64_t b, int64_t h, int64_t q_tile, Item next, float* dk, float* dv, const RunningRows* running = nullptr) {
+        fetch(b, next, q_tile);
         lanes_.take_slots(call_, q_tile * TILE, TILE);
         if (lanes_.count <= 0) return;
         begin(b, h, dk, dv, running);
         for_each_chunk(call_, b, h, lanes_.first, lanes_.count, A::GRAIN_K, [&](const Chunk& chunk) { join(chunk); });
-        for (int64_t i = 0; i < call_.dim * ld_; i += LANES) finite_.look(load(space_.dq + i));
-        write_queries(call_, call_.dq, b, h, lanes_, call_.dim, space_.dq, ld_, space_.dq_rows);
+        write_queries(call_, call_.dq, b, h, lanes_, call_.dim, ld_, space_.dq_rows, [&](int64_t channel, int64_t lane) {
+            const Floats x = load(space_.dq + channel * ld_ + lane);
+            if (channel < call_.dim) finite_.look(x);
+            return x;
+        });
     }
 
     // Tiles of queries: the runs of keys first, each with all queries that see it, then what the tiles list.
@@ -125,20 +145,35 @@ template <class A> class Backward {
             for_each_chunk_of_run(call_, first, num_tiles, [&](const Chunk& chunk) { join(chunk); });
             running.keep(lanes_, space_.dq, ld_, space_.dq_rows);
         });
-        of.each([&](int64_t q_tile) { tile(of.b, of.h, q_tile, dk, dv, &running); });
+        of.each([&](int64_t q_tile) { tile(of.b, of.h, q_tile, {of.h, q_tile + of.step}, dk, dv, &running); });
     }
 
     // Whether all gradients of queries are finite.
     bool finite() const { return finite_.all_were(); }
 
   private:
+    void fetch(int64_t b, Item next, int64_t q_tile) {
+        ahead_.begin();
+        const int64_t first = next.q_tile * TILE, rows = std::min<int64_t>(call_.num_queries - first, TILE);
+        if (rows <= 0 || call_.selection.q_slots) return;
+        ahead_.spread(num_chunks(call_, b, next.h, q_tile) * A::STEPS * 5 / 2);
+        ahead_.add(call_.q, call_.dtype, b, next.h, first, rows, call_.dim);
+        ahead_.add(call_.grad_out, call_.dtype, b, next.h, first, rows, call_.value_dim);
+        if (call_.kind == FOVEATE_SOFTMAX) ahead_.add(call_.out, call_.dtype, b, next.h, first, rows, call_.value_dim);
+        ahead_.add(call_.dq, call_.dtype, b, next.h, first, rows, call_.dim);
+        each_new_stretch(call_, b, next.h, next.q_tile, q_tile, [&](int64_t key, int64_t count) {
+            ahead_.add(call_.k, call_.dtype, b, group_of(call_, call_.k, next.h), key, count, call_.dim);
+            ahead_.add(call_.v, call_.dtype, b, group_of(call_, call_.v, next.h), key, count, call_.value_dim);
+        });
+    }
+
     // Of the lanes; their gradient so far is in the running rows, or nothing.
     void begin(int64_t b, int64_t h, float* dk, float* dv, const RunningRows* running) {
         b_ = b, h_ = h;
         ld_ = round_up(lanes_.count, std::max<int64_t>(A::GRAIN_K, LANES));
         vectors_ = (int)(ld_ / LANES);
-        read(call_.q, call_.dim, plan_.dim, space_.queries, space_.query_rows);
-        read(call_.grad_out, call_.value_dim, plan_.value_dim, space_.grads, space_.grad_rows);
+        query_rows_ = read(call_.q, call_.dim, plan_.dim, space_.queries, space_.query_rows);
+        grad_rows_ = read(call_.grad_out, call_.value_dim, plan_.value_dim, space_.grads, space_.grad_rows);
         read_sums();
         dk_ = dk + group_of(call_, call_.k, h) % plan_.key_heads * plan_.key_rows * plan_.dim;
         dv_ = dv + group_of(call_, call_.v, h) % plan_.value_heads * plan_.key_rows * plan_.value_dim;
@@ -146,16 +181,23 @@ template <class A> class Backward {
         else std::fill(space_.dq, space_.dq + plan_.dim * ld_, 0.0f);
     }
 
-    void read(const FoveateTensor& x, int64_t dim, int64_t padded, void* transposed, void* by_rows) {
-        read_queries<A>(call_, x, b_, h_, lanes_, dim, padded, ld_, space_.rows);
-        transpose_words(transposed, ld_, space_.rows, padded / A::PAIR, ld_, padded / A::PAIR);
-        pair_rows<A>(by_rows, space_.rows, ld_, padded);
+    // Transposed, and as the right side of a product over queries, which may lie where it is.
+    const void* read(const FoveateTensor& x, int64_t dim, int64_t padded, void* transposed, void* by_rows) {
+        const Element* rows = queries_in_place<A>(call_, x, b_, h_, lanes_, dim, padded, ld_);
+        const int64_t stride = rows ? x.stride[2] : padded;
+        if (!rows) read_queries<A>(call_, x, b_, h_, lanes_, dim, padded, ld_, space_.rows);
+        transpose_words(transposed, ld_, rows ? rows : space_.rows, stride / A::PAIR, ld_, padded / A::PAIR);
+        if (A::PAIR == 1 && rows && stride == padded) return rows;
+        pair_rows<A>(by_rows, rows ? rows : space_.rows, stride, ld_, padded);
+        return by_rows;
     }
 
     // Log row sums in base 2 as a number and what it lacks, and delta = dO . out - dlse, per lane.
     void read_sums() {
         const int64_t row = (b_ * call_.q.heads + h_) * call_.num_queries;
+        for (int64_t i = 0; i < ld_; i += LANES) dots(i);
         for (int64_t i = 0; i < ld_; ++i) {
+            const float dot = space_.delta[i];
             space_.delta[i] = space_.lse_rest[i] = 0;
             space_.lse[i] = INFINITY;  // no weight at all: what a bias says of a query that is not there is no matter
             const int64_t token = i < lanes_.count ? lanes_.token[i] : -1;
@@ -163,10 +205,23 @@ template <class A> class Backward {
             const double lse = call_.lse[row + token] * LOG2E_EXACT;
             space_.lse[i] = (float)lse;
             space_.lse_rest[i] = (float)(lse - space_.lse[i]);
-            space_.delta[i] = dot(token) - (call_.grad_lse ? call_.grad_lse[row + token] : 0);
+            space_.delta[i] = dot - (call_.grad_lse ? call_.grad_lse[row + token] : 0);
         }
     }
-    float dot(int64_t token) {
+    // dO . out of the LANES queries from `first` on.
+    void dots(int64_t first) {
+        Words sums[LANES];
+        for (int64_t i = 0; i < LANES; ++i) {
+            const int64_t token = first + i < lanes_.count ? lanes_.token[first + i] : -1;
+            sums[i] = token < 0 || call_.kind != FOVEATE_SOFTMAX ? Words{} : as_words(dot(token));
+        }
+        transpose(sums);
+        Floats total{};
+        for (const Words& lanes : sums) total += as_floats(lanes);
+        store(space_.delta + first, total);
+    }
+    // Of one query, as lanes yet to be added up.
+    Floats dot(int64_t token) {
         const char* g = at(call_.grad_out, call_.dtype, b_, h_, token);
         const char* o = at(call_.out, call_.dtype, b_, h_, token);
         const int64_t bytes = bytes_of(call_.dtype), n = call_.value_dim;
@@ -175,70 +230,81 @@ template <class A> class Backward {
         if (call_.grad_out.stride[3] == 1 && call_.out.stride[3] == 1)
             for (; i + LANES <= n; i += LANES)
                 sum += load_as_floats(g + i * bytes, call_.dtype) * load_as_floats(o + i * bytes, call_.dtype);
-        float total = sum_lanes(sum);
         for (; i < n; ++i)
-            total += load_one(g + i * call_.grad_out.stride[3] * bytes, call_.dtype) *
-                     load_one(o + i * call_.out.stride[3] * bytes, call_.dtype);
-        return total;
+            sum[0] += load_one(g + i * call_.grad_out.stride[3] * bytes, call_.dtype) *
+                      load_one(o + i * call_.out.stride[3] * bytes, call_.dtype);
+        return sum;
     }
 
     void join(const Chunk& chunk) {
+        cut_.look(chunk, vectors_, std::max(A::GRAIN_K, A::GRAIN_M), (int)std::max<int64_t>(A::GRAIN_K / LANES, 1));
+        if (cut_.empty()) return;
         const int64_t rows = round_up(chunk.count, A::GRAIN_M), padded = round_up(chunk.count, A::GRAIN_K);
         const int64_t kh = group_of(call_, call_.k, h_), vh = group_of(call_, call_.v, h_);
         const int64_t dim = round_up(call_.dim, A::GRAIN_K), value_dim = round_up(call_.value_dim, A::GRAIN_K);
-        A::multiply(rows, vectors_, dim, keys_.natural(b_, kh, chunk, space_.operand), (Right)space_.queries, ld_,
-                    space_.scores, ld_, false);
-        A::multiply(rows, vectors_, value_dim, values_.natural(b_, vh, chunk, space_.operand), (Right)space_.grads,
-                    ld_, space_.d_weights, ld_, false);
+        multiply_blocks<A>(cut_, dim, keys_.natural(b_, kh, chunk, space_.operand), (Right)space_.queries, ld_,
+                           space_.scores, ld_, &ahead_);
+        multiply_blocks<A>(cut_, value_dim, values_.natural(b_, vh, chunk, space_.operand), (Right)space_.grads, ld_,
+                           space_.d_weights, ld_, &ahead_);
         differentiate(chunk, rows);
         if constexpr (A::PAIR == 1)
             if (careful_) return add_seen(chunk);
-        const Left<Element> weights{(Element*)space_.weights, ld_, 1}, slopes{(Element*)space_.slopes, ld_, 1};
-        add_to_keys(chunk, rows, weights, (Right)space_.grad_rows, plan_.value_dim, dv_);
-        add_to_keys(chunk, rows, slopes, (Right)space_.query_rows, plan_.dim, dk_);
-        A::multiply(round_up(call_.dim, A::GRAIN_M), vectors_, padded, keys_.transposed(b_, kh, chunk, space_.operand),
-                    (Right)space_.slopes_of_keys, ld_, space_.dq, ld_, true);
+        add_to_keys(chunk, (Element*)space_.weights, (Right)grad_rows_, plan_.value_dim, dv_);
+        add_to_keys(chunk, (Element*)space_.slopes, (Right)query_rows_, plan_.dim, dk_);
+        const auto k = keys_.transposed(b_, kh, chunk, space_.operand);
+        const int64_t channels = round_up(call_.dim, A::GRAIN_M);
+        if (cut_.whole())
+            A::multiply(channels, vectors_, padded, k, (Right)space_.slopes_of_keys, ld_, space_.dq, ld_, true, &ahead_);
+        else
+            A::multiply(channels, vectors_, cut_, k, (Right)space_.slopes_of_keys, ld_, space_.dq, ld_, true, &ahead_);
     }
 
     void add_seen(const Chunk& chunk) {
         const auto *weights = (const float*)space_.weights, *slopes = (const float*)space_.slopes;
         for (int64_t k = 0; k < chunk.count; ++k) {
-            seen_.add_to_key(k, weights + k * ld_, (const float*)space_.grad_rows, plan_.value_dim, dv_ + chunk.slot(k) * plan_.value_dim);
-            seen_.add_to_key(k, slopes + k * ld_, (const float*)space_.query_rows, plan_.dim, dk_ + chunk.slot(k) * plan_.dim);
+            const int64_t row = plan_.row(chunk.slot(k));
+            seen_.add_to_key(k, weights + k * ld_, (const float*)grad_rows_, plan_.value_dim, dv_ + row * plan_.value_dim);
+            seen_.add_to_key(k, slopes + k * ld_, (const float*)query_rows_, plan_.dim, dk_ + row * plan_.dim);
         }
         const auto keys = keys_.natural(b_, group_of(call_, call_.k, h_), chunk, space_.operand);
         seen_.add_to_queries(call_.dim, keys, slopes, ld_, space_.dq);
     }
 
     // dX [key][channel] += left [key][query] right [query][channel]
-    void add_to_keys(const Chunk& chunk, int64_t rows, Left<Element> left, Right right, int64_t padded, float* sums) {
-        const int vectors = (int)(padded / LANES);
-        if (!chunk.columns && chunk.first + rows <= plan_.key_rows) {
-            A::multiply(rows, vectors, ld_, left, right, padded, sums + chunk.first * padded, padded, true);
-            return;
-        }
-        A::multiply(rows, vectors, ld_, left, right, padded, space_.spare, padded, false);
-        for (int64_t i = 0; i < chunk.count; ++i) {
-            float* to = sums + chunk.slot(i) * padded;
-            for (int64_t c = 0; c < padded; c += LANES) store(to + c, load(to + c) + load(space_.spare + i * padded + c));
+    void add_to_keys(const Chunk& chunk, const Element* left, Right right, int64_t padded, float* sums) {
+        const int64_t first = chunk.columns ? 0 : plan_.row(chunk.first);
+        const bool in_place = !chunk.columns && first + round_up(chunk.count, A::GRAIN_M) <= plan_.key_rows;
+        for (const Block part : cut_) {
+            float* to = in_place ? sums + (first + part.begin) * padded : space_.spare + part.begin * padded;
+            A::multiply(round_up(part.keys(), A::GRAIN_M), (int)(padded / LANES), part.vectors() * LANES,
+                        {left + part.begin * ld_ + part.lane(), ld_, 1}, right + part.lane() / A::PAIR * padded, padded,
+                        to, padded, in_place, &ahead_);
+            for (int64_t i = part.begin; !in_place && i < part.end; ++i) {
+                float* row = sums + plan_.row(chunk.slot(i)) * padded;
+                const float* more = space_.spare + i * padded;
+                for (int64_t c = 0; c < padded; c += LANES) store(row + c, load(row + c) + load(more + c));
+            }
         }
     }
 
     // From scores and d_weights to weights and the gradient of scores.
     void differentiate(const Chunk& chunk, int64_t rows) {
-        Scores s{space_.scores, chunk.count, ld_, vectors_, 0};
+        Scores s{space_.scores, chunk.count, ld_, vectors_, 0, cut_};
         const float* bias = space_.biases.of(b_, h_, lanes_, ld_, chunk);
         bend(call_, s, bias, call_.softcap > 0 ? space_.cap_slope : nullptr);
         const bool softmax = call_.kind == FOVEATE_SOFTMAX;
         if (careful_) seen_.look(call_, chunk, lanes_);
         if (chunk.masked && softmax) hide(s, chunk, -INFINITY);
-        for (int64_t k = 0; k < chunk.count; k += 2)
-            for (int j = 0; j < vectors_; ++j) {
-                Floats slope[2] = {};
-                for (int64_t i = k; i < std::min(k + 2, chunk.count); ++i)
-                    slope[i - k] = differentiate_one(s, chunk, i, j * LANES, softmax);
-                if constexpr (A::PAIR == 2) put<A>(space_.slopes_of_keys, s, k, j * LANES, slope[0], slope[1]);
-            }
+        if (bias_grads_ && !cut_.whole()) std::fill_n(space_.d_logits, chunk.count * ld_, 0.0f);
+        for (const Block part : cut_)
+            for (int64_t k = part.begin; k < part.end; k += 2)
+                for (int j = part.first; j < part.last; ++j) {
+                    Floats slope[2] = {};
+                    for (int64_t i = k; i < std::min(k + 2, part.end); ++i)
+                        slope[i - k] = differentiate_one(s, chunk, i, j * LANES, softmax);
+                    if constexpr (A::PAIR == 2)
+                        put<A>(space_.slopes_of_keys, s, part.end, k, j * LANES, slope[0], slope[1]);
+                }
         if constexpr (A::PAIR == 2) {
             put_zeros<A>(space_.slopes_of_keys, s);
             for (void* x : {space_.weights, space_.slopes})
@@ -283,53 +349,99 @@ template <class A> class Backward {
     SeenPairs seen_;
     Finite finite_;
     Lanes lanes_;
+    Cut cut_;
+    Fetch ahead_;
+    const void *query_rows_ = nullptr, *grad_rows_ = nullptr;
     float *dk_ = nullptr, *dv_ = nullptr;
     int64_t b_ = 0, h_ = 0, ld_ = 0;
     int vectors_ = 0;
 };
 
-// The sums of a unit's parts as rows of dk or dv; false where they are not finite.
-bool write_keys(const FoveateAttend& call, const FoveateTensor& to, int64_t b, int64_t first_head, int64_t heads,
-                int64_t key_rows, int64_t dim, int64_t padded, float* sums, int64_t parts, int64_t apart) {
-    bool finite = true;
-    for (int64_t h = 0; h < heads; ++h)
-        for (int64_t slot = 0; slot < num_slots(call); ++slot) {
-            const int64_t token = key_at(call, slot);
-            if (token < 0) continue;
-            float* row = sums + (h * key_rows + slot) * padded;
-            for (int64_t part = 1; part < parts; ++part)
-                for (int64_t c = 0; c < padded; c += LANES) store(row + c, load(row + c) + load(row + part * apart + c));
-            finite &= all_finite(row, dim);
-            write_row((void*)at(to, call.dtype, b, first_head + h, token), call.dtype, to.stride[3], row, dim);
-        }
-    return finite;
-}
+// Writes what a unit sums up for its keys: dk, and dv beside it.
+class UnitSums {
+  public:
+    UnitSums(const FoveateAttend& call, const Plan& plan, int64_t unit, float* sums)
+        : call_(call), plan_(plan), b_(unit / (plan.units / call.batch)), unit_(unit % (plan.units / call.batch)),
+          sums_(sums) {}
 
-bool write_unit(const FoveateAttend& call, const Plan& plan, int64_t unit, float* sums) {
-    const int64_t units_of_batch = plan.units / call.batch, b = unit / units_of_batch, u = unit % units_of_batch;
-    const bool fine = write_keys(call, call.dk, b, u * plan.key_heads, plan.key_heads, plan.key_rows, call.dim, plan.dim, sums,
-               plan.parts, plan.sums());
-    return write_keys(call, call.dv, b, u * plan.value_heads, plan.value_heads, plan.key_rows, call.value_dim,
-                      plan.value_dim, sums + plan.key_sums(), plan.parts, plan.sums()) &&
-           fine;
-}
+    int64_t batch() const { return b_; }
+    int64_t first_head() const { return unit_ * plan_.heads; }
+    float* dk() const { return sums_; }
+    float* dv() const { return sums_ + plan_.key_sums(); }
+
+    // Of a ring: makes room for the keys before `end`, and writes those before `begin`, which nobody will see any more.
+    void advance(int64_t begin, int64_t end) {
+        for (; written_ + TILE <= begin; written_ += TILE) {
+            if (cleared_ <= written_) clear();
+            write(written_, std::min<int64_t>(written_ + TILE, num_slots(call_)));
+        }
+        while (cleared_ < end) clear();
+    }
+    void write(int64_t begin, int64_t end) {
+        write(call_.dk, plan_.key_heads, call_.dim, plan_.dim, dk(), begin, end);
+        write(call_.dv, plan_.value_heads, call_.value_dim, plan_.value_dim, dv(), begin, end);
+    }
+    bool finite() const { return finite_; }
+
+  private:
+    void clear() {
+        const int64_t row = plan_.row(cleared_);
+        for (int64_t h = 0; h < plan_.key_heads; ++h)
+            std::fill_n(dk() + (h * plan_.key_rows + row) * plan_.dim, TILE * plan_.dim, 0.0f);
+        for (int64_t h = 0; h < plan_.value_heads; ++h)
+            std::fill_n(dv() + (h * plan_.key_rows + row) * plan_.value_dim, TILE * plan_.value_dim, 0.0f);
+        cleared_ += TILE;
+    }
+    void write(const FoveateTensor& to, int64_t heads, int64_t dim, int64_t padded, float* sums, int64_t begin, int64_t end) {
+        for (int64_t h = 0; h < heads; ++h)
+            for (int64_t slot = begin; slot < end; ++slot) {
+                const int64_t token = key_at(call_, slot), apart = plan_.sums();
+                if (token < 0) continue;
+                float* row = sums + (h * plan_.key_rows + plan_.row(slot)) * padded;
+                for (int64_t part = 1; part < plan_.parts; ++part)
+                    for (int64_t c = 0; c < padded; c += LANES) store(row + c, load(row + c) + load(row + part * apart + c));
+                finite_ &= all_finite(row, dim);
+                write_row((void*)at(to, call_.dtype, b_, unit_ * heads + h, token), call_.dtype, to.stride[3], row, dim);
+            }
+    }
+
+    const FoveateAttend& call_;
+    const Plan& plan_;
+    const int64_t b_, unit_;
+    float* sums_;
+    int64_t written_ = 0, cleared_ = 0;
+    bool finite_ = true;
+};
 
 // One part of a unit: every so-many-th of its tiles.
 template <class A>
-void run_part(const FoveateAttend& call, const Plan& plan, Backward<A>& work, int64_t unit, int64_t part, float* sums) {
-    const int64_t units_of_batch = plan.units / call.batch, b = unit / units_of_batch;
-    const int64_t first_head = unit % units_of_batch * plan.heads, tiles = num_q_tiles(call);
+void run_part(const FoveateAttend& call, const Plan& plan, Backward<A>& work, const UnitSums& unit, int64_t part) {
+    const int64_t tiles = num_q_tiles(call), b = unit.batch();
     const bool gathers = call.selection.run_starts;
     Gathered gathered;
     RunningRows running(gathers ? (tiles + plan.parts - 1) / plan.parts * TILE : 0, call.dim);
-    std::fill(sums, sums + plan.sums(), 0.0f);
+    std::fill(unit.dk(), unit.dk() + plan.sums(), 0.0f);
     int64_t first = part;  // of the head's tiles: every so-many-th of all heads', counted through
-    for (int64_t h = first_head; h < first_head + plan.heads; ++h) {
+    for (int64_t h = unit.first_head(); h < unit.first_head() + plan.heads; ++h) {
         const QueryTiles of{b, h, first, plan.parts, tiles};
-        if (gathers) work.tiles(of, gathered, running, sums, sums + plan.key_sums());
-        else of.each([&](int64_t tile) { work.tile(b, h, tile, sums, sums + plan.key_sums()); });
+        if (gathers) work.tiles(of, gathered, running, unit.dk(), unit.dv());
+        else of.each([&](int64_t tile) { work.tile(b, h, tile, {h, tile + plan.parts}, unit.dk(), unit.dv()); });
         first += of.count() * plan.parts - tiles;
     }
+}
+
+// A unit whose sums are a ring: all heads of a tile before the next, so that keys out of sight are done.
+template <class A> void run_ring(const FoveateAttend& call, const Plan& plan, Backward<A>& work, UnitSums& unit) {
+    const int64_t tiles = num_q_tiles(call), first = unit.first_head(), end = first + plan.heads;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const KeyRange seen = keys_of_band(call, tile * TILE, TILE);
+        unit.advance(std::min(seen.begin, call.num_keys), seen.end);
+        for (int64_t h = first; h < end; ++h) {
+            const Item next = h + 1 < end ? Item{h + 1, tile} : Item{first, tile + 1};
+            work.tile(unit.batch(), h, tile, next, unit.dk(), unit.dv());
+        }
+    }
+    unit.advance(round_up(call.num_keys, TILE), 0);
 }
 
 // Sets `finite` to whether the gradients of queries, keys and values are.
@@ -352,9 +464,11 @@ template <class A> int64_t backward(const FoveateAttend& call, bool careful, std
                          careful);
         A::begin();
         const auto run = [&](int64_t i) {
-            float* to = sums.get() + (plan.parts > 1 ? i : thread) * plan.sums();
-            run_part(call, plan, work, i / plan.parts, i % plan.parts, to);
-            if (plan.parts == 1 && !write_unit(call, plan, i, to)) finite = false;
+            UnitSums unit(call, plan, i / plan.parts, sums.get() + (plan.parts > 1 ? i : thread) * plan.sums());
+            if (plan.ring) run_ring(call, plan, work, unit);
+            else run_part(call, plan, work, unit, i % plan.parts);
+            if (plan.parts == 1 && !plan.ring) unit.write(0, num_slots(call));
+            if (!unit.finite()) finite = false;
         };
         if (bias_grads)  // who sums what must not depend on the threads' pace
             for (int64_t i = thread; i < all; i += threads) run(i);
@@ -369,8 +483,10 @@ template <class A> int64_t backward(const FoveateAttend& call, bool careful, std
     if (bias_grads) grads.add_up();
     if (plan.parts == 1) return FOVEATE_OK;
     Queue units(plan.units);
-    const auto write = [&](int64_t unit) {
-        if (!write_unit(call, plan, unit, sums.get() + unit * plan.parts * plan.sums())) finite = false;
+    const auto write = [&](int64_t i) {
+        UnitSums unit(call, plan, i, sums.get() + i * plan.parts * plan.sums());
+        unit.write(0, num_slots(call));
+        if (!unit.finite()) finite = false;
     };
     return on_threads(std::min(call.threads, plan.units), [&](int64_t) { units.run(write); }) ? FOVEATE_OK
                                                                                                : FOVEATE_NO_MEMORY;

@@ -49,6 +49,7 @@ template <class A> class Forward {
 
     // A tile of queries, up to `most` of them at a time.
     void tile(int64_t b, int64_t h, int64_t q_tile, int64_t most, const RunningRows* running = nullptr) {
+        fetch_next(b, h, q_tile);
         for (int64_t first = q_tile * TILE; first < (q_tile + 1) * TILE; first += most) {
             lanes_.take_slots(call_, first, most);
             if (lanes_.count <= 0) continue;
@@ -82,6 +83,20 @@ template <class A> class Forward {
   private:
     static constexpr int BASE = 0, SUM = 1;  // beside a running row
 
+    // What the tile of queries before this one, which comes next, will need.
+    void fetch_next(int64_t b, int64_t h, int64_t q_tile) {
+        ahead_.begin();
+        const int64_t next = q_tile - 1, dtype = call_.dtype;
+        if (next < 0 || call_.selection.q_slots) return;
+        ahead_.spread(num_chunks(call_, b, h, q_tile) * A::STEPS);
+        ahead_.add(call_.q, dtype, b, h, next * TILE, TILE, call_.dim);
+        ahead_.add(call_.out, dtype, b, h, next * TILE, TILE, call_.value_dim);
+        each_new_stretch(call_, b, h, next, q_tile, [&](int64_t first, int64_t count) {
+            ahead_.add(call_.k, dtype, b, group_of(call_, call_.k, h), first, count, call_.dim);
+            ahead_.add(call_.v, dtype, b, group_of(call_, call_.v, h), first, count, call_.value_dim);
+        });
+    }
+
     // Of the lanes; what they have summed so far is in the running rows, or nothing.
     void begin(int64_t b, int64_t h, const RunningRows* running) {
         b_ = b, h_ = h;
@@ -106,22 +121,26 @@ template <class A> class Forward {
     }
 
     void pack_queries() {
-        const int64_t dim = round_up(call_.dim, A::GRAIN_D), words = dim / A::PAIR;
-        read_queries<A>(call_, call_.q, b_, h_, lanes_, call_.dim, dim, ld_, space_.rows);
-        transpose_words(space_.queries, ld_, space_.rows, words, ld_, words);
+        const int64_t dim = round_up(call_.dim, A::GRAIN_D);
+        read_transposed<A>(call_, call_.q, b_, h_, lanes_, call_.dim, dim, ld_, space_.rows, space_.queries);
     }
 
     void join(const Chunk& chunk) {
+        cut_.look(chunk, vectors_, A::GRAIN_K, 1);
+        if (cut_.empty()) return;
         if (!chunk.columns) values_.prefetch(b_, group_of(call_, call_.v, h_), chunk.first, chunk.count);
-        const auto k = keys_.natural(b_, group_of(call_, call_.k, h_), chunk, space_.operand);
-        A::multiply(round_up(chunk.count, A::GRAIN_M), vectors_, round_up(call_.dim, A::GRAIN_K), k,
-                    (Right)space_.queries, ld_, space_.scores, ld_, false);
+        multiply_blocks<A>(cut_, round_up(call_.dim, A::GRAIN_K), keys_.natural(b_, group_of(call_, call_.k, h_), chunk, space_.operand),
+                           (Right)space_.queries, ld_, space_.scores, ld_, &ahead_);
         weigh(chunk);
         if constexpr (A::PAIR == 1)
             if (careful_) return add_seen(chunk);
         const auto v = values_.transposed(b_, group_of(call_, call_.v, h_), chunk, space_.operand);
-        A::multiply(round_up(call_.value_dim, A::GRAIN_M), vectors_, round_up(chunk.count, A::GRAIN_K), v,
-                    (Right)space_.weights, ld_, space_.out, ld_, !empty_);
+        const int64_t channels = round_up(call_.value_dim, A::GRAIN_M);
+        if (cut_.whole())
+            A::multiply(channels, vectors_, round_up(chunk.count, A::GRAIN_K), v, (Right)space_.weights, ld_,
+                        space_.out, ld_, !empty_, &ahead_);
+        else
+            A::multiply(channels, vectors_, cut_, v, (Right)space_.weights, ld_, space_.out, ld_, !empty_, &ahead_);
         empty_ = false;
     }
 
@@ -135,13 +154,15 @@ template <class A> class Forward {
     }
 
     void weigh(const Chunk& chunk) {
-        Scores scores{space_.scores, chunk.count, ld_, vectors_, 0};
+        Scores scores{space_.scores, chunk.count, ld_, vectors_, 0, cut_};
         const float* bias = space_.biases.of(b_, h_, lanes_, ld_, chunk);
         bend(call_, scores, bias, nullptr);
         if (call_.kind == FOVEATE_SOFTMAX) {
             if (chunk.masked) hide(scores, chunk, -INFINITY);
             softmax_.look(scores);
+            ahead_.step();
             softmax_.template weigh<A>(scores, space_.weights);
+            ahead_.step();
             if (!empty_ && softmax_.rescaled)
                 scale_columns(space_.out, call_.value_dim, ld_, vectors_, softmax_.kept);
         } else {
@@ -151,12 +172,15 @@ template <class A> class Forward {
     }
 
     void finish() {
-        if (call_.kind == FOVEATE_SOFTMAX) {
-            for (int64_t i = 0; i < ld_; ++i) softmax_.kept[i] = softmax_.sum[i] == 0 ? 0.0f : 1.0f / softmax_.sum[i];
-            scale_columns(space_.out, call_.value_dim, ld_, vectors_, softmax_.kept);
-        }
-        for (int64_t i = 0; i < call_.value_dim * ld_; i += LANES) finite_.look(load(space_.out + i));
-        write_queries(call_, call_.out, b_, h_, lanes_, call_.value_dim, space_.out, ld_, space_.out_rows);
+        const bool softmax = call_.kind == FOVEATE_SOFTMAX;
+        for (int64_t i = 0; i < ld_; ++i)
+            softmax_.kept[i] = !softmax ? 1.0f : softmax_.sum[i] == 0 ? 0.0f : 1.0f / softmax_.sum[i];
+        const auto number = [&](int64_t channel, int64_t lane) {
+            const Floats x = load(space_.out + channel * ld_ + lane) * load(softmax_.kept + lane);
+            if (channel < call_.value_dim) finite_.look(x);
+            return x;
+        };
+        write_queries(call_, call_.out, b_, h_, lanes_, call_.value_dim, ld_, space_.out_rows, number);
         if (call_.lse) write_lse(call_.lse + (b_ * call_.q.heads + h_) * call_.num_queries);
     }
 
@@ -180,6 +204,8 @@ template <class A> class Forward {
     const bool careful_;
     Finite finite_;
     Lanes lanes_;
+    Cut cut_;
+    Fetch ahead_;
     int64_t b_ = 0, h_ = 0, ld_ = 0;
     int vectors_ = 0;
     bool empty_ = true;

@@ -55,12 +55,22 @@ FOVEATE_INLINE void trim(Chunk& chunk, int64_t grain) {
     chunk.count = end - begin;
 }
 
+struct KeyRange {
+    int64_t begin, end;
+};
+
+// What `num_lanes` queries from one on see of a band, all together.
+FOVEATE_INLINE KeyRange keys_of_band(const FoveateAttend& call, int64_t first_query, int64_t num_lanes) {
+    const FoveateSelection& band = call.selection;
+    const int64_t position = first_query + call.num_keys - call.num_queries;
+    return {std::max<int64_t>(position - band.band_high, 0), std::min(position + num_lanes - band.band_low, call.num_keys)};
+}
+
 template <class Visit>
 static void for_each_chunk_of_band(const FoveateAttend& call, int64_t first_query, int64_t num_lanes, Visit visit) {
     const FoveateSelection& band = call.selection;
     const int64_t position = first_query + call.num_keys - call.num_queries;
-    const int64_t first = std::max<int64_t>(position - band.band_high, 0);
-    const int64_t end = std::min(position + num_lanes - band.band_low, call.num_keys);
+    const auto [first, end] = keys_of_band(call, first_query, num_lanes);
     Chunk chunk;
     chunk.columns = nullptr;
     for (int64_t tile = first / TILE * TILE; tile < end; tile += TILE) {

@@ -98,7 +98,8 @@ FOVEATE_INLINE void hide(const FoveateAttend& call, float* scores, int64_t rows,
 template <int DEGREE>
 static void weigh(const FoveateAttend& call, float* scores, const float* bias, int64_t first, int64_t count,
                   const RowSums& sums, const RowStep& step) {
-    Scores logits{scores, sums.rows, TILE, 0, 0};
+    const Cut all_of_them(sums.rows, MAX_VECTORS);
+    Scores logits{scores, sums.rows, TILE, 0, 0, all_of_them};
     bend(call, logits, bias, nullptr);
     if (call.kind == FOVEATE_SOFTMAX) {
         hide(call, scores, sums.rows, first, count, -INFINITY);

@@ -6,7 +6,8 @@
 //
 // Float32: any strides of A. Bfloat16 (two products in each word): A has unit stride, B holds pairs along k.
 #pragma once
-#include "rows.h"
+#include "cut.h"
+#include "fetch.h"
 
 namespace foveate {
 
@@ -24,6 +25,7 @@ struct Float32 {
     static constexpr int64_t GRAIN_D = LANES;  // channels in memory of ours: whole grains, whole vectors of words
     static constexpr int EXP2_DEGREE = 5;
     static constexpr int64_t DTYPE = FOVEATE_FLOAT32;
+    static constexpr int64_t STEPS = 20;  // of what is fetched ahead, a chunk: one for six rows of a product
     static int64_t lanes(int64_t) { return TILE; }  // queries at a time, for a head dim
 
     static void begin() {}
@@ -31,7 +33,10 @@ struct Float32 {
 
     // C (m, vectors * LANES) (+)= A (m, k) B (k, vectors * LANES)
     static void multiply(int64_t m, int vectors, int64_t k, Left<float> a, const float* b, int64_t ldb, float* c,
-                         int64_t ldc, bool add);
+                         int64_t ldc, bool add, Fetch* ahead = nullptr);
+    // The same where k are the keys of a chunk: only those of its blocks.
+    static void multiply(int64_t m, int vectors, const Cut& cut, Left<float> a, const float* b, int64_t ldb, float* c,
+                         int64_t ldc, bool add, Fetch* ahead = nullptr);
 };
 
 namespace detail {
@@ -51,26 +56,26 @@ constexpr int WIDE = 2, TALL = 6;  // 12 of 16 registers accumulate
 constexpr int WIDE = 4, TALL = 6;  // 24 of 32 registers accumulate
 #endif
 
-template <int M, int N>
-FOVEATE_INLINE void block(int64_t k, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb, float* c,
-                          int64_t ldc, bool add) {
-    Floats sum[M][N];
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) sum[i][j] = Floats{};
-    for (int64_t p = 0; p < k; ++p) {
+// sum += A B over some k, in columns FIRST .. LAST
+template <int M, int N, int FIRST = 0, int LAST = N>
+FOVEATE_INLINE void add_products(Floats (&sum)[M][N], int64_t begin, int64_t end, const float* a, int64_t row,
+                                 int64_t column, const float* b, int64_t ldb) {
+    for (int64_t p = begin; p < end; ++p) {
         Floats right[N];
 #pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) right[j] = load(b + p * ldb + j * LANES);
+        for (int j = FIRST; j < LAST; ++j) right[j] = load(b + p * ldb + j * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
             Floats left = all(a[i * row + p * column]);
             in_register(left);
 #pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) sum[i][j] += left * right[j];
+            for (int j = FIRST; j < LAST; ++j) sum[i][j] += left * right[j];
         }
     }
+}
+
+template <int M, int N>
+FOVEATE_INLINE void store_sums(const Floats (&sum)[M][N], float* c, int64_t ldc, bool add) {
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
@@ -80,12 +85,67 @@ FOVEATE_INLINE void block(int64_t k, const float* a, int64_t row, int64_t column
         }
 }
 
+template <int M, int N>
+FOVEATE_INLINE void block(int64_t k, const float* a, int64_t row, int64_t column, const float* b, int64_t ldb, float* c,
+                          int64_t ldc, bool add) {
+    Floats sum[M][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) sum[i][j] = Floats{};
+    add_products(sum, 0, k, a, row, column, b, ldb);
+    store_sums(sum, c, ldc, add);
+}
+
+// Calls work(constant first, constant last) for some of N columns, 0 <= first < last <= N.
+template <int N, int FIRST = 0, int LAST = N, class Work> FOVEATE_INLINE void with_columns(int first, int last, Work work) {
+    if constexpr (LAST > FIRST + 1) {
+        if (first > FIRST) return with_columns<N, FIRST + 1, LAST>(first, last, work);
+        if (last < LAST) return with_columns<N, FIRST, LAST - 1>(first, last, work);
+    }
+    work(std::integral_constant<int, FIRST>{}, std::integral_constant<int, LAST>{});
+}
+
+// Columns from `vector` on, of products over the blocks of a chunk.
+template <int M, int N>
+static void cut_block(const Cut& cut, int vector, const float* a, int64_t row, int64_t column, const float* b,
+                      int64_t ldb, float* c, int64_t ldc, bool add) {
+    Floats sum[M][N];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j) sum[i][j] = Floats{};
+    for (const Block part : cut) {
+        const int first = std::max(part.first - vector, 0), last = std::min(part.last - vector, N);
+        if (first >= last) continue;
+        with_columns<N>(first, last, [&](auto from, auto to) __attribute__((always_inline)) {
+            add_products<M, N, decltype(from)::value, decltype(to)::value>(sum, part.begin, part.end, a, row, column, b, ldb);
+        });
+    }
+    store_sums(sum, c, ldc, add);
+}
+
+template <int N, int TALLEST>
+static void rows_of_cut_blocks(int64_t m, const Cut& cut, int vector, Left<float> a, const float* b, int64_t ldb,
+                               float* c, int64_t ldc, bool add, Fetch* ahead) {
+    int64_t i = 0;
+    for (; i + TALLEST <= m; i += TALLEST) {
+        cut_block<TALLEST, N>(cut, vector, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
+        if (ahead) ahead->step();
+    }
+    for (; i + 2 <= m; i += 2)
+        cut_block<2, N>(cut, vector, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
+    for (; i < m; ++i) cut_block<1, N>(cut, vector, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
+}
+
 template <int N, int TALLEST>
 static void rows_of_blocks(int64_t m, int64_t k, Left<float> a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                           bool add) {
+                           bool add, Fetch* ahead) {
     int64_t i = 0;
-    for (; i + TALLEST <= m; i += TALLEST)
+    for (; i + TALLEST <= m; i += TALLEST) {
         block<TALLEST, N>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
+        if (ahead) ahead->step();
+    }
     for (; i + 4 <= m; i += 4) block<4, N>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
     for (; i + 2 <= m; i += 2) block<2, N>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
     for (; i < m; ++i) block<1, N>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc, add);
@@ -94,18 +154,27 @@ static void rows_of_blocks(int64_t m, int64_t k, Left<float> a, const float* b, 
 }  // namespace detail
 
 inline void Float32::multiply(int64_t m, int vectors, int64_t k, Left<float> a, const float* b, int64_t ldb, float* c,
-                              int64_t ldc, bool add) {
+                              int64_t ldc, bool add, Fetch* ahead) {
     using namespace detail;
     int j = 0;
     for (; j + WIDE <= vectors; j += WIDE)
-        rows_of_blocks<WIDE, TALL>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
+        rows_of_blocks<WIDE, TALL>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
 #if !defined(__AVX2__) || defined(__AVX512F__)
-    if (vectors - j == 3) return rows_of_blocks<3, 8>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
-    if (vectors - j == 2) return rows_of_blocks<2, 12>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
-    if (vectors - j == 1) return rows_of_blocks<1, 16>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
+    if (vectors - j == 3) return rows_of_blocks<3, 8>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
+    if (vectors - j == 2) return rows_of_blocks<2, 12>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
+    if (vectors - j == 1) return rows_of_blocks<1, 16>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
 #else
-    if (vectors - j == 1) return rows_of_blocks<1, 12>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add);
+    if (vectors - j == 1) return rows_of_blocks<1, 12>(m, k, a, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
 #endif
+}
+
+inline void Float32::multiply(int64_t m, int vectors, const Cut& cut, Left<float> a, const float* b, int64_t ldb,
+                              float* c, int64_t ldc, bool add, Fetch* ahead) {
+    using namespace detail;
+    int j = 0;
+    for (; j + WIDE <= vectors; j += WIDE)
+        rows_of_cut_blocks<WIDE, TALL>(m, cut, j, a, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
+    for (; j < vectors; ++j) rows_of_cut_blocks<1, 12>(m, cut, j, a, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
 }
 
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)
@@ -117,6 +186,7 @@ struct Bfloat16 {
     static constexpr int PAIR = 2;
     static constexpr int EXP2_DEGREE = 3;
     static constexpr int64_t DTYPE = FOVEATE_BFLOAT16;
+    static constexpr int64_t STEPS = 8;  // of what is fetched ahead, a chunk
 #if defined(__AMX_BF16__)
     static constexpr int64_t GRAIN_K = 32, GRAIN_M = 16, GRAIN_D = 32;
     // Products are so fast that the first cache decides: half a tile's scores, weights and outputs stay in it.
@@ -129,7 +199,17 @@ struct Bfloat16 {
     static void begin();
     static void end();
     static void multiply(int64_t m, int vectors, int64_t k, Left<uint16_t> a, const uint32_t* b, int64_t ldb, float* c,
-                         int64_t ldc, bool add);
+                         int64_t ldc, bool add, Fetch* ahead = nullptr);
+    static void multiply(int64_t m, int vectors, const Cut& cut, Left<uint16_t> a, const uint32_t* b, int64_t ldb,
+                         float* c, int64_t ldc, bool add, Fetch* ahead = nullptr) {
+        if (!add)
+            for (int64_t i = 0; i < m; ++i) std::fill_n(c + i * ldc, vectors * LANES, 0.0f);
+        for (const Block part : cut) {
+            const Left<uint16_t> left{a.data + part.begin, a.row, 1};
+            multiply(m, part.vectors(), round_up(part.keys(), GRAIN_K), left, b + part.begin / 2 * ldb + part.lane(), ldb,
+                     c + part.lane(), ldc, true, ahead);
+        }
+    }
 };
 #endif
 
@@ -187,9 +267,9 @@ FOVEATE_INLINE void amx_block(int64_t k, const uint16_t* a, int64_t row, const u
 }  // namespace detail
 
 inline void Bfloat16::multiply(int64_t m, int vectors, int64_t k, Left<uint16_t> a, const uint32_t* b, int64_t ldb,
-                               float* c, int64_t ldc, bool add) {
+                               float* c, int64_t ldc, bool add, Fetch* ahead) {
     using namespace detail;
-    for (int64_t i = 0; i < m; i += 32)
+    for (int64_t i = 0; i < m; i += 32) {
         for (int j = 0; j < vectors; j += 2) {
             const uint16_t* left = a.data + i * a.row;
             const uint32_t* right = b + j * LANES;
@@ -204,6 +284,8 @@ inline void Bfloat16::multiply(int64_t m, int vectors, int64_t k, Left<uint16_t>
             else
                 amx_block<1, 1>(k, left, a.row, right, ldb, to, ldc, add);
         }
+        if (ahead) ahead->step();
+    }
 }
 
 #elif defined(__AVX512BF16__)
@@ -242,10 +324,12 @@ FOVEATE_INLINE void pair_block(int64_t words, const uint16_t* a, int64_t row, co
 
 template <int N, int TALLEST>
 static void rows_of_pair_blocks(int64_t m, int64_t words, const uint16_t* a, int64_t row, const uint32_t* b,
-                                int64_t ldb, float* c, int64_t ldc, bool add) {
+                                int64_t ldb, float* c, int64_t ldc, bool add, Fetch* ahead) {
     int64_t i = 0;
-    for (; i + TALLEST <= m; i += TALLEST)
+    for (; i + TALLEST <= m; i += TALLEST) {
         pair_block<TALLEST, N>(words, a + i * row, row, b, ldb, c + i * ldc, ldc, add);
+        if (ahead) ahead->step();
+    }
     for (; i + 4 <= m; i += 4) pair_block<4, N>(words, a + i * row, row, b, ldb, c + i * ldc, ldc, add);
     for (; i < m; ++i) pair_block<1, N>(words, a + i * row, row, b, ldb, c + i * ldc, ldc, add);
 }
@@ -253,16 +337,25 @@ static void rows_of_pair_blocks(int64_t m, int64_t words, const uint16_t* a, int
 }  // namespace detail
 
 inline void Bfloat16::multiply(int64_t m, int vectors, int64_t k, Left<uint16_t> a, const uint32_t* b, int64_t ldb,
-                               float* c, int64_t ldc, bool add) {
+                               float* c, int64_t ldc, bool add, Fetch* ahead) {
     using namespace detail;
     int j = 0;
     for (; j + 4 <= vectors; j += 4)
-        rows_of_pair_blocks<4, 6>(m, k / 2, a.data, a.row, b + j * LANES, ldb, c + j * LANES, ldc, add);
+        rows_of_pair_blocks<4, 6>(m, k / 2, a.data, a.row, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
     for (; j + 2 <= vectors; j += 2)
-        rows_of_pair_blocks<2, 12>(m, k / 2, a.data, a.row, b + j * LANES, ldb, c + j * LANES, ldc, add);
-    if (j < vectors) rows_of_pair_blocks<1, 16>(m, k / 2, a.data, a.row, b + j * LANES, ldb, c + j * LANES, ldc, add);
+        rows_of_pair_blocks<2, 12>(m, k / 2, a.data, a.row, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
+    if (j < vectors) rows_of_pair_blocks<1, 16>(m, k / 2, a.data, a.row, b + j * LANES, ldb, c + j * LANES, ldc, add, ahead);
 }
 
 #endif
+
+// C [key][lane] = A [key][k] B [k][lane] for the pairs in blocks.
+template <class A, class Right>
+static void multiply_blocks(const Cut& cut, int64_t k, Left<typename A::Element> a, Right b, int64_t ldb, float* c,
+                            int64_t ldc, Fetch* ahead) {
+    for (const Block part : cut)
+        A::multiply(round_up(part.keys(), A::GRAIN_M), part.vectors(), k, {a.data + part.begin * a.row, a.row, a.column},
+                    b + part.lane(), ldb, c + part.begin * ldc + part.lane(), ldc, false, ahead);
+}
 
 }  // namespace foveate

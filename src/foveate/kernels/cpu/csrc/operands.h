@@ -113,6 +113,10 @@ template <class A> class Operand {
         return ((b * x_.heads + h) * tiles(call_) + slot / TILE) * TILE * padded_ + slot % TILE;
     }
     void transpose_chunk(Element* to, int64_t b, int64_t h, const Chunk& chunk, Element* rows) const {
+        const bool readable = call_.dtype == A::DTYPE && x_.stride[3] == 1 && dim_ == padded_;
+        if constexpr (A::PAIR == 2)
+            if (readable && !chunk.columns && !call_.selection.k_slots && chunk.count == TILE)
+                return transpose_halves(to, row(b, h, chunk.first), x_.stride[2], padded_);
         for (int64_t i = 0; i < chunk.count; ++i) read(rows + i * padded_, b, h, chunk.slot(i));
         std::fill(rows + chunk.count * padded_, rows + TILE * padded_, Element{});
         if constexpr (A::PAIR == 2) transpose_halves(to, rows, padded_, padded_);
@@ -123,6 +127,11 @@ template <class A> class Operand {
     const int64_t dim_, padded_;
     const Element* packed_ = nullptr;
 };
+
+// Whether the lanes are tokens one after the other, as many as there is room for.
+FOVEATE_INLINE bool consecutive(const FoveateAttend& call, const Lanes& lanes, int64_t ld) {
+    return lanes.first != Lanes::GATHERED && !call.selection.q_slots && lanes.count == ld;
+}
 
 // Rows of queries, (rows, padded): zeros beyond the lanes, and where there is no query.
 template <class A>
@@ -135,11 +144,41 @@ static void read_queries(const FoveateAttend& call, const FoveateTensor& x, int6
     }
 }
 
-// Writes x^T (dim, lanes) times a factor per lane as rows of a tensor, in its dtype.
-inline void write_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, const Lanes& lanes,
-                          int64_t dim, float* transposed, int64_t ld, float* rows) {
+// Rows of queries where they lie, if products can read them there; else null.
+template <class A>
+static const typename A::Element* queries_in_place(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h,
+                                                   const Lanes& lanes, int64_t dim, int64_t padded, int64_t ld) {
+    const bool readable = call.dtype == A::DTYPE && x.stride[3] == 1 && x.stride[2] % A::PAIR == 0 && dim == padded;
+    if (!readable || !consecutive(call, lanes, ld)) return nullptr;
+    return (const typename A::Element*)at(x, call.dtype, b, h, lanes.token[0]);
+}
+
+// Queries as words (padded / PAIR, ld): a row of lanes for each channel, or pair of them; rows is room for (ld, padded).
+template <class A>
+static void read_transposed(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, const Lanes& lanes,
+                            int64_t dim, int64_t padded, int64_t ld, typename A::Element* rows, void* to) {
+    const int64_t words = padded / A::PAIR;
+    if (const auto* lying = queries_in_place<A>(call, x, b, h, lanes, dim, padded, ld))
+        return transpose_words(to, ld, lying, x.stride[2] / A::PAIR, ld, words);
+    read_queries<A>(call, x, b, h, lanes, dim, padded, ld, rows);
+    transpose_words(to, ld, rows, words, ld, words);
+}
+
+// Writes number(channel, lane), vectors along the lanes, as rows of a tensor, in its dtype; rows is room for (ld, dim).
+template <class Number>
+static void write_queries(const FoveateAttend& call, const FoveateTensor& x, int64_t b, int64_t h, const Lanes& lanes,
+                          int64_t dim, int64_t ld, float* rows, Number number) {
+    const auto read = [&](int64_t channel, int64_t lane) { return as_words(number(channel, lane)); };
+    if (x.stride[3] == 1 && dim % LANES == 0 && can_store_as(call.dtype) && consecutive(call, lanes, ld)) {
+        char* to = (char*)at(x, call.dtype, b, h, lanes.token[0]);
+        return transpose_words(dim, ld, read, [&](int64_t lane, int64_t channel, Words row) {
+            store_as(to + (lane * x.stride[2] + channel) * bytes_of(call.dtype), as_floats(row), call.dtype);
+        });
+    }
     const int64_t padded = round_up(dim, LANES);
-    transpose_words(rows, padded, transposed, ld, dim, lanes.count);
+    transpose_words(dim, ld, read, [&](int64_t lane, int64_t channel, Words row) {
+        store_words((uint32_t*)rows + lane * padded + channel, row);
+    });
     for (int64_t i = 0; i < lanes.count; ++i) {
         const int64_t token = lanes.token[i];
         if (token < 0) continue;

@@ -75,6 +75,25 @@ FOVEATE_INLINE __m256i to_bfloat16(__m512 x) {
 }
 #endif
 
+// Whether store_as knows the dtype.
+constexpr bool can_store_as(int64_t dtype) {
+#if defined(__AVX512F__)
+    return dtype == FOVEATE_FLOAT32 || dtype == FOVEATE_BFLOAT16 || dtype == FOVEATE_FLOAT16;
+#else
+    return dtype == FOVEATE_FLOAT32;
+#endif
+}
+FOVEATE_INLINE void store_as(void* to, Floats x, int64_t dtype) {
+#if defined(__AVX512F__)
+    if (dtype != FOVEATE_FLOAT32) {
+        const bool half = dtype == FOVEATE_FLOAT16;
+        const __m256i halves = half ? _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT) : to_bfloat16((__m512)x);
+        return _mm256_storeu_si256((__m256i*)to, halves);
+    }
+#endif
+    store((float*)to, x);
+}
+
 FOVEATE_INLINE void write_row(void* to, int64_t dtype, int64_t stride, const float* from, int64_t n) {
     char* p = (char*)to;
     const int64_t bytes = bytes_of(dtype);
@@ -83,14 +102,8 @@ FOVEATE_INLINE void write_row(void* to, int64_t dtype, int64_t stride, const flo
         std::memcpy(to, from, 4 * n);
         return;
     }
-#if defined(__AVX512F__)
-    if (stride == 1)
-        for (; i + LANES <= n; i += LANES) {
-            const __m512 x = _mm512_loadu_ps(from + i);
-            const __m256i half = dtype == FOVEATE_FLOAT16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : to_bfloat16(x);
-            _mm256_storeu_si256((__m256i*)(p + i * bytes), half);
-        }
-#endif
+    if (stride == 1 && can_store_as(dtype))
+        for (; i + LANES <= n; i += LANES) store_as(p + i * bytes, load(from + i), dtype);
     for (; i < n; ++i) store_one(p + i * stride * bytes, from[i], dtype);
 }
 
@@ -130,19 +143,28 @@ FOVEATE_INLINE void transpose(Words (&x)[LANES]) {
     }
 }
 
-// to[c][r] = from[r][c] for words; to is (columns, at least rows rounded up to LANES), from may be read up to
-// rows and columns rounded up to LANES.
-FOVEATE_INLINE void transpose_words(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t rows,
-                                    int64_t columns) {
+// write(c, r, read(r, c)) for words of a square of rows and columns: read gives the LANES words from column c on of
+// row r, write gets those from row r on of column c; both are called for rows and columns rounded up to LANES.
+template <class Read, class Write>
+FOVEATE_INLINE void transpose_words(int64_t rows, int64_t columns, Read read, Write write) {
     for (int64_t r = 0; r < rows; r += LANES)
         for (int64_t c = 0; c < columns; c += LANES) {
             Words x[LANES];
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) x[i] = load_words((const uint32_t*)from + (r + i) * from_stride + c);
+            for (int i = 0; i < LANES; ++i) x[i] = read(r + i, c);
             transpose(x);
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) store_words((uint32_t*)to + (c + i) * to_stride + r, x[i]);
+            for (int i = 0; i < LANES; ++i) write(c + i, r, x[i]);
         }
+}
+
+// to[c][r] = from[r][c] for words; to is (columns, at least rows rounded up to LANES), from may be read up to
+// rows and columns rounded up to LANES.
+FOVEATE_INLINE void transpose_words(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t rows,
+                                    int64_t columns) {
+    transpose_words(
+        rows, columns, [&](int64_t r, int64_t c) { return load_words((const uint32_t*)from + r * from_stride + c); },
+        [&](int64_t c, int64_t r, Words x) { store_words((uint32_t*)to + c * to_stride + r, x); });
 }
 
 }  // namespace foveate

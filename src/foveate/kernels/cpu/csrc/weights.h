@@ -10,6 +10,14 @@ struct Scores {
     int64_t count, ld;
     int vectors;
     float factor;
+    const Cut& cut;  // what of them is there
+
+    // Calls visit(where) for all vectors of them.
+    template <class Visit> FOVEATE_INLINE_MEMBER void each(Visit visit) const {
+        for (const Block block : cut)
+            for (int64_t k = block.begin; k < block.end; ++k)
+                for (int j = block.first; j < block.last; ++j) visit(k * ld + j * LANES);
+    }
 };
 
 // tanh to a few units in the last place: a polynomial near 0, exponentials beyond.
@@ -28,11 +36,11 @@ FOVEATE_INLINE Floats tanh_of(Floats x) {
 
 // Soft-cap: c tanh(s / c). Keeps its slope where wanted.
 FOVEATE_INLINE void cap(const Scores& s, float scale, float softcap, float* slope) {
-    for (int64_t i = 0; i < s.count * s.ld; i += LANES) {
+    s.each([&](int64_t i) {
         const Floats bent = tanh_of(load(s.data + i) * (scale / softcap));
         store(s.data + i, bent * softcap);
         if (slope) store(slope + i, 1.0f - bent * bent);
-    }
+    });
 }
 
 // Scale, soft-cap and bias; `slope` (null: not wanted) gets the soft-cap's derivative.
@@ -43,31 +51,35 @@ FOVEATE_INLINE void bend(const FoveateAttend& call, Scores& s, const float* bias
         s.factor = 1;
     }
     if (bias || s.factor <= 0)
-        for (int64_t i = 0; i < s.count * s.ld; i += LANES) {
+        s.each([&](int64_t i) {
             const Floats logits = load(s.data + i) * s.factor;
             store(s.data + i, bias ? logits + load(bias + i) : logits);
-        }
+        });
     if (bias || s.factor <= 0) s.factor = 1;
 }
 
 FOVEATE_INLINE void hide(const Scores& s, const Chunk& chunk, float hidden) {
-    const uint64_t whole = s.ld >= TILE ? ~0ull : (1ull << s.ld) - 1;
-    for (int64_t k = 0; k < s.count; ++k) {
-        if ((chunk.seen[k] & whole) == whole) continue;
-        for (int j = 0; j < s.vectors; ++j) {
-            float* p = s.data + k * s.ld + j * LANES;
-            store(p, choose((uint32_t)(chunk.seen[k] >> (j * LANES)), load(p), all(hidden)));
+    for (const Block block : s.cut) {
+        const int64_t lanes = (int64_t)block.vectors() * LANES;
+        const uint64_t whole = (lanes >= TILE ? ~0ull : (1ull << lanes) - 1) << block.lane();
+        for (int64_t k = block.begin; k < block.end; ++k) {
+            if ((chunk.seen[k] & whole) == whole) continue;
+            for (int j = block.first; j < block.last; ++j) {
+                float* p = s.data + k * s.ld + j * LANES;
+                store(p, choose((uint32_t)(chunk.seen[k] >> (j * LANES)), load(p), all(hidden)));
+            }
         }
     }
 }
 
-// Where weights go: float32 in the place of the scores, or pairs of bfloat16 along the keys.
-template <class A> FOVEATE_INLINE void put(void* to, const Scores& s, int64_t key, int64_t column, Floats w0, Floats w1) {
+// Where weights of keys before `end` go: float32 in the place of the scores, or pairs of bfloat16 along the keys.
+template <class A>
+FOVEATE_INLINE void put(void* to, const Scores& s, int64_t end, int64_t key, int64_t column, Floats w0, Floats w1) {
 #if FOVEATE_HAS_BFLOAT16
     if constexpr (A::PAIR == 2) return store_words((uint32_t*)to + key / 2 * s.ld + column, pair_bfloat16(w0, w1));
 #endif
     store((float*)to + key * s.ld + column, w0);
-    if (key + 1 < s.count) store((float*)to + (key + 1) * s.ld + column, w1);
+    if (key + 1 < end) store((float*)to + (key + 1) * s.ld + column, w1);
 }
 // Zeros for the keys that only fill up a grain of the next product.
 template <class A> FOVEATE_INLINE void put_zeros(void* to, const Scores& s) {
@@ -92,27 +104,34 @@ struct Softmax {
     // Look at the logits of a chunk, and move the bases where they must.
     void look(const Scores& s) {
         rescaled = false;
-        int j = 0;
-        for (; j + 4 <= s.vectors; j += 4) look_at<4>(s, j * LANES);
-        for (; j + 2 <= s.vectors; j += 2) look_at<2>(s, j * LANES);
-        if (j < s.vectors) look_at<1>(s, j * LANES);
+        std::fill(highest, highest + s.ld, -INFINITY);
+        for (const Block block : s.cut) {
+            int j = block.first;
+            for (; j + 4 <= block.last; j += 4) look_at<4>(s, block, j * LANES);
+            for (; j + 2 <= block.last; j += 2) look_at<2>(s, block, j * LANES);
+            if (j < block.last) look_at<1>(s, block, j * LANES);
+        }
+        for (int j = 0; j < s.vectors; ++j) move(j * LANES, load(highest + j * LANES) * (s.factor * LOG2E));
     }
 
     template <class A> void weigh(const Scores& s, void* to) {
-        int j = 0;
-        for (; j + 4 <= s.vectors; j += 4) weigh_columns<A, 4>(s, j * LANES, to);
-        for (; j + 2 <= s.vectors; j += 2) weigh_columns<A, 2>(s, j * LANES, to);
-        if (j < s.vectors) weigh_columns<A, 1>(s, j * LANES, to);
+        for (const Block block : s.cut) {
+            int j = block.first;
+            for (; j + 4 <= block.last; j += 4) weigh_columns<A, 4>(s, block, j * LANES, to);
+            for (; j + 2 <= block.last; j += 2) weigh_columns<A, 2>(s, block, j * LANES, to);
+            if (j < block.last) weigh_columns<A, 1>(s, block, j * LANES, to);
+        }
     }
 
   private:
-    template <int N> void look_at(const Scores& s, int64_t column) {
-        Floats highest[N];
-        for (int j = 0; j < N; ++j) highest[j] = all(-INFINITY);
-        for (int64_t k = 0; k < s.count; ++k)
-            for (int j = 0; j < N; ++j)
-                highest[j] = greater(highest[j], load(s.data + k * s.ld + column + j * LANES));
-        for (int j = 0; j < N; ++j) move(column + j * LANES, highest[j] * (s.factor * LOG2E));
+    float highest[TILE];
+
+    template <int N> void look_at(const Scores& s, const Block& block, int64_t column) {
+        Floats top[N];
+        for (int j = 0; j < N; ++j) top[j] = load(highest + column + j * LANES);
+        for (int64_t k = block.begin; k < block.end; ++k)
+            for (int j = 0; j < N; ++j) top[j] = greater(top[j], load(s.data + k * s.ld + column + j * LANES));
+        for (int j = 0; j < N; ++j) store(highest + column + j * LANES, top[j]);
     }
 
     void move(int64_t column, Floats highest) {
@@ -127,7 +146,7 @@ struct Softmax {
     }
 
     template <class A, int N>
-    FOVEATE_INLINE_MEMBER void weigh_columns(const Scores& s, int64_t column, void* to) {
+    FOVEATE_INLINE_MEMBER void weigh_columns(const Scores& s, const Block& block, int64_t column, void* to) {
         const float factor = s.factor * LOG2E;
         const float* from = s.data + column;
         Floats total[N], from_base[N];
@@ -136,14 +155,14 @@ struct Softmax {
             from_base[j] = b == -INFINITY ? Floats{} : b;
             total[j] = Floats{};
         }
-        for (int64_t k = 0; k < s.count; k += 2)
+        for (int64_t k = block.begin; k < block.end; k += 2)
             for (int j = 0; j < N; ++j) {
                 const float* p = from + k * s.ld + j * LANES;
                 const Floats w0 = exp2_of<A::EXP2_DEGREE>(load(p) * factor - from_base[j]);
                 Floats w1{};
-                if (k + 1 < s.count) w1 = exp2_of<A::EXP2_DEGREE>(load(p + s.ld) * factor - from_base[j]);
+                if (k + 1 < block.end) w1 = exp2_of<A::EXP2_DEGREE>(load(p + s.ld) * factor - from_base[j]);
                 total[j] += w0 + w1;
-                put<A>(to, s, k, column + j * LANES, w0, w1);
+                put<A>(to, s, block.end, k, column + j * LANES, w0, w1);
             }
         for (int j = 0; j < N; ++j) store(sum + column + j * LANES, load(sum + column + j * LANES) + total[j]);
     }
@@ -162,15 +181,16 @@ FOVEATE_INLINE Floats slope_of(int64_t kind, Floats weight) {
 }
 
 template <class A> static void elementwise_step(const Scores& s, int64_t kind, const Chunk& chunk, void* to) {
-    for (int64_t k = 0; k < s.count; k += 2)
-        for (int j = 0; j < s.vectors; ++j) {
-            Floats w[2] = {};
-            for (int64_t i = 0; i < 2 && k + i < s.count; ++i) {
-                w[i] = weight_of(kind, load(s.data + (k + i) * s.ld + j * LANES) * s.factor);
-                if (chunk.masked) w[i] = choose((uint32_t)(chunk.seen[k + i] >> (j * LANES)), w[i], Floats{});
+    for (const Block block : s.cut)
+        for (int64_t k = block.begin; k < block.end; k += 2)
+            for (int j = block.first; j < block.last; ++j) {
+                Floats w[2] = {};
+                for (int64_t i = 0; i < 2 && k + i < block.end; ++i) {
+                    w[i] = weight_of(kind, load(s.data + (k + i) * s.ld + j * LANES) * s.factor);
+                    if (chunk.masked) w[i] = choose((uint32_t)(chunk.seen[k + i] >> (j * LANES)), w[i], Floats{});
+                }
+                put<A>(to, s, block.end, k, j * LANES, w[0], w[1]);
             }
-            put<A>(to, s, k, j * LANES, w[0], w[1]);
-        }
     put_zeros<A>(to, s);
 }
 
