@@ -25,7 +25,7 @@ struct Workspace {
         factor = arena.take<float>(GROUP * LANES);
         key_rows = arena.take<KeyRow>(Sight::most_rows(l));
         links = arena.take<Link>(Links::most(l));
-        strips = arena.take<Strip>(Strip::count_in(box.x));
+        strips = arena.take<Strip>(Strip::most_in(l.x, box.x));
     }
 };
 
@@ -39,13 +39,13 @@ class Forward {
           keys_(slab, k_, space.keys, space.rows), values_(slab, v_, space.values),
           lse_(call.lse ? call.lse + (b * call.q.heads + h) * call.num_queries : nullptr),
           sight_(l_, slab.keys, space.key_rows) {
-        Strip::fill(space.strips, l_.x, box.x, slab.keys.x.begin);
+        num_strips_ = Strip::fill(space.strips, l_.x, box.x, slab.keys.x.begin);
     }
 
     void run() {
         const auto pack = [&](int64_t row) { keys_.pack(row), values_.pack(row); };
         each_group(box_, sight_, pack, [&] {
-            for (int64_t i = 0; i < Strip::count_in(box_.x); ++i) strip(space_.strips[i]);
+            for (int64_t i = 0; i < num_strips_; ++i) strip(space_.strips[i]);
         });
     }
 
@@ -54,7 +54,7 @@ class Forward {
         const Pairs pairs(l_, sight_);
         const int64_t num_rows = sight_.queries().size();
         for (int64_t r = 0; r < num_rows; ++r)
-            queries_.read(r, token(strip, r), l_, strip.lanes, factors_.of_queries);
+            queries_.read(r, sight_.z(), y(r), strip, l_, factors_.of_queries);
         for (const Run& run : sight_)
             for (const KeyRow& key : run)
                 scores(run, key.slot, strip, pairs, call_.dim, queries_.transposed(), queries_.row(),
@@ -62,9 +62,8 @@ class Forward {
         for (int64_t r = 0; r < num_rows; ++r) softmax(strip, r, pairs);
         for (int64_t r = 0; r < num_rows; r += ROWS) write(strip, r, std::min<int64_t>(num_rows - r, ROWS), pairs);
     }
-    int64_t token(const Strip& strip, int64_t r) const {
-        return l_.token(sight_.z(), sight_.queries().begin + r, strip.x);
-    }
+    int64_t y(int64_t r) const { return sight_.queries().begin + r; }
+    int64_t token(const Strip& strip, int64_t r, int64_t lane) const { return l_.token(sight_.z(), y(r), strip.x + lane); }
 
     // Scores to weights, without the factor that makes their sum one; writes the log row sums.
     void softmax(const Strip& strip, int64_t r, const Pairs& pairs) {
@@ -90,13 +89,13 @@ class Forward {
         store(base, top);
         store(log, log2_of(sum) + (sum - sum));  // NaN stays NaN
         for (int64_t i = 0; i < strip.lanes; ++i)
-            lse_[token(strip, r) + i * l_.x.stride] = ((double)base[i] + log[i]) * LN2_EXACT;
+            lse_[token(strip, r, i)] = ((double)base[i] + log[i]) * LN2_EXACT;
     }
 
     void write(const Strip& strip, int64_t r, int64_t rows, const Pairs& pairs) {
         const Links links(space_.links, sight_, r, rows, strip, pairs, space_.scores, values_.step(),
                           [&](int64_t row) { return values_.at(row); });
-        gather_to(out_, links, rows, strip, space_.factor + r * LANES, token(strip, r), l_, space_.out);
+        gather_to(out_, links, rows, strip, space_.factor + r * LANES, sight_.z(), y(r), l_, space_.out);
     }
 
     const FoveateAttend& call_;
@@ -111,6 +110,7 @@ class Forward {
     double* lse_;
     const Factors factors_{call_.scale};
     Sight sight_;
+    int64_t num_strips_ = 0;
 };
 
 int64_t forward(const FoveateAttend& call, const FoveateNeighborhood& window) {

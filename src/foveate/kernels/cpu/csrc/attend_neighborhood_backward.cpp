@@ -36,7 +36,7 @@ struct Workspace {
         ones = arena.take<float>(ROWS * LANES);
         seen = arena.take<KeyRow>(Sight::most_rows(l));
         links = arena.take<Link>(Links::most(l));
-        strips = arena.take<Strip>(Strip::count_in(box.x));
+        strips = arena.take<Strip>(Strip::most_in(l.x, box.x));
     }
 };
 
@@ -52,7 +52,7 @@ class Backward {
           grads_(grad_out_, space.grads, space.grad_rows), keys_(slab, k_, space.keys, space.rows),
           values_(slab, v_, space.values, space.rows), key_rows_(slab, k_, space.key_rows), dk_(dk), dv_(dv),
           first_((b * call.q.heads + h) * call.num_queries), sight_(l_, slab.keys, space.seen) {
-        Strip::fill(space.strips, l_.x, box.x, slab.keys.x.begin);
+        num_strips_ = Strip::fill(space.strips, l_.x, box.x, slab.keys.x.begin);
         std::fill(space.ones, space.ones + ROWS * LANES, 1.0f);
     }
 
@@ -62,7 +62,7 @@ class Backward {
             keys_.pack(row), values_.pack(row), key_rows_.pack(row), dk_.begin(row), dv_.begin(row);
         };
         each_group(box_, sight_, pack, [&] {
-            for (int64_t i = 0; i < Strip::count_in(box_.x); ++i) strip(space_.strips[i]);
+            for (int64_t i = 0; i < num_strips_; ++i) strip(space_.strips[i]);
         });
         for (int64_t row = slab_.keys.rows() - slab_.ring; row < slab_.keys.rows(); ++row) dk_.end(row), dv_.end(row);
     }
@@ -72,8 +72,8 @@ class Backward {
         const Pairs pairs(l_, sight_);
         const int64_t num_rows = sight_.queries().size();
         for (int64_t r = 0; r < num_rows; ++r) {
-            queries_.read(r, token(strip, r), l_, strip.lanes, factors_.of_queries);
-            grads_.read(r, token(strip, r), l_, strip.lanes, (float)call_.scale);
+            queries_.read(r, sight_.z(), y(r), strip, l_, factors_.of_queries);
+            grads_.read(r, sight_.z(), y(r), strip, l_, (float)call_.scale);
         }
         for (const Run& run : sight_)
             for (const KeyRow& key : run) {
@@ -85,15 +85,14 @@ class Backward {
         for (int64_t r = 0; r < num_rows; ++r) slopes(strip, r, pairs);
         for (int64_t r = 0; r < num_rows; r += ROWS) add(strip, r, std::min<int64_t>(num_rows - r, ROWS), pairs);
     }
-    int64_t token(const Strip& strip, int64_t r) const {
-        return l_.token(sight_.z(), sight_.queries().begin + r, strip.x);
-    }
+    int64_t y(int64_t r) const { return sight_.queries().begin + r; }
+    int64_t token(const Strip& strip, int64_t r, int64_t lane) const { return l_.token(sight_.z(), y(r), strip.x + lane); }
 
     // Scores to weights, and gradients of weights (times scale) to gradients of q k.
     void slopes(const Strip& strip, int64_t r, const Pairs& pairs) {
         float row_sum[LANES] = {}, row_rest[LANES] = {}, row_delta[LANES] = {};
         for (int64_t i = 0; i < strip.lanes; ++i) {
-            const int64_t token = this->token(strip, r) + i * l_.x.stride, place = first_ + token;
+            const int64_t token = this->token(strip, r, i), place = first_ + token;
             const Rows grad = grads_.rows(r);
             const float d_lse = call_.grad_lse ? call_.grad_lse[place] : 0;
             const double sum = call_.lse[place] * LOG2E_EXACT;
@@ -129,7 +128,7 @@ class Backward {
             return Links(space_.links, sight_, r, rows, strip, pairs, weights, key_rows.step(),
                          [&](int64_t row) { return key_rows.at(row); });
         };
-        gather_to(dq_, links(space_.slopes, key_rows_), rows, strip, space_.ones, token(strip, r), l_, space_.dq);
+        gather_to(dq_, links(space_.slopes, key_rows_), rows, strip, space_.ones, sight_.z(), y(r), l_, space_.dq);
         scatter(links(space_.slopes, dk_), rows, strip, k_.padded(), queries_.rows(r));
         scatter(links(space_.weights, dv_), rows, strip, v_.padded(), grads_.rows(r));
     }
@@ -146,6 +145,7 @@ class Backward {
     const SummedRows &dk_, &dv_;
     const int64_t first_;  // number of query 0 among the log row sums
     Sight sight_;
+    int64_t num_strips_ = 0;
     const Factors factors_{call_.scale};
 };
 

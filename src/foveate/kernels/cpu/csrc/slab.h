@@ -23,16 +23,22 @@ class Head {
     void write(int64_t token, const float* from) const { write_row(at(token), dtype_, x_.stride[3], from, dim_); }
 
     // `count` tokens as rows one after the other, and zeros up to LANES of them.
-    void read_rows(float* to, int64_t first, int64_t stride, int64_t count) const {
-        for (int64_t i = 0; i < count; ++i) read(to + i * padded_, first + i * stride);
+    template <class Token> void read_rows(float* to, int64_t count, Token token) const {
+        for (int64_t i = 0; i < count; ++i) read(to + i * padded_, token(i));
         std::fill(to + count * padded_, to + LANES * padded_, 0.0f);
     }
     // Up to LANES tokens as [channel][lane], `channel` numbers from one channel to the next.
-    void read_transposed(float* to, int64_t channel, int64_t first, int64_t stride, int64_t count, float* rows) const {
-        if (direct() && count == LANES)
-            return transpose_words(to, channel, row(first), stride * step(), LANES, dim_);
-        read_rows(rows, first, stride, count);
-        transpose_words(to, channel, rows, padded_, LANES, padded_);
+    template <class Token>
+    void read_transposed(float* to, int64_t channel, int64_t count, float* rows, Token token) const {
+        if (!direct() || count < LANES) {
+            read_rows(rows, count, token);
+            return transpose_words(to, channel, rows, padded_, LANES, padded_);
+        }
+        const float* lying[LANES];
+        for (int64_t i = 0; i < LANES; ++i) lying[i] = row(token(i));
+        transpose_words(
+            LANES, dim_, [&](int64_t lane, int64_t c) { return load_words(lying[lane] + c); },
+            [&](int64_t c, int64_t lane, Words x) { store_words(to + c * channel + lane, x); });
     }
 
   private:
@@ -57,17 +63,27 @@ struct Slab {
     int64_t token(int64_t row, int64_t column) const { return lattice.token(z(row), y(row), keys.x.begin + column); }
 };
 
+// Rows of queries along y that are worked on together: up to GROUP, in groups of about the same size.
+inline int64_t group_of(Range queries) {
+    const int64_t groups = (queries.size() + GROUP - 1) / GROUP;
+    return groups ? (queries.size() + groups - 1) / groups : 1;
+}
+
 // Calls pack(row) for every row of keys just before it comes into sight, and visit() for every group of queries.
 template <class Pack, class Visit>
 static void each_group(const Box& queries, Sight& sight, Pack pack, Visit visit) {
+    const int64_t group = group_of(queries.y);
     int64_t packed = 0;
     for (int64_t z = queries.z.begin; z < queries.z.end; ++z)
-        for (int64_t y = queries.y.begin; y < queries.y.end; y += GROUP) {
-            sight.look(z, {y, std::min(y + GROUP, queries.y.end)});
+        for (int64_t y = queries.y.begin; y < queries.y.end; y += group) {
+            sight.look(z, {y, std::min(y + group, queries.y.end)});
             for (; packed <= sight.last_row(); ++packed) pack(packed);
             visit();
         }
 }
+
+// Whether vectors of channels may be read and written where they lie, tokens along x one as far as the other.
+inline bool lies_in_rows(const Head& head, const Lattice& lattice) { return head.direct() && lattice.x.affine(); }
 
 // Rows of keys as [channel][x].
 class TransposedRows {
@@ -83,8 +99,8 @@ class TransposedRows {
     float* at(int64_t row) const { return ring_ + slab_.place(row) * head_.padded() * channel(); }
     void pack(int64_t row) const {
         for (int64_t x = 0; x < slab_.columns(); x += LANES)
-            head_.read_transposed(at(row) + x, channel(), slab_.token(row, x), slab_.lattice.x.stride,
-                                  std::min<int64_t>(slab_.columns() - x, LANES), rows_);
+            head_.read_transposed(at(row) + x, channel(), std::min<int64_t>(slab_.columns() - x, LANES), rows_,
+                                  [&](int64_t i) { return slab_.token(row, x + i); });
     }
 
   private:
@@ -98,7 +114,7 @@ class NaturalRows {
   public:
     NaturalRows(const Slab& slab, const Head& head, float* ring)
         : slab_(slab), head_(head), ring_(ring),
-          in_place_(head.direct() && slab.lattice.x.stride * head.step() == head.padded()) {}
+          in_place_(lies_in_rows(head, slab.lattice) && slab.lattice.x.stride * head.step() == head.padded()) {}
 
     // A cache line more than the numbers of a row, so that rows do not compete.
     static int64_t pitch(const Slab& slab, int64_t padded) { return slab.columns() * padded + LANES; }
@@ -133,10 +149,14 @@ class QueryRows {
 
     static int64_t size(int64_t padded) { return GROUP * LANES * padded; }
 
-    void read(int64_t r, int64_t first, const Lattice& lattice, int64_t lanes, float factor) {
-        if (r == 0) rows_ = head_.direct() ? in_place(head_, first, lattice) : Rows{space_, row(), head_.padded()};
-        float* to = transposed_ + r * row();
-        head_.read_transposed(to, LANES, first, lattice.x.stride, lanes, space_ + r * row());
+    // Row r of the group: the lanes of a strip at z and y.
+    void read(int64_t r, int64_t z, int64_t y, const Strip& strip, const Lattice& lattice, float factor) {
+        const auto token = [&](int64_t i) { return lattice.token(z, y, strip.x + i); };
+        const bool lies = lies_in_rows(head_, lattice);
+        if (r == 0) rows_ = lies ? in_place(head_, token(0), lattice) : Rows{space_, row(), head_.padded()};
+        float *to = transposed_ + r * row(), *rows = space_ + r * row();
+        if (lies) head_.read_transposed(to, LANES, strip.lanes, rows, token);
+        else head_.read_rows(rows, strip.lanes, token), transpose_words(to, LANES, rows, head_.padded(), LANES, head_.padded());
         for (int64_t i = 0; i < row(); i += LANES) store(to + i, load(to + i) * factor);
     }
     int64_t row() const { return LANES * head_.padded(); }  // numbers from one row of queries to the next
@@ -149,15 +169,16 @@ class QueryRows {
     Rows rows_{nullptr, 0, 0};
 };
 
-// Rows of a strip's queries gathered and written, the first of them from token `first` on.
+// Rows of a strip's queries gathered and written, from z and y on.
 inline void gather_to(const Head& head, const Links& links, int64_t rows, const Strip& strip, const float* factor,
-                      int64_t first, const Lattice& lattice, float* space) {
-    if (head.direct()) return gather(links, rows, strip, head.padded(), factor, in_place(head, first, lattice));
+                      int64_t z, int64_t y, const Lattice& lattice, float* space) {
+    const auto token = [&](int64_t r, int64_t i) { return lattice.token(z, y + r, strip.x + i); };
+    if (lies_in_rows(head, lattice))
+        return gather(links, rows, strip, head.padded(), factor, in_place(head, token(0, 0), lattice));
     const Rows out{space, LANES * head.padded(), head.padded()};
     gather(links, rows, strip, head.padded(), factor, out);
     for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < strip.lanes; ++i)
-            head.write(first + r * lattice.y.stride + i * lattice.x.stride, out.data + r * out.row + i * out.token);
+        for (int64_t i = 0; i < strip.lanes; ++i) head.write(token(r, i), out.data + r * out.row + i * out.token);
 }
 
 }  // namespace foveate::grid

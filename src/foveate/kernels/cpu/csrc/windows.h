@@ -20,6 +20,7 @@ struct Strip {
 
     Strip(const Axis& axis, Range queries, int64_t begin, int64_t first_column)
         : x(begin), lanes(std::min<int64_t>(queries.end - begin, LANES)), column(axis.first(begin) - first_column) {
+        while (axis.first(begin + lanes - 1) - axis.first(begin) >= LANES) --lanes;  // beyond a vector of keys
         bent = ragged = false;
         for (int i = 0; i < LANES; ++i) {
             const Range keys = axis.keys(begin + std::min<int64_t>(i, lanes - 1));
@@ -30,10 +31,16 @@ struct Strip {
         }
         for (int i = 0; i < LANES; ++i) pace[i] = pace_from(i);
     }
-    static int64_t count_in(Range queries) { return (queries.size() + LANES - 1) / LANES; }
-    static void fill(Strip* strips, const Axis& axis, Range queries, int64_t first_column) {
-        for (int64_t i = 0; i < count_in(queries); ++i)
-            strips[i] = Strip(axis, queries, queries.begin + i * LANES, first_column);
+    // At most: strips end where vectors do, and some where a coset does.
+    static int64_t most_in(const Axis& axis, Range queries) {
+        return (queries.size() + LANES - 1) / LANES + axis.cosets;
+    }
+    // Returns how many there are.
+    static int64_t fill(Strip* strips, const Axis& axis, Range queries, int64_t first_column) {
+        int64_t count = 0;
+        for (int64_t begin = queries.begin; begin < queries.end; begin += strips[count++].lanes)
+            strips[count] = Strip(axis, queries, begin, first_column);
+        return count;
     }
     Ints bend() const {
         Ints lane;
