@@ -30,6 +30,7 @@ from foveate.adapt import use
 from foveate.lab.measure import machine
 from foveate.models import builtin
 from foveate.patterns.algebra import LINE, Scene, resolve
+from foveate.patterns.rules.chunks import chunk_budget
 from foveate.patterns.rules.hierarchical import halved_ranges
 from foveate.patterns.rules.proxies import proxy_blocks
 from foveate.patterns.rules.stripes import sampled_columns, stripes
@@ -42,6 +43,7 @@ CONTENDERS: dict[str, Pattern] = {
     "anchor_attention 2": stripes(2.0),
     "proxy_attention": proxy_blocks(0.95),
     "proxy_attention 0.8": proxy_blocks(0.8),
+    "dhsa": chunk_budget(2048),
     "hip_attention": halved_ranges(512),
     "hip_attention 2048": halved_ranges(2048),
     "minference_vertical_slash": vertical_slash(512, 512),

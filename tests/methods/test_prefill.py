@@ -21,6 +21,7 @@ METHODS = {
     "sample_attention": ("mass=0.5", "mass=1.0"),
     "anchor_attention": ("theta=0.5, block=3, step=2", "theta=1e9, block=3, step=2"),
     "proxy_attention": ("mass=0.3, block=4", "mass=1.0"),
+    "dhsa": ("keys=7, chunk=4", "keys=4096"),
     "hip_attention": (
         "keys=6, q_block=4, k_block=2, first_keys=1, recent=2, dense_layers=0",
         "keys=4096, dense_layers=1",

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveate import attend, causal
+from foveate.counting import count_operations
 from foveate.patterns import Pattern
+from foveate.patterns.rules.chunks import chunk_budget
 from foveate.patterns.rules.hierarchical import halved_ranges
 from foveate.patterns.rules.proxies import proxy_blocks
 from foveate.patterns.rules.stripes import sampled_columns, stripes
@@ -91,6 +93,65 @@ def test_stripes_are_keys_near_the_anchor_of_a_block_of_queries(
     check(stripes(theta, block=block, step=step), seen, q, k, v)
 
 
+def chunks_by_hand(k: Tensor, chunk: int) -> list[int]:
+    """Where keys (G, M, D) of one entry change most: the least mean cosine of what lies before and behind."""
+    width, length = max(chunk // 4, 1), k.shape[1]
+    alike = []
+    for at in range(1, length):
+        before, behind = k[:, max(at - width, 0) : at].mean(1), k[:, at : at + width].mean(1)
+        alike.append(float(torch.cosine_similarity(before, behind, dim=-1).mean()))
+    wanted = min(length // chunk, length - 1)
+    return [0, *sorted(1 + place for place in sorted(range(length - 1), key=lambda i: alike[i])[:wanted])]
+
+
+@pytest.mark.paper("DHSA", "definition")
+@pytest.mark.paper("DHSA", "works_when")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("keys", "chunk", "given"), [(9, 6, False), (20, 9, False), (13, 1, True), (1, 8, False)])
+def test_chunks_are_taken_by_their_pooled_scores_until_the_budget_is_spent(
+    shape: tuple[int, int], keys: int, chunk: int, given: bool
+) -> None:
+    q, k, v = inputs(shape)
+    starts = [0, 2, 3, 11, 12, 30, 51] if given else None
+    offset = shape[1] - shape[0]
+    seen = torch.zeros(2, 4, *shape, dtype=torch.bool)
+    for b in range(2):
+        begins = [s for s in starts or chunks_by_hand(k[b], chunk) if s < shape[1]]
+        ends = [*begins[1:], shape[1]]
+        for h in range(4):
+            for row, (first, end) in enumerate(zip(begins, ends, strict=True)):
+                mine = [i for i in range(shape[0]) if first <= i + offset < end]
+                if not mine:
+                    continue
+                mean = q[b, h, mine].mean(0) * len(mine) ** 0.5
+                score = [
+                    float(mean @ k[b, h // 2, a:z].mean(0)) * (z - a) ** 0.5 for a, z in zip(begins, ends, strict=True)
+                ]
+                left, kept = keys, set()
+                for c in sorted(range(row + 1), key=lambda c: -score[c]):
+                    taken = min(left, ends[c] - begins[c])
+                    kept |= set(range(begins[c], begins[c] + taken))
+                    left -= taken
+                for i in mine:
+                    for j in range(i + offset + 1):
+                        seen[b, h, i, j] = j in kept
+    pattern = chunk_budget(keys, chunk=chunk, starts=starts)
+    assert torch.equal(pattern.select(q, k).to_dense().expand_as(seen), seen)
+    want = torch.nan_to_num(scores_of(q, k).masked_fill(~seen, float("-inf")).softmax(-1)) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(attend(q, k, v, pattern), want)
+
+
+@pytest.mark.paper("DHSA", "works_when")
+def test_attention_to_chosen_chunks_forms_few_pairs_besides() -> None:
+    q, k, v = torch.randn(3, 1, 1, 2048, 16).unbind(0)
+    with count_operations() as sparse:
+        attend(q, k, v, chunk_budget(64, chunk=32))
+    with count_operations() as dense:
+        attend(q, k, v, causal)
+    assert sparse.pairs < 0.07 * dense.pairs
+    assert sparse.by_operator["attend"].computed < 0.5 * dense.by_operator["attend"].computed
+
+
 @pytest.mark.paper("ProxyAttn", "definition")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("mass", "block", "proxies"), [(0.3, 4, 1), (0.6, 7, 2), (0.8, 3, 4)])
@@ -156,11 +217,14 @@ def test_ranges_are_halved_and_the_best_kept(shape: tuple[int, int], keys: int, 
 
 
 @pytest.mark.parametrize(
-    "pattern", [sampled_columns(1.0), stripes(1e9, block=3, step=2), halved_ranges(400), proxy_blocks(1.0)], ids=str
+    "pattern",
+    [sampled_columns(1.0), stripes(1e9, block=3, step=2), halved_ranges(400), proxy_blocks(1.0), chunk_budget(90)],
+    ids=str,
 )
 @pytest.mark.paper("SampleAttention", "works_when")
 @pytest.mark.paper("AnchorAttention", "works_when")
 @pytest.mark.paper("ProxyAttn", "works_when")
+@pytest.mark.paper("DHSA", "works_when")
 @pytest.mark.paper("HiP", "works_when")
 def test_all_of_the_budget_is_causal_attention(pattern: Pattern) -> None:
     q, k, v = inputs((77, 90))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from foveate.catalogue.tiers import method
 from foveate.methods.core import CoreMethod
 from foveate.mixers.core import Core, PatternCore
 from foveate.patterns import Pattern, full, sinks, window
+from foveate.patterns.rules.chunks import chunk_budget
 from foveate.patterns.rules.hierarchical import halved_ranges
 from foveate.patterns.rules.proxies import proxy_blocks
 from foveate.patterns.rules.stripes import sampled_columns, stripes
@@ -140,3 +142,24 @@ def hip_attention(
     pattern = pattern | sinks(first_keys) if first_keys else pattern
     pattern = pattern | window(recent - 1, 0) if recent > 1 else pattern
     return CoreMethod(PatternCore(pattern), slice(dense_layers, None) if dense_layers else None)
+
+
+@method(
+    "dhsa",
+    papers=("DHSA",),
+    tiny={"keys": 9, "chunk": 5},
+    full_budget={"keys": 1 << 20},
+    exempt={"decoding": "a chunk of queries chooses together, and texts that grow are cut anew", "causality": AHEAD},
+)
+def dhsa(
+    keys: int = 2048, chunk: int = 64, starts: Sequence[int] | None = None, layers: Layers | None = None
+) -> Method:
+    """Prompts and written tokens see ``keys`` keys, taken by chunks of unequal lengths whose pooled keys suit best.
+
+    Chunks begin at ``starts``, or where keys change most, ``chunk`` long on average: the paper has a small network
+    trained for that. Its own budget was not verified. Xiong et al., Dynamic Hierarchical Sparse Attention, arXiv 2510.24606.
+
+    >>> dhsa(keys=512).core.pattern
+    chunk_budget(512, chunk=64)
+    """
+    return CoreMethod(PatternCore(chunk_budget(keys, chunk=chunk, starts=starts)), layers)
