@@ -157,7 +157,7 @@ def dhsa(
     """Prompts and written tokens see ``keys`` keys, taken by chunks of unequal lengths whose pooled keys suit best.
 
     Chunks begin at ``starts``, or where keys change most, ``chunk`` long on average: the paper has a small network
-    trained for that. Its own budget was not verified. Xiong et al., Dynamic Hierarchical Sparse Attention, arXiv 2510.24606.
+    trained for that. Its own budget was not verified. Xiong et al., DHSA, arXiv 2510.24606.
 
     >>> dhsa(keys=512).core.pattern
     chunk_budget(512, chunk=64)
