@@ -21,11 +21,15 @@ from torch import Tensor
 
 from benchmarks.contest import RESULTS, write_json
 from foveate import attend, causal
+from foveate.adapt import use
 from foveate.counting import count_operations
 from foveate.lab.measure import machine
+from foveate.mixers.core import PatternCore
 from foveate.mixers.static_sparse.s2_attention import s2_core
 from foveate.models.video.timesformer import timesformer as timesformer_model
 from foveate.patterns import Pattern
+from foveate.recipes.zeroi2v import shifted_in_time
+from foveate.recipes.zeroi2v import zeroi2v as zeroi2v_recipe
 
 FILE = RESULTS / "static_sparse.json"
 Case = dict[str, Any]
@@ -91,7 +95,37 @@ def timesformer(repeats: int) -> list[Case]:
     return cases
 
 
-SECTIONS: dict[str, Callable[[int], list[Case]]] = {"s2_attention": s2_attention, "timesformer": timesformer}
+def zeroi2v(repeats: int) -> list[Case]:
+    """ViT-B's layers, four of them, on clips of 8 frames at 224 pixels: as images, and with heads that look aside."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    image: Any = ViTForImageClassification(ViTConfig(num_hidden_layers=4)).eval()
+    frames, heads = 8, 1
+    video = zeroi2v_recipe(frames=frames).prepare(image).eval()
+    video.fold()
+    use(image, PatternCore())  # attention by the same kernels
+    pictures = torch.randn(1, 3, frames, 224, 224)
+    as_images = pictures.transpose(1, 2).flatten(0, 1)
+    k = torch.randn(frames, 12, 197, 64)
+
+    def copies() -> None:
+        for _ in range(2 * 4):
+            shifted_in_time(k, frames, heads)
+
+    runs: dict[str, Run] = {
+        "image model": lambda: image(as_images),
+        "copy of keys and values": copies,
+        "folded": lambda: video(pictures),
+    }
+    with torch.no_grad():
+        return [{"frames": frames, "seconds": least_seconds(runs, repeats)}]
+
+
+SECTIONS: dict[str, Callable[[int], list[Case]]] = {
+    "s2_attention": s2_attention,
+    "timesformer": timesformer,
+    "zeroi2v": zeroi2v,
+}
 
 
 def main() -> None:

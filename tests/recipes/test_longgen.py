@@ -100,7 +100,7 @@ def test_served_it_decodes_by_the_training_mask_with_smaller_caches(kind: Any) -
 
 @pytest.mark.paper("LongGen", "works_when")
 def test_a_pretrained_model_is_finetuned_and_ahead_of_one_from_scratch() -> None:
-    """The built-in model on real code that is new to it: steps mend what windows cost, and nothing makes up for weights."""
+    """The built-in model on real code: a few steps mend what windows cost; nothing makes up for its weights."""
     torch.manual_seed(0)
     model, tokenizer = builtin.load()
     recipe = longgen("sinks", window=24, sinks=2, lr=1e-4)
