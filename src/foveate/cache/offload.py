@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foveate.cache.tokens import Room, Tokens
+
 LEAST = 256  # tokens that room is made for at first
 
 
@@ -80,14 +82,50 @@ class Offloaded:
         self.room = room
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.folder is None:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        size = torch.Size(shape).numel()
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, prefix="foveate-", suffix=".kv")
-        try:
-            os.ftruncate(handle, size * dtype.itemsize)
-            return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
-        finally:
-            os.close(handle)
-            os.unlink(name)  # the mapping keeps it alive
+        return (
+            torch.empty(shape, dtype=dtype, device="cpu") if self.folder is None else mapped(self.folder, shape, dtype)
+        )
+
+
+def mapped(folder: str | os.PathLike[str], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file of a folder, mapped into memory; the file has no name and goes with the tensor."""
+    size = torch.Size(shape).numel()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, prefix="foveate-", suffix=".kv")
+    try:
+        os.ftruncate(handle, max(size, 1) * dtype.itemsize)
+        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
+    finally:
+        os.close(handle)
+        os.unlink(name)  # the mapping keeps it alive
+
+
+class HostTokens(Tokens):
+    """Tokens in the host's memory, or in files of a ``folder``, wherever those come from that are appended.
+
+    Where gradients are recorded they stay on their device, as autograd may hold them.
+    """
+
+    __slots__ = ("folder",)
+
+    def __init__(self, batch: int, capacity: int | None = None, folder: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(batch, capacity)
+        self.folder = folder
+
+    def _with(self, room: Room, length: int) -> HostTokens:
+        after = super()._with(room, length)
+        assert isinstance(after, HostTokens)
+        after.folder = self.folder
+        return after
+
+    def append(self, *new: Tensor) -> HostTokens:
+        if not torch.is_grad_enabled():
+            new = tuple(x.to("cpu") for x in new)
+        after = super().append(*new)
+        assert isinstance(after, HostTokens)
+        return after
+
+    def _empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.folder is None or like.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        return mapped(self.folder, shape, dtype)

@@ -58,7 +58,7 @@ class Tokens:
         self._room: Room | None = None
 
     def _with(self, room: Room, length: int) -> Tokens:
-        after = Tokens.__new__(Tokens)
+        after = type(self).__new__(type(self))
         after.batch, after.capacity, after.most = self.batch, self.capacity, self.most
         after._room, after.length = room, length
         return after
@@ -129,7 +129,7 @@ class Tokens:
         """A copy with room for tokens up to ``end`` and more."""
         if self._room is None:
             shapes = [(*x.shape[:2], max(self.capacity, end), x.shape[3]) for x in new]
-            return Room(tuple(x.new_empty(shape) for x, shape in zip(new, shapes, strict=True)), 0)
+            return Room(tuple(self._empty(x, shape, x.dtype) for x, shape in zip(new, shapes, strict=True)), 0)
         capacity = max(self.capacity, end, min(2 * end, self.most or 2 * end))
         dtypes = [torch.promote_types(x.dtype, kept.dtype) for x, kept in zip(new, self._room.tensors, strict=True)]
         room = self._emptied(capacity, dtypes)
@@ -142,4 +142,8 @@ class Tokens:
         like = self._room.tensors
         shapes = [(*x.shape[:2], capacity, x.shape[3]) for x in like]
         made = zip(like, shapes, dtypes or [x.dtype for x in like], strict=True)
-        return Room(tuple(x.new_empty(shape, dtype=dtype) for x, shape, dtype in made), 0)
+        return Room(tuple(self._empty(x, shape, dtype) for x, shape, dtype in made), 0)
+
+    def _empty(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory to write to; subclasses take it from elsewhere."""
+        return like.new_empty(shape, dtype=dtype)

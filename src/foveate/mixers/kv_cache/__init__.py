@@ -1,0 +1,1 @@
+"""Mechanisms whose idea is what a decoder keeps of its keys and values."""
