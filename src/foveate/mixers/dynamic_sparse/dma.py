@@ -43,7 +43,7 @@ class DMA(AttentionMixer):
     in the paper's figures, nothing of the query decides what is kept, and a starts at 0, where all δ are 1; of equal
     ones the latest are kept (there it is not said), so that training starts from a window of w keys.
 
-    Shi, Wu, Wu, Wang, Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; DogeAttention of transformers.
+    Shi et al., Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; DogeAttention of transformers.
     """
 
     one_by_one: ClassVar[bool] = True
