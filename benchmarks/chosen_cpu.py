@@ -53,6 +53,8 @@ SUBJECTS = {
     "nabla": Subject({"mass": 0.3, "near": (3, 3, 3)}),
     "psa": Subject({}),
     "sparsifiner": Subject({"tokens": 196, "class_token": False}, (Grid(14, 14),), Grid(14, 14)),
+    "select_and_pack": Subject({"keep": 0.25}, (Grid(14, 14), Grid(56, 56)), Grid(14, 14)),
+    "select_and_pack, half": Subject({"keep": 0.5}, (Grid(14, 14), Grid(56, 56)), Grid(14, 14)),
     "radial_attention": Subject({}, (Grid(8, 32, 32), Grid(16, 32, 32), Grid(32, 32, 32)), Grid(9, 13, 11)),
 }
 
@@ -93,7 +95,7 @@ def main() -> None:
 def check(row: str) -> None:
     """No figure of a mixer that computes something else than its definition."""
     subject = SUBJECTS[row]
-    mixer = made(row, DIM, heads=HEADS, **subject.options).eval()
+    mixer = made(row.partition(",")[0], DIM, heads=HEADS, **subject.options).eval()
     x = torch.randn(1, subject.checked.length, DIM)
     with torch.no_grad():
         got = mixer(x, layout=layout_of(mixer, subject.checked))
@@ -106,7 +108,7 @@ def check(row: str) -> None:
 def measure(row: str, grid: Grid, repeats: int) -> list[Line]:
     subject = SUBJECTS[row]
     mixers = {
-        "sparse": made(row, DIM, heads=HEADS, **subject.options).eval(),
+        "sparse": made(row.partition(",")[0], DIM, heads=HEADS, **subject.options).eval(),
         "dense": made("flash_attention", DIM, heads=HEADS, causal=False).eval(),
     }
     x = torch.randn(1, grid.length, DIM)
