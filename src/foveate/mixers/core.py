@@ -7,7 +7,7 @@ and inside a mixer it is surrounded by projections.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -15,6 +15,23 @@ from foveate.attention import Weights, attend
 from foveate.attention.biases import BiasLike, placed, split_bias
 from foveate.patterns import Layout, Pattern, Sequence, full
 from foveate.patterns.placed import split
+
+
+class CoreOptions(TypedDict, total=False):
+    """How a core attends beside what it looks at: as in :func:`foveate.attend`, whose defaults hold."""
+
+    bias: BiasLike
+    weights: Weights | str
+    scale: float | None
+    softcap: float | None
+    layout: Layout | None
+
+
+class AttendOptions(CoreOptions, total=False):
+    """The same of cores that drop weights while training."""
+
+    dropout: float
+    seed: int | Tensor | None
 
 
 class Core(Protocol):
@@ -28,17 +45,7 @@ class Core(Protocol):
     def pattern(self) -> Pattern: ...
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor: ...
 
 
@@ -56,34 +63,9 @@ class PatternCore:
     pattern: Pattern = full
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
-        dropout: float = 0.0,
-        seed: int | Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[AttendOptions]
     ) -> Tensor:
-        pattern = joined(self.pattern, within)
-        return attend(
-            q,
-            k,
-            v,
-            pattern,
-            bias=bias,
-            weights=weights,
-            scale=scale,
-            softcap=softcap,
-            layout=layout,
-            dropout=dropout,
-            seed=seed,
-        )
+        return attend(q, k, v, joined(self.pattern, within), **options)
 
 
 def joined(pattern: Pattern, within: Pattern) -> Pattern:

@@ -123,16 +123,20 @@ def _as_bias(module: nn.Module, mask: Tensor, num_keys: int, bias: Tensor | None
     mask, lowest = mask[..., :num_keys], torch.finfo(dtype).min
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
-    _check_whole(module, mask > lowest / 2)
+    _check_whole(module, mask, lowest / 2)
     return mask if bias is None else mask + bias[..., :num_keys]
 
 
-def _check_whole(module: nn.Module, seen: Tensor) -> None:
-    """Refuse patterns of positions where a ready-made mask (B, H, N, M) hides padding or keeps documents apart."""
+def _check_whole(module: nn.Module, mask: Tensor, hidden: float) -> None:
+    """Refuse patterns of positions where a ready-made mask (B, H, N, M) hides padding or keeps documents apart.
+
+    Logits that gain at most ``hidden`` are not seen.
+    """
     record = record_of(module)
     looks = [] if record is None else [token.core.pattern for token in record.tokens if token.core.pattern != full]
     if not looks or not getattr(module, "is_causal", True):
         return
+    seen = mask > hidden  # not sooner: most layers have no pattern that asks
     if bool((~seen).all(2).any()):
         trouble = "hides some keys from all queries"
     elif any(_counts_positions(pattern) for pattern in looks) and _has_documents(seen):

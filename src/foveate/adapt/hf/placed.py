@@ -5,7 +5,6 @@ Both are plain data that hang on the model, so that copies and pickles of it att
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+
+from foveate.catalogue.options import options_of
 
 if TYPE_CHECKING:
     from foveate.mixers.core import Core
@@ -37,7 +38,7 @@ class Token:
         self.key = uuid4().hex  # graphs of torch.compile are told apart by it, as they do not look into patterns
         self.none: Token | None = None if heads == () else Token(core, ())
         self.switches: list[Switch] = []
-        self.drops = "dropout" in inspect.signature(type(core).__call__).parameters
+        self.drops = "dropout" in options_of(type(core).__call__)
         self.calls = 0
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from foveate.attention import Weights, attend
-from foveate.attention.biases import BiasLike
+from foveate.attention import attend
 from foveate.lab.compare.results import Looked
 from foveate.lab.measure.pairs import Picture
-from foveate.mixers.core import joined
-from foveate.patterns import Layout, Pattern, Scene, Sequence, full, resolve
+from foveate.mixers.core import CoreOptions, joined
+from foveate.patterns import Pattern, Scene, Sequence, full, resolve
 from foveate.patterns.select.build import build
 
 LOGITS = 2**24  # logits formed at once for a sample of queries: 64 MB
@@ -32,28 +32,20 @@ class Looks:
         self.picture = Picture()
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor:
         q_here, k_here = q.detach().cpu(), k.detach().cpu()  # pictures and counts are made on the CPU
-        scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q_here, k_here, scale)
+        layout, scale, bias = options.get("layout") or Sequence(), options.get("scale"), options.get("bias")
+        scene = Scene(q.shape[2], k.shape[2], layout, q_here, k_here, scale)
         asked, allowed = resolve(joined(self.asked, within), scene), resolve(within, scene)
         self._count(asked, allowed, scene)
         rows = sample_queries(q, k, self.seed)
         assert bias is None or isinstance(bias, Tensor)
         bias_here = None if bias is None else bias.detach().cpu().float()
-        chances = exact_weights(q_here, k_here, rows, visible_rows(allowed, scene, rows), bias_here, scale, softcap)
+        shown, softcap = visible_rows(allowed, scene, rows), options.get("softcap")
+        chances = exact_weights(q_here, k_here, rows, shown, bias_here, scale, softcap)
         self.mass.append(float((chances * visible_rows(asked, scene, rows)).sum(-1).mean()))
-        return attend(q, k, v, within, bias=bias, weights=weights, scale=scale, softcap=softcap, layout=layout)
+        return attend(q, k, v, within, **options)
 
     def _count(self, asked: Pattern, allowed: Pattern, scene: Scene) -> None:
         """Pairs at the tile of kernels, and at the tile of the picture."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from foveate.attention import Weights, attend_partial, merge
-from foveate.attention.biases import BiasLike, as_tuple
+from foveate.attention import attend_partial, merge
+from foveate.attention.biases import as_tuple
 from foveate.attention.partial import Partial
 from foveate.catalogue.registry import register
 from foveate.layers.taking import inverse, take
 from foveate.mixers.attention import JUMPS, AttentionMixer
-from foveate.mixers.core import one_by_one
+from foveate.mixers.core import CoreOptions, one_by_one
 from foveate.patterns import Layout, Pattern, causal, full, same_bucket
 from foveate.precision import to_accum
 
@@ -72,22 +72,12 @@ class HyperCore:
         return full
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor:
-        if as_tuple(bias) or weights != "softmax":
+        if as_tuple(options.get("bias")) or options.get("weights", "softmax") != "softmax":
             raise ValueError("HyperAttention samples plain softmax attention: it takes no bias and no other weights")
-        how: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        apart = one_by_one(self, q, k, v, within=within, layout=layout, **how)
+        how: dict[str, Any] = {"scale": options.get("scale"), "softcap": options.get("softcap")}
+        apart = one_by_one(self, q, k, v, within=within, layout=options.get("layout"), **how)
         if apart is not None:
             return apart
         if within == full:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from foveate.attention import Weights, attend_partial, merge
+from foveate.attention import attend_partial, merge
 from foveate.attention.bias_part import part_of_bias
-from foveate.attention.biases import BiasLike, placed, split_bias
+from foveate.attention.biases import placed, split_bias
 from foveate.attention.partial import with_sink
 from foveate.attention.weights import as_weights
-from foveate.patterns import Layout, Pattern, Scene, Sequence, full
+from foveate.mixers.core import CoreOptions
+from foveate.patterns import Pattern, Scene, Sequence, full
 from foveate.patterns.part import Parts
 
 
@@ -40,22 +42,13 @@ class ChunkedCore:
             raise ValueError(f"chunks hold at least 1 token; got {self.query_chunk} and {self.key_chunk}")
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor:
-        weights = as_weights(weights)
-        scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
+        weights, scale = as_weights(options.get("weights", "softmax")), options.get("scale")
+        layout = options.get("layout") or Sequence()
+        scene = Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale)
         parts = Parts.of(within, scene)
-        added, functions = split_bias(bias)
+        added, functions = split_bias(options.get("bias"))
         biases = tuple(placed(one, scene.offset) for one in added)
         key_chunk = self.key_chunk or math.isqrt(k.shape[2])
 
@@ -69,7 +62,7 @@ class ChunkedCore:
                     bias=part_of_bias(biases, functions, at.start, first_key=keys.start),
                     weights=replace(weights, sink=None),
                     scale=scale,
-                    softcap=softcap,
+                    softcap=options.get("softcap"),
                 )
                 for keys in parts.worth(at, cuts(k.shape[2], key_chunk))
             ]

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.attention import Weights, attend
-from foveate.attention.biases import BiasLike, as_tuple
+from foveate.attention import attend
+from foveate.attention.biases import as_tuple
 from foveate.attention.weights import as_weights
 from foveate.catalogue.registry import register
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
+from foveate.mixers.core import CoreOptions
 from foveate.patterns import Grid, Layout, Pattern, full
+
+AGENTS = 49  # 7 x 7, the authors' number for classifiers
+AGENTS_OF_GENERATORS = 256  # their code for Stable Diffusion takes a fifth of the tokens; a fixed number stays linear
 
 POOLS: dict[int, Callable[..., Tensor]] = {
     1: F.adaptive_avg_pool1d,
@@ -43,14 +47,15 @@ class AgentCore:
     """Agent attention inside a pretrained model, as the authors apply it to Stable Diffusion.
 
     The second softmax is flatter, its scale being ``scale ** flatness``, and ``shortcut`` times each token's
-    own value is added. Queries and keys must be the same tokens, all visible: agents mix every key.
+    own value is added. Queries and keys must be the same tokens, all visible: agents mix every key. Agents are means
+    of boxes of the image, and as many in every image; the authors' code merges like tokens, and keeps a fifth.
 
     >>> q = k = v = torch.randn(1, 2, 9, 4)
     >>> AgentCore(agents=4)(q, k, v).shape
     torch.Size([1, 2, 9, 4])
     """
 
-    agents: int = 256
+    agents: int = AGENTS_OF_GENERATORS
     flatness: float = 0.3
     shortcut: float = 0.075
 
@@ -63,25 +68,20 @@ class AgentCore:
         return full
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor:
-        weights = as_weights(weights)
+        weights = as_weights(options.get("weights", "softmax"))
         if within != full or q.shape[2] != k.shape[2]:
             raise ValueError(f"agents mix all keys for all queries, so they cannot keep to {within}")
-        if as_tuple(bias) or softcap is not None or weights.kind != "softmax" or weights.sink is not None:
+        if (
+            as_tuple(options.get("bias"))
+            or options.get("softcap") is not None
+            or weights.kind != "softmax"
+            or weights.sink is not None
+        ):
             raise ValueError("agent attention is two plain softmaxes: it takes no bias, sink or soft-cap")
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        agents = agents_of(q, layout, self.agents)
+        scale = options.get("scale") or q.shape[-1] ** -0.5
+        agents = agents_of(q, options.get("layout"), self.agents)
         gathered = attend(agents, k, v, scale=scale)
         out = attend(q, agents, gathered, scale=scale**self.flatness)
         own = v.unsqueeze(2).expand(-1, -1, q.shape[1] // v.shape[1], -1, -1).flatten(1, 2)
@@ -106,7 +106,9 @@ class AgentAttention(Mixer):
     tiny: ClassVar[dict[str, Any]] = {"agents": 9}
     grids: ClassVar[tuple[Layout, ...]] = (Grid(5, 7), Grid(6, 6))
 
-    def __init__(self, dim: int, heads: int = 8, *, agents: int = 49, bias_side: int = 7, causal: bool = False) -> None:
+    def __init__(
+        self, dim: int, heads: int = 8, *, agents: int = AGENTS, bias_side: int = 7, causal: bool = False
+    ) -> None:
         super().__init__(dim, causal=causal)
         if agents < 1 or math.isqrt(agents) ** 2 != agents:
             raise ValueError(f"agents are a square number, to tile an image; got {agents}")

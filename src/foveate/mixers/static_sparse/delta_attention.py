@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from foveate.attention import Weights, attend
+from foveate.attention import attend
 from foveate.attention.bias_part import part_of_bias
-from foveate.attention.biases import BiasLike, placed, split_bias
+from foveate.attention.biases import placed, split_bias
 from foveate.attention.ranges import attend_ranges
 from foveate.cache import KVCache
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.base import StepOutput, join_heads
-from foveate.mixers.core import Core, PatternCore, joined, one_by_one
+from foveate.mixers.core import Core, CoreOptions, PatternCore, joined, one_by_one
 from foveate.mixers.normalizer_sink.streaming_llm import streaming_core
-from foveate.patterns import Layout, Pattern, Scene, Sequence, causal, full
+from foveate.patterns import Pattern, Scene, Sequence, causal, full
 from foveate.patterns.part import Parts
 
 
@@ -44,28 +44,16 @@ class DeltaCore:
         return full
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor:
-        how = {"weights": weights, "scale": scale, "softcap": softcap}
-        apart = one_by_one(self, q, k, v, within=within, bias=bias, layout=layout, **how)  # type: ignore[arg-type]
+        apart = one_by_one(self, q, k, v, within=within, **options)
         if apart is not None:
             return apart
-        sparse = self.base(
-            q, k, v, within=within, bias=bias, weights=weights, scale=scale, softcap=softcap, layout=layout
-        )
-        scene = Scene(q.shape[2], k.shape[2], layout or Sequence(), q.detach(), k.detach(), scale)
+        sparse = self.base(q, k, v, within=within, **options)
+        layout, scale = options.get("layout") or Sequence(), options.get("scale")
+        scene = Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale)
         some = slice(0, None, self.stride)
-        added, functions = split_bias(bias)
+        added, functions = split_bias(options.get("bias"))
         biases = tuple(placed(one, scene.offset) for one in added)
         exact = attend(
             q[:, :, some],
@@ -73,9 +61,9 @@ class DeltaCore:
             v,
             Parts.of(within, scene).part(some, slice(None)),
             bias=part_of_bias(biases, functions, 0, step=self.stride),
-            weights=weights,
+            weights=options.get("weights", "softmax"),
             scale=scale,
-            softcap=softcap,
+            softcap=options.get("softcap"),
         )
         delta = exact - sparse[:, :, some]
         return sparse + delta.repeat_interleave(self.stride, dim=2)[:, :, : q.shape[2]]
