@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from foveate.lab.train import export as train_export
-from foveate.lab.train import run as train_run
+from foveate.lab.train import resumable
 from foveate.lab.train.data import batch_at, train_tokenizer
 from foveate.lab.train.evaluate import bits_per_byte, token_bits, window_mask
 from foveate.lab.train.export import export
@@ -96,7 +96,7 @@ def test_another_recipe_does_not_take_over_a_run(finished: Path) -> None:
 
 def test_minutes_end_the_run_and_the_decay_with_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr(train_run, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr(resumable, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     recipe = replace(Recipe.tiny(), steps=1_000_000)
     train(recipe, folder, minutes=2.0)
     state = read_checkpoint(folder)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, TypedDict
+
 import torch
 from torch import Tensor, nn
 
 from foveate.attention import Bias, Weights, attend
 from foveate.attention.ranges import KeyRanges, attend_ranges
 from foveate.cache import BlockCache, HeadsCache, KVCache, Share, chooses_blocks, keys_kept, shares_of, tokens_held
+from foveate.catalogue.registry import Feature
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
 from foveate.mixers.core import Core, PatternCore, joined
@@ -17,8 +20,24 @@ from foveate.patterns.rules.dynamic import BlockChoice
 JUMPS = {"differences": "outputs jump where a small move changes which keys are chosen"}
 
 
+class AttentionOptions(TypedDict, total=False):
+    """What :class:`AttentionMixer` takes of a mechanism that has a core of its own."""
+
+    kv_heads: int | None
+    head_dim: int | None
+    causal: bool
+
+
+class RotaryOptions(AttentionOptions, total=False):
+    """The same where the mechanism leaves positions to users."""
+
+    rotary: float | None
+
+
 class AttentionMixer(Mixer):
     """Query, key, value and output projections around a core; ``rotary`` is the base of rotary positions."""
+
+    usual_supports: ClassVar[frozenset[Feature]] = frozenset({"causal", "padding", "packed", "decode", "gqa"})
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from foveate.catalogue.options import parameters_of
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
 from foveate.patterns import Pattern
@@ -45,20 +46,22 @@ class PatternMixer(AttentionMixer):
 
 
 def _constructor(cls: type[PatternMixer]) -> Callable[..., None]:
+    """``__init__(self, dim, heads, *, <the pattern's options>, <the base's>)``, whose core is the pattern."""
     parameters = inspect.signature(cls.pattern).parameters
+    given = parameters_of(cls.__mro__[1])
 
-    def __init__(self: PatternMixer, dim: int, heads: int = 8, **options: Any) -> None:
+    def __init__(self: PatternMixer, *sizes: int, **options: Any) -> None:
         own = {name: options.pop(name) for name in parameters if name in options and name != "causal"}
         if "causal" in parameters:
-            own["causal"] = options.get("causal", True)
-        super(cls, self).__init__(dim, heads, core=PatternCore(cls.pattern(**own)), **options)
+            own["causal"] = options.get("causal", given["causal"].default)
+        super(cls, self).__init__(*sizes, core=PatternCore(cls.pattern(**own)), **options)
 
-    kind = inspect.Parameter
-    ahead = [kind("self", kind.POSITIONAL_OR_KEYWORD), kind("dim", kind.POSITIONAL_OR_KEYWORD, annotation=int)]
-    ahead.append(kind("heads", kind.POSITIONAL_OR_KEYWORD, default=8, annotation=int))
-    rest = kind("options", kind.VAR_KEYWORD, annotation=Any)
+    ahead = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    ahead += [one for one in given.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
     own = [one for name, one in parameters.items() if name != "causal"]
-    __init__.__signature__ = inspect.Signature([*ahead, *own, rest])  # type: ignore[attr-defined]
+    rest = [one for name, one in given.items() if one.kind is one.KEYWORD_ONLY and name not in {"core", *parameters}]
+    rest += [given["causal"]] if "causal" in parameters else []
+    __init__.__signature__ = inspect.Signature([*ahead, *own, *rest])  # type: ignore[attr-defined]
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"
     return __init__
 

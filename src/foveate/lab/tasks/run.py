@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import shlex
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ import foveate
 from foveate.lab.measure import machine
 from foveate.lab.tasks.kinds import Batch, Task
 from foveate.lab.tasks.model import TaskModel
-from foveate.lab.train.recipe import ANEW
+from foveate.lab.train.resumable import Resumable, read_state
 
-LOG_EVERY_STEPS, SAVE_EVERY_SECONDS = 10, 60
+LOG_EVERY_STEPS = 10
 LEARNED, SOLVED = 0.95, 0.995  # accuracy at which a stage, and the whole task, is done with
 MEMORY = 0.9  # of the running mean of accuracy over steps
 HELD_OUT = 2**31  # seeds from here on are for judging; a generator takes 32 bits
@@ -69,29 +68,20 @@ class Point(NamedTuple):
     accuracy: float
 
 
-class TaskRun:
+class TaskRun(Resumable):
     """Model, optimiser and curriculum; ``step_once`` moves them, ``save`` and ``load`` keep them."""
 
     def __init__(self, task: Task, mixer: str, recipe: TaskRecipe, checkpoint: Path | None = None) -> None:
-        self.task, self.mixer, self.recipe, self.checkpoint = task, mixer, recipe, checkpoint
+        super().__init__(checkpoint, recipe.steps, recipe.minutes)
+        self.task, self.mixer, self.recipe = task, mixer, recipe
         torch.manual_seed(recipe.seed)
         shape = {"dim": recipe.dim, "heads": recipe.heads, "layers": recipe.layers}
         self.model = TaskModel(mixer, vocabulary=task.vocabulary, **shape)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.stages = list(dict.fromkeys(task.shrunk(factor) for factor in recipe.stages))
-        self.step, self.stage, self.stage_began, self.used, self.running = 0, 0, 0.0, 0.0, 0.0
+        self.stage, self.stage_began, self.running = 0, 0.0, 0.0
         self.curve: list[Point] = []
         self.recent: list[tuple[float, float]] = []
-        self.started = self.saved = time.monotonic()
-
-    def elapsed(self) -> float:
-        """Seconds of training, those before a kill included."""
-        return self.used + time.monotonic() - self.started
-
-    def progress(self) -> float:
-        """How far the run is, 0 to 1: by its steps or by its minutes, whichever is further."""
-        by_time = self.elapsed() / (60 * self.recipe.minutes) if self.recipe.minutes else 0.0
-        return min(1.0, max(self.step / self.recipe.steps, by_time))
 
     @property
     def solved(self) -> bool:
@@ -103,8 +93,7 @@ class TaskRun:
             self.step_once()
             if self.step % LOG_EVERY_STEPS == 0:
                 yield self._log()
-            if self.checkpoint and time.monotonic() - self.saved > SAVE_EVERY_SECONDS:
-                self.save()
+            self.save_when_due()
 
     def step_once(self) -> None:
         """One update of the weights on fresh examples, and perhaps a stage further."""
@@ -164,35 +153,27 @@ class TaskRun:
 
     # ---- the checkpoint --------------------------------------------------------------------------------------
 
-    _KEPT = ("step", "stage", "stage_began", "running")
+    _KEPT = ("stage", "stage_began", "running")
 
-    def save(self) -> None:
-        """Write the checkpoint under another name, then rename: a kill leaves the old one or the new one."""
-        assert self.checkpoint is not None
-        self.saved = time.monotonic()
+    def state(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in self._KEPT}
-        state |= {"about": {"mixer": self.mixer, **self.about()}, "used": self.elapsed(), "recent": self.recent}
+        state |= {"about": {"mixer": self.mixer, **self.about()}, "recent": self.recent}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state["curve"] = [tuple(point) for point in self.curve]
-        part = self.checkpoint.with_name(self.checkpoint.name + ".part")
-        torch.save(state, part)
-        part.replace(self.checkpoint)
+        return state | {"curve": [tuple(point) for point in self.curve]}
 
     def load(self) -> bool:
         """Go back to the checkpoint; whether it was one of this run."""
         if self.checkpoint is None or not self.checkpoint.exists():
             return False
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged file makes of torch's reader
-            raise ValueError(f"{self.checkpoint} is damaged and cannot be read: {ANEW}") from error
-        if not isinstance(state, dict) or state.get("about") != {"mixer": self.mixer, **self.about()}:
+        state = read_state(self.checkpoint)
+        if state.get("about") != {"mixer": self.mixer, **self.about()}:
             return False
+        self.resumed(state)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name in self._KEPT:
             setattr(self, name, state[name])
-        self.used, self.started, self.recent = state["used"], time.monotonic(), list(state["recent"])
+        self.recent = list(state["recent"])
         self.curve = [Point(*point) for point in state["curve"]]
         return True
 

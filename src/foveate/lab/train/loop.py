@@ -76,7 +76,7 @@ def _settle(recipe: Recipe, out: Path, resume: bool) -> None:
 
 def _go_on(run: Run) -> bool:
     """Step until the run is done or a signal asks to stop; whether it is done."""
-    if run.checkpoint.exists():
+    if run.checkpoint is not None and run.checkpoint.exists():
         run.load()
     else:
         run.log_file.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,37 +14,27 @@ from foveate.lab.train.data import batch_at, prepare
 from foveate.lab.train.evaluate import bits_per_byte
 from foveate.lab.train.model import build_model, build_optimizers, set_gradients
 from foveate.lab.train.recipe import ANEW, Recipe
+from foveate.lab.train.resumable import Resumable, read_state
 from foveate.models.builtin import read_heldout
 
-SAVE_EVERY_SECONDS = 120
 PROBE_EVERY_SECONDS, FIRST_PROBE_SECONDS = 300, 60
 PROBE_TOKENS, PROBE_PIECES, PROBE_WINDOW = 4096, 2, 128
 LOG_EVERY_STEPS = 10
 
 
-class Run:
+class Run(Resumable):
     """Model, optimisers, step and time used; `step_once` moves it, `save` and `load` keep it."""
 
     def __init__(self, recipe: Recipe, out: Path, minutes: float | None) -> None:
-        self.recipe, self.out, self.minutes = recipe, out, minutes
-        self.checkpoint, self.log_file = out / "checkpoint.pt", out / "log.jsonl"
+        super().__init__(out / "checkpoint.pt", recipe.steps, minutes)
+        self.recipe, self.out, self.log_file = recipe, out, out / "log.jsonl"
         self.tokenizer, self.tokens = prepare(recipe, out)
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe, self.tokenizer)
         self.optimizers = build_optimizers(self.model, recipe)
         self.pool = ThreadPoolExecutor(recipe.threads)
-        self.step, self.seen, self.used = 0, 0, 0.0
-        self.started = self.saved = time.monotonic()
+        self.seen = 0
         self.next_probe: float = FIRST_PROBE_SECONDS
-
-    def elapsed(self) -> float:
-        """Seconds of training, those before a kill included."""
-        return self.used + time.monotonic() - self.started
-
-    def progress(self) -> float:
-        """How far the run is, 0 to 1: by its steps or by its minutes, whichever is further."""
-        by_time = self.elapsed() / (60 * self.minutes) if self.minutes else 0.0
-        return min(1.0, max(self.step / self.recipe.steps, by_time))
 
     def step_once(self) -> float:
         """One update of the weights; the batch's loss in nats per token."""
@@ -73,8 +62,7 @@ class Run:
         if self.elapsed() > self.next_probe:
             self.log(**self.probe())
             self.next_probe = self.elapsed() + PROBE_EVERY_SECONDS
-        if time.monotonic() - self.saved > SAVE_EVERY_SECONDS:
-            self.save()
+        self.save_when_due()
 
     def log(self, **values: float) -> None:
         row = {"step": self.step, "seconds": round(self.elapsed(), 1), "tokens": self.seen, **values}
@@ -96,19 +84,9 @@ class Run:
             "gap_percent": round(100 * (near / full - 1), 2),
         }
 
-    def save(self) -> None:
-        """Write the checkpoint under another name, then rename: a kill leaves the old one or the new one."""
-        self.saved = time.monotonic()
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "seen": self.seen,
-            "used": self.elapsed(),
-        }
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.checkpoint)
+    def state(self) -> dict[str, Any]:
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"model": self.model.state_dict(), "optimizers": optimizers, "seen": self.seen}
 
     def load(self) -> None:
         """Go back to the checkpoint; the recipe's rates hold, not those the checkpoint was made with."""
@@ -126,7 +104,8 @@ class Run:
             optimizer.load_state_dict(saved)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["peak"] = peak
-        self.step, self.seen, self.used = state["step"], state["seen"], state["used"]
+        self.resumed(state)
+        self.seen = state["seen"]
         self.next_probe = self.used + FIRST_PROBE_SECONDS
 
     def _forget_after(self, step: int) -> None:
@@ -136,16 +115,7 @@ class Run:
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
     """What a run saved; ValueError for a file that is damaged."""
-    file = out / "checkpoint.pt"
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of torch's reader
-        raise ValueError(f"{file} is damaged and cannot be read: {ANEW}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} is not the checkpoint of a run: {ANEW}")
-    return state
+    return read_state(out / "checkpoint.pt")
 
 
 def read_log(out: Path) -> list[dict[str, float]]:

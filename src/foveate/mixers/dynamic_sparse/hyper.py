@@ -14,7 +14,7 @@ from foveate.attention.biases import as_tuple
 from foveate.attention.partial import Partial
 from foveate.catalogue.registry import register
 from foveate.layers.taking import inverse, take
-from foveate.mixers.attention import JUMPS, AttentionMixer
+from foveate.mixers.attention import JUMPS, AttentionMixer, RotaryOptions
 from foveate.mixers.core import CoreOptions, one_by_one
 from foveate.patterns import Layout, Pattern, causal, full, same_bucket
 from foveate.precision import to_accum
@@ -181,7 +181,7 @@ class HyperAttention(AttentionMixer):
         bits: int = 7,
         exact_below: int = 4096,
         seed: int = 0,
-        **options: Any,
+        **options: Unpack[RotaryOptions],
     ) -> None:
         super().__init__(dim, heads, core=HyperCore(block, samples, bits, exact_below, seed, seed), **options)
 

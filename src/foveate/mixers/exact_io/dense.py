@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from foveate.attention import Bias, alibi, alibi_slopes, attend
 from foveate.cache import KVCache
 from foveate.catalogue.registry import Feature, register
-from foveate.mixers.attention import AttentionMixer
+from foveate.mixers.attention import AttentionMixer, RotaryOptions
 from foveate.mixers.base import join_heads
 from foveate.mixers.core import PatternCore
 from foveate.mixers.exact_io.chunked import ChunkedCore
@@ -42,7 +42,7 @@ class FlashAttention(AttentionMixer):
 
     full_budget: ClassVar[dict[str, Any] | None] = {}
 
-    def __init__(self, dim: int, heads: int = 8, *, pattern: Pattern = full, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, pattern: Pattern = full, **options: Unpack[RotaryOptions]) -> None:
         super().__init__(dim, heads, core=PatternCore(pattern), **options)
 
 
@@ -60,7 +60,13 @@ class MemoryEfficientAttention(AttentionMixer):
     full_budget: ClassVar[dict[str, Any] | None] = {}
 
     def __init__(
-        self, dim: int, heads: int = 8, *, query_chunk: int = 1024, key_chunk: int | None = None, **options: Any
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        query_chunk: int = 1024,
+        key_chunk: int | None = None,
+        **options: Unpack[RotaryOptions],
     ) -> None:
         super().__init__(dim, heads, core=ChunkedCore(query_chunk, key_chunk), **options)
 
@@ -87,7 +93,7 @@ class SigmoidAttention(AttentionMixer):
         length: int | None = None,
         qk_norm: bool = False,
         alibi: bool = False,
-        **options: Any,
+        **options: Unpack[RotaryOptions],
     ) -> None:
         super().__init__(dim, heads, **options)
         if length is not None and length < 1:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import divided
 from foveate.mixers.linear.linear_transformer import LinearTransformer
+from foveate.mixers.recurrent import RecurOptions
 from foveate.recurrence.linear.polynomial import polynomial_features
 
 
@@ -26,6 +27,11 @@ def taylor(x: Tensor) -> Tensor:
     return polynomial_features(x * x.shape[-1] ** -0.25, 1, 1, 0.5)
 
 
+def few_keys(dim: int, heads: int, head_dim: int | None, value_dim: int | None) -> tuple[int, int]:
+    """Widths of a head's keys and values where they are not given: 16 and dim / heads."""
+    return head_dim or 16, value_dim or divided(dim, heads)
+
+
 @register(
     "based_linear",
     papers=("BASED",),
@@ -35,12 +41,11 @@ def taylor(x: Tensor) -> Tensor:
 class BasedLinear(LinearTransformer):
     """Linear attention with the second-order Taylor series of softmax's exponential.
 
-    ``head_dim`` is small, 16 in the paper, because there are about head_dim^2 / 2 features; ``value_dim`` is
+    ``head_dim`` is small, 16 as in the paper, because there are about head_dim^2 / 2 features; ``value_dim`` is
     dim / heads.
     """
 
-    def __init__(
-        self, dim: int, heads: int = 8, *, head_dim: int = 16, value_dim: int | None = None, **options: Any
-    ) -> None:
-        value_dim = value_dim or divided(dim, heads)
-        super().__init__(dim, heads, head_dim=head_dim, value_dim=value_dim, feature_map=taylor, **options)
+    widths = few_keys
+
+    def __init__(self, dim: int, heads: int = 8, **options: Unpack[RecurOptions]) -> None:
+        super().__init__(dim, heads, feature_map=taylor, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from foveate.catalogue.registry import register
 from foveate.mixers.base import StepOutput, split_heads
 from foveate.mixers.linear.based_linear import BasedLinear
-from foveate.mixers.recurrent import Lengths, RecurrentState
+from foveate.mixers.recurrent import Lengths, RecurOptions, RecurrentState
 from foveate.precision import to_accum
 from foveate.recurrence import recur
 
@@ -52,7 +52,7 @@ class JRT(BasedLinear):
         "prefill in chunks": "the prefix is read at once",
     }
 
-    def __init__(self, dim: int, heads: int = 8, *, prefix: int = 1024, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, prefix: int = 1024, **options: Unpack[RecurOptions]) -> None:
         super().__init__(dim, heads, **options)
         if prefix < 0:
             raise ValueError(f"prefix is a number of tokens, 0 or more; got {prefix}")

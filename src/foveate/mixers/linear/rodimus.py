@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,15 @@ from foveate.mixers.recurrent import Inputs, Lengths, RecurrentMixer, RecurrentS
 from foveate.precision import to_accum
 
 TINY = 1e-30  # a gate closed further would have an infinite root's slope
+
+
+class RodimusOptions(TypedDict, total=False):
+    """What :class:`Rodimus` takes beside the width, the number of heads and causality."""
+
+    memory: int
+    expand: int
+    rank: int | None
+    conv: int
 
 
 @register(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 from torch import Tensor, nn
 
 from foveate.cache import KVCache
 from foveate.catalogue.registry import register
 from foveate.mixers.base import Mixer, StepOutput
-from foveate.mixers.linear.rodimus import Rodimus
+from foveate.mixers.linear.rodimus import Rodimus, RodimusOptions
 from foveate.mixers.linear.shared_key_window import SharedKeyWindow
 from foveate.mixers.recurrent import RecurrentState
 from foveate.patterns import Layout
@@ -45,7 +45,7 @@ class RodimusPlus(Mixer):
         window: int = 1024,
         rotary: float | None = 10_000.0,
         causal: bool = True,
-        **rodimus: Any,
+        **rodimus: Unpack[RodimusOptions],
     ) -> None:
         super().__init__(dim, causal=causal)
         self.recurrent = Rodimus(dim, **rodimus)

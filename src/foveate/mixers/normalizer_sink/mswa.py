@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import AttentionMixer, recent
+from foveate.mixers.attention import AttentionMixer, RotaryOptions, recent
 from foveate.mixers.core import PatternCore
 from foveate.patterns import per_head
 
@@ -34,7 +34,6 @@ def mswa_core(*, window: int = 1024, heads: int = 4) -> PatternCore:
     "mswa",
     papers=("MSWA",),
     formula="o_i^h = Σ_{i-w_h<j≤i} softmax_j(q_i·k_j / √d) v_j, w_h ∈ {w/4, w/2, w, 2w}",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     core=mswa_core,
     notes="layer_windows gives each layer's base window; a decoder keeps what its longest window sees.",
 )
@@ -44,6 +43,6 @@ class MSWA(AttentionMixer):
     tiny: ClassVar[dict[str, Any]] = {"window": 8}
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
 
-    def __init__(self, dim: int, heads: int = 8, *, window: int = 1024, **options: Any) -> None:
+    def __init__(self, dim: int, heads: int = 8, *, window: int = 1024, **options: Unpack[RotaryOptions]) -> None:
         groups = 4 if heads % 4 == 0 else heads
         super().__init__(dim, heads, core=mswa_core(window=window, heads=groups), **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from foveate.attention.ranges import attend_ranges
 from foveate.cache import KVCache
 from foveate.catalogue.registry import register
 from foveate.layers.rotary import rotate
-from foveate.mixers.attention import AttentionMixer, recent
+from foveate.mixers.attention import AttentionMixer, AttentionOptions, recent
 from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.core import PatternCore, joined
 from foveate.patterns import Layout, Pattern, boolean_mask, causal
@@ -42,7 +42,6 @@ class StreamState(NamedTuple):
     "streaming_llm",
     papers=("StreamingLLM",),
     formula="o_i = Σ_j softmax_j(q_i·k_j / √d) v_j over j < s or i - w < j ≤ i",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
     core=streaming_core,
 )
 class StreamingLLM(AttentionMixer):
@@ -64,7 +63,7 @@ class StreamingLLM(AttentionMixer):
         sinks: int = 4,
         window: int = 1024,
         rotary: float | None = None,
-        **options: Any,
+        **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(dim, heads, core=streaming_core(sinks=sinks, window=window), **options)
         self.sinks, self.window, self.in_cache = sinks, window, rotary

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
 from foveate.attention import Bias, Weights, alibi, alibi_slopes
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import AttentionMixer, recent
+from foveate.mixers.attention import AttentionMixer, AttentionOptions, recent
 from foveate.mixers.core import PatternCore
 from foveate.precision import accum_dtype
 
@@ -18,7 +18,6 @@ from foveate.precision import accum_dtype
     "swat",
     papers=("SWAT (LLM)",),
     formula="o_i = Σ_{i-w<j≤i} σ(q_i·k_j / √d - s_h (i - j)) v_j",
-    supports={"causal", "padding", "packed", "decode", "gqa"},
 )
 class SWAT(AttentionMixer):
     """Sliding-window attention with sigmoid weights, half of the heads favouring old keys.
@@ -29,7 +28,13 @@ class SWAT(AttentionMixer):
     tiny: ClassVar[dict[str, Any]] = {"window": 6}
 
     def __init__(
-        self, dim: int, heads: int = 8, *, window: int = 1024, rotary: float | None = 10_000.0, **options: Any
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        window: int = 1024,
+        rotary: float | None = 10_000.0,
+        **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(dim, heads, core=PatternCore(recent(window)), rotary=rotary, **options)
 

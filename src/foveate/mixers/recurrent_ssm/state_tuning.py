@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +48,21 @@ class StateTuning(RWKV7):
     back: Tensor
 
     def __init__(
-        self, dim: int, heads: int = 8, *, features: int | None = None, sharpness: float = 0.5, **options: Any
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        features: int | None = None,
+        sharpness: float = 0.5,
+        rank: int = 64,
+        causal: bool = True,
     ) -> None:
         if features is not None and features < 1:
             raise ValueError(f"features is the number of support vectors of each head, at least 1; got {features}")
         if not sharpness > 0:
             raise ValueError(f"sharpness is the kernel's γ, above 0; got {sharpness}")
         self.features, self.sharpness = features, sharpness
-        super().__init__(dim, heads, initial=True, **options)
+        super().__init__(dim, heads, rank=rank, initial=True, causal=causal)
         if features is not None:
             self.register_buffer("supports", torch.empty(heads, features, self.head_dim))
             self.register_buffer("back", torch.empty(heads, features, self.head_dim))

@@ -14,7 +14,7 @@ from foveate.attention.biases import placed, split_bias
 from foveate.attention.ranges import attend_ranges
 from foveate.cache import KVCache
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import AttentionMixer
+from foveate.mixers.attention import AttentionMixer, RotaryOptions
 from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.core import Core, CoreOptions, PatternCore, joined, one_by_one
 from foveate.mixers.normalizer_sink.streaming_llm import streaming_core
@@ -111,7 +111,7 @@ class DeltaAttention(AttentionMixer):
         sinks: int = 4,
         window: int = 1024,
         base: Core | None = None,
-        **options: Any,
+        **options: Unpack[RotaryOptions],
     ) -> None:
         base = base or streaming_core(sinks=sinks, window=window)
         super().__init__(dim, heads, core=DeltaCore(base, stride), **options)

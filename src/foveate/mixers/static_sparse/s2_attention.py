@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import AttentionMixer
+from foveate.mixers.attention import AttentionMixer, RotaryOptions
 from foveate.mixers.core import PatternCore
 from foveate.patterns import Pattern, causal, every_block, local_blocks, per_head
 
@@ -58,8 +58,7 @@ class S2Attention(AttentionMixer):
         block: int = 64,
         local: int = 16,
         stride: int = 8,
-        kv_heads: int | None = None,
-        **options: Any,
+        **options: Unpack[RotaryOptions],
     ) -> None:
-        core = s2_core(block=block, local=local, stride=stride, heads=kv_heads or heads)
-        super().__init__(dim, heads, core=core, kv_heads=kv_heads, **options)
+        core = s2_core(block=block, local=local, stride=stride, heads=options.get("kv_heads") or heads)
+        super().__init__(dim, heads, core=core, **options)
