@@ -1,0 +1,1 @@
+"""Experiments on small runs: what a paper found, confirmed or refuted."""
