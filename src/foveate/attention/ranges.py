@@ -82,20 +82,19 @@ class KeyRanges(NamedTuple):
         """The ``count`` < C blocks of ``size`` keys with the best scores (B, H, C), and block ``own``, which has none.
 
         >>> KeyRanges.of_best(torch.tensor([[[1.0, 3.0, 2.0]]]), 1, 4, 14, own=3).ranges
-        tensor([[ 4,  8],
-                [12, 14]])
+        array('q', [4, 8, 12, 14])
         """
-        values, order = scores.topk(count + 1)
-        clear = bool((values > NEVER).all()) and (count == 0 or bool((values[..., -2] > values[..., -1]).all()))
-        if not clear:  # of equal ones the first
+        values, order = scores.topk(count + 1)  # lists, as these few numbers are sooner walked than ten operators called
+        clear = all(row[count] > NEVER and row[count - 1] > row[count] for row in values.flatten(0, 1).tolist())
+        if not clear and count:  # of equal ones the first
             marks = best(scores, count)
             return cls.of_blocks(marks if own is None else _with_block(marks, own), size, num_keys)
-        blocks = order[..., :count] if own is None else pad(order[..., :count], (0, 1), value=own)
-        first = blocks.flatten() * size
-        rows, each = scores.shape[0] * scores.shape[1], blocks.shape[-1]
-        starts = torch.arange(0, (rows + 1) * each, each, device=scores.device) if each else first.new_zeros(rows + 1)
-        ranges = torch.stack([first, (first + size).clamp_max(num_keys)], 1)
-        return cls(scores.shape[0], scores.shape[1], starts, ranges)
+        last = () if own is None else (own,)
+        rows = [(*row[:count], *last) for row in order.flatten(0, 1).tolist()]
+        ranges = [edge for row in rows for block in row for edge in (block * size, min(block * size + size, num_keys))]
+        each = count + len(last)
+        starts = array("q", [each * row for row in range(len(rows) + 1)])
+        return cls(scores.shape[0], scores.shape[1], starts, array("q", ranges))
 
     @property
     def total(self) -> int:

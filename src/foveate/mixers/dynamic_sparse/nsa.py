@@ -165,12 +165,12 @@ class NSA(Mixer):
     def attend_last(self, x: Tensor, compressed: Tokens, everything: KVCache, near: KVCache) -> Tensor:
         """One token: no choice or mask is made but of what it reads."""
         q = split_heads(self.to_q(x), self.heads)
-        gates = split_heads(torch.sigmoid(self.to_gates(x)), self.heads).unsqueeze(-1)  # (B, H, 1, 3, 1)
+        gates = split_heads(torch.sigmoid(self.to_gates(x)), self.heads)  # (B, H, 1, 3)
         weights, of_blocks = None, torch.zeros_like(q)
         if compressed.length:  # all of them have ended: the weights to choose by are those of the branch
             keys, values = map(to_accum, compressed.tensors)
             by_group = to_accum(q).unflatten(1, (self.kv_heads, -1)).squeeze(3)  # (B, G, H / G, D)
-            weights = torch.softmax(by_group @ keys.mT * self.head_dim**-0.5, dim=-1)
+            weights = torch.softmax(by_group * self.head_dim**-0.5 @ keys.mT, dim=-1)
             of_blocks = (weights @ values).flatten(1, 2).unsqueeze(2).to(q.dtype)
         chosen = self.selector.last_sees(weights, everything.seen)
         first = max(near.k.shape[2] - self.window, 0)
@@ -179,8 +179,7 @@ class NSA(Mixer):
             attend_ranges(q, everything.k, everything.v, chosen),
             attend(q, near.k[:, :, first:], near.v[:, :, first:]),
         )
-        mixed = sum_of([gate * branch for gate, branch in zip(gates.unbind(3), branches, strict=True)])
-        return self.to_out(join_heads(mixed))
+        return self.to_out(join_heads(gates @ torch.cat(branches, dim=2)))
 
     def state_bytes(self, n: int) -> int:
         chosen = self.selector

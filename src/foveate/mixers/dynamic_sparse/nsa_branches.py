@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
 from foveate import autodiff
+from foveate.attention.partial import sum_of
 from foveate.attention.ranges import KeyRanges
 from foveate.counting import drawn
 from foveate.patterns import Pattern, block_mask, causal
@@ -130,17 +131,14 @@ class BlockSelector:
     def importance(self, weights: Tensor, num_blocks: int) -> Tensor:
         """Weights (..., C) of compressed blocks, times the strides that they share with each block: (..., blocks).
 
-        A block of ``size`` tokens meets but a few compressed ones, of which the first begins ``block - stride`` before.
+        Strides are summed first over those that begin with each stride, then over those that begin in each block.
         """
         taps, ahead = self.size // self.stride, self.block // self.stride - 1
-        padded = pad(weights, (ahead, num_blocks * taps - weights.shape[-1]))
-        total = torch.zeros_like(padded[..., : num_blocks * taps : taps])
-        for tap in range(taps + ahead):
-            shared = min(tap + 1, taps) - max(tap - ahead, 0)
-            total += shared * padded[..., tap : tap + (num_blocks - 1) * taps + 1 : taps]
-        return total
+        length = num_blocks * taps
+        padded = pad(weights, (ahead, length - weights.shape[-1]))
+        reaching = sum_of([padded[..., shift : shift + length] for shift in range(ahead + 1)])
+        return reaching.unflatten(-1, (num_blocks, taps)).sum(-1)
 
-    @torch.no_grad()
     def last_sees(self, weights: Tensor | None, num_keys: int) -> KeyRanges:
         """The blocks that the last query chooses, as ranges of keys for each group of heads.
 
@@ -149,9 +147,11 @@ class BlockSelector:
         num_blocks = -(-num_keys // self.size)
         if weights is None or num_blocks <= self.count:
             return KeyRanges.of([((0, num_keys),)])
-        place = torch.tensor([[num_keys - 1]], device=weights.device)
-        ranked = self.ranked(self.importance(weights.sum(2, keepdim=True), num_blocks), place)
-        return KeyRanges.of_best(ranked[:, :, 0], self.count, self.size, num_keys)
+        of_group = weights.detach()[:, :, 0] if weights.shape[2] == 1 else weights.detach().sum(2)
+        importance = self.importance(of_group, num_blocks)
+        importance[..., : self.initial] = float("inf")
+        importance[..., num_blocks - self.local :] = float("inf")
+        return KeyRanges.of_best(importance, self.count, self.size, num_keys)
 
 
 def _table(q: Tensor, compressed: Tensor, num_keys: int, settings: list[int]) -> Tensor:
