@@ -7,7 +7,9 @@ from torch import Tensor
 
 from foveate.attention.ranges import KeyRanges
 from foveate.cache.tokens import Tokens
+from foveate.layouts import Sequence
 from foveate.patterns.algebra import Pattern
+from foveate.patterns.band import band_of
 from foveate.patterns.compound import leaves
 from foveate.patterns.ranges import Ranges, intersection, most_needed, needed_ranges, total, visible_ranges
 from foveate.patterns.rules.listed import document_numbers
@@ -34,17 +36,19 @@ class KVCache:
     (90, (0, 2), True)
     """
 
-    __slots__ = ("kept", "pattern", "seen", "tokens")
+    __slots__ = ("kept", "last", "pattern", "seen", "tokens")
 
     def __init__(self, batch: int, capacity: int | None = None, pattern: Pattern | None = None) -> None:
         self.pattern = pattern
         self.tokens = Tokens(batch, capacity, room_for(pattern))
+        self.last = _last_of(pattern)
         self.kept: Ranges = ()
         self.seen = 0
 
     def _with(self, tokens: Tokens, kept: Ranges, seen: int) -> KVCache:
         after = type(self).__new__(type(self))
-        after.pattern, after.tokens, after.kept, after.seen = self.pattern, tokens, kept, seen
+        after.pattern, after.last = self.pattern, self.last
+        after.tokens, after.kept, after.seen = tokens, kept, seen
         return after
 
     @property
@@ -83,6 +87,9 @@ class KVCache:
         """The slots that the last token's query (B, H, 1, D) sees; None where that cannot be told without all keys."""
         if self.pattern is None:
             return None
+        if self.last is not None:  # sooner said than found: those that the window needs are never dropped
+            length = self.tokens.length
+            return KeyRanges.of([((max(length - self.last, 0), length),)])
         return self.last_under(self.pattern)
 
     def last_under(self, pattern: Pattern) -> KeyRanges:
@@ -127,6 +134,12 @@ def tokens_held(pattern: Pattern | None, length: int) -> int:
         return min(length, most)
     needed = length if pattern is None else total(needed_ranges(pattern, length))
     return length if needed >= 3 * length // 4 else 2 * needed
+
+
+def _last_of(pattern: Pattern | None) -> int | None:
+    """How many keys, the last ones, are all that a query sees; None where that is not all that a pattern says."""
+    band = None if pattern is None else band_of(pattern, Sequence())
+    return None if band is None or band.low > 0 or band.high < 0 else band.high + 1
 
 
 def _of_distance(pattern: Pattern) -> bool:
