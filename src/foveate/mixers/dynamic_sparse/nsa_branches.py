@@ -14,7 +14,7 @@ from foveate.attention.ranges import KeyRanges
 from foveate.counting import drawn
 from foveate.patterns import Pattern, block_mask, causal
 from foveate.patterns.algebra import Bounds, Boxes, Index
-from foveate.patterns.rules.choose import NEVER, Sought, choose_rows, score, shares, slices
+from foveate.patterns.rules.choose import NEVER, Sought, choose_rows, score, slices
 from foveate.patterns.rules.decided import block_table, no_rows, rows_per_word, words_of
 from foveate.plain import traced
 from foveate.precision import to_accum
@@ -111,22 +111,31 @@ class BlockSelector:
         shape = (batch, keys.shape[1], num_queries, -(-num_keys // self.size))
         words = no_rows(*shape, q_block=1, device=q.device)
         for part in slices(num_queries, batch * heads * keys.shape[2]):
-            place = torch.arange(offset + part.start, offset + part.stop, device=q.device).unsqueeze(1)
-            weights = self.weights(score(q[:, :, part], keys), place)
-            importance = self.importance(weights.unflatten(1, (keys.shape[1], -1)).sum(2), shape[-1])
-            choose_rows(self.ranked(importance, place), Sought(self.count), words_of(words, part, 1), 1)
+            first, last = offset + part.start, offset + part.stop - 1
+            finished = num_blocks(last + 1, self.block, self.stride)
+            weights = self.weights(score(q[:, :, part], keys[:, :, :finished]), first)
+            of_groups = weights.unflatten(1, (keys.shape[1], -1)).sum(2)
+            ranked = self.ranked(self.importance(of_groups, last // self.size + 1), first)
+            choose_rows(ranked, Sought(self.count), words_of(words, part, 1), 1)
         return words
 
-    def weights(self, scores: Tensor, place: Tensor) -> Tensor:
-        """Softmax over the compressed blocks (last dim) that end at or before each query's place (n, 1)."""
-        end = torch.arange(scores.shape[-1], device=scores.device) * self.stride + self.block
-        return shares(scores.masked_fill(end > place + 1, NEVER)).clamp_min(0)
+    def weights(self, scores: Tensor, first: int) -> Tensor:
+        """Softmax over the compressed blocks (last dim) that end at or before each query, of which one is ``first``."""
+        known = num_blocks(first + 1, self.block, self.stride)  # the others end between the queries
+        end = torch.arange(known, scores.shape[-1], device=scores.device) * self.stride + self.block
+        place = torch.arange(first, first + scores.shape[-2], device=scores.device).unsqueeze(1)
+        scores[..., known:].masked_fill_(end > place + 1, NEVER)
+        return torch.softmax(scores, -1)  # not a number where none has ended: only the block that is read anyway
 
-    def ranked(self, importance: Tensor, place: Tensor) -> Tensor:
+    def ranked(self, importance: Tensor, first: int) -> Tensor:
         """The importance of the blocks (last dim), endless where each query surely reads them."""
-        own, block = place // self.size, torch.arange(importance.shape[-1], device=place.device)
-        kept = (block < self.initial) | (block > own - self.local)
-        return importance.masked_fill(kept, float("inf")).masked_fill(block > own, NEVER)
+        importance[..., : self.initial] = float("inf")
+        near = max(first // self.size - self.local + 1, 0)
+        block = torch.arange(near, importance.shape[-1], device=importance.device)
+        own = torch.arange(first, first + importance.shape[-2], device=importance.device).unsqueeze(1) // self.size
+        late = importance[..., near:]
+        late.masked_fill_(block > own - self.local, float("inf")).masked_fill_(block > own, NEVER)
+        return importance
 
     def importance(self, weights: Tensor, num_blocks: int) -> Tensor:
         """Weights (..., C) of compressed blocks, times the strides that they share with each block: (..., blocks).

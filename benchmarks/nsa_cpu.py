@@ -1,0 +1,122 @@
+"""Native Sparse Attention beside dense attention at long length, on a CPU: prefill, training and decoding.
+
+python -m benchmarks.nsa_cpu [--length 65536] [--trained 32768] [--dim 1024] [--heads 16] [--kv-heads 4] [--repeats 2]
+
+Both are whole mixers, projections included, of equal sizes on equal random tokens, with the paper's blocks: 32 tokens
+every 16 are compressed, 16 blocks of 64 are chosen, the window holds 512. What counts is the processor's time, the
+least of runs by turns, which other work on the machine adds least to. No figure here is of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.contest import RESULTS, write_json
+from foveate.catalogue.registry import mixer as made
+from foveate.kernels.cpu.loader import status
+from foveate.lab.measure import machine
+from foveate.mixers.base import Mixer
+
+SETTINGS = {"length": 65536, "trained": 32768, "dim": 1024, "heads": 16, "kv_heads": 4, "repeats": 2, "threads": 1}
+STEPS = 100  # decoded tokens for each repeat
+CHECKED = 3000  # tokens whose last is decoded, too
+PIECE = 8192  # tokens of a decoder's prompt read at once
+TOLERANCE = 1e-3
+
+Run = Callable[[], Any]
+
+
+def prefilled(mixer: Mixer, x: Tensor) -> Run:
+    @torch.no_grad()
+    def run() -> Tensor:
+        return mixer(x)
+
+    return run
+
+
+def trained(mixer: Mixer, x: Tensor) -> Run:
+    x = x.clone().requires_grad_()
+    return lambda: torch.autograd.grad(mixer(x).square().sum(), [x, *mixer.parameters()])
+
+
+@torch.no_grad()
+def decoded(mixer: Mixer, x: Tensor, steps: int) -> Run:
+    state = mixer.init_state(1, x.shape[1] + steps)
+    for piece in x.split(PIECE, dim=1):
+        state = mixer.prefill(piece, state).state
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        nonlocal state
+        out, state = mixer.decode(x[:, -1:], state)
+        return out
+
+    return run
+
+
+def measured(runs: dict[str, Run], repeats: int, what: str) -> dict[str, float]:
+    """Least processor's seconds of each."""
+    least = dict.fromkeys(runs, float("inf"))
+    for _ in track(range(repeats), what, transient=True):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            least[name] = min(least[name], time.process_time() - start)
+    return least
+
+
+def check(mixer: Mixer, x: Tensor) -> float:
+    """How far the last token's step lies from the whole sequence."""
+    with torch.no_grad():
+        error = float((decoded(mixer, x[:, :-1], 1)() - mixer(x)[:, -2:-1]).abs().max())
+    if not error <= TOLERANCE:
+        raise SystemExit(f"a step is {error:.1e} off the whole sequence; nothing timed")
+    return error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=RESULTS / "nsa_cpu.json")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    sizes = {"heads": options.heads, "kv_heads": options.kv_heads}
+    mixers = {"nsa": made("nsa", options.dim, **sizes), "dense": made("flash_attention", options.dim, **sizes)}
+    x = torch.randn(1, options.length, options.dim)
+    error = check(mixers["nsa"], x[:, :CHECKED])
+    cases = []
+    for task, length, repeats in (
+        ("decoding step", options.length, options.repeats * STEPS),
+        ("prefill", options.length, options.repeats),
+        ("forward + backward", options.trained, options.repeats),
+    ):
+        ways = {"decoding step": lambda m, y, n=repeats: decoded(m, y, n), "prefill": prefilled}
+        runs = {name: ways.get(task, trained)(mixer, x[:, :length]) for name, mixer in mixers.items()}
+        seconds = measured(runs, repeats, task)
+        cases.append({"task": task, "tokens": length, "seconds": seconds, "repeats": repeats})
+    about = {"machine": machine.describe(), "isa": status().isa, "load": os.getloadavg()[0], "error": error}
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    write_json(options.out, about | {"settings": settings, "cases": cases})
+    table = Table("task", "tokens", "nsa", "dense", "dense / nsa")
+    for case in cases:
+        own, dense = case["seconds"]["nsa"], case["seconds"]["dense"]
+        table.add_row(case["task"], f"{case['tokens']:,}", f"{own:.4g} s", f"{dense:.4g} s", f"{dense / own:.2f}x")
+    words = f"{options.heads} heads on {options.kv_heads}, of {options.dim // options.heads}, float32"
+    Console(width=110).print(table, f"{words}; {machine.in_words()}; {options.threads} thread, processor's time")
+
+
+if __name__ == "__main__":
+    main()
