@@ -1,4 +1,4 @@
-"""Mechanisms of several attentions (NSA, HiLo, agents) and on grids, against plain definitions of their own."""
+"""Mechanisms of several attentions (HiLo, agents) and on grids, against plain definitions of their own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from foveate import Grid, attend, causal, key_padding, relative_table
 from foveate.catalogue.registry import mixer
-from foveate.mixers.dynamic_sparse.nsa import NSA
-from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Finished
 from foveate.mixers.exact_io.grid_windows import window_attention, windowed
 from foveate.mixers.lowrank_pool.agent import AgentAttention, AgentCore
 from foveate.mixers.multiscale_window.hilo import HiLo
@@ -58,110 +56,6 @@ def shaken(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
-
-
-# ---- NSA --------------------------------------------------------------------------------------------------
-
-BLOCK, STRIDE, SIZE, COUNT, WINDOW = 4, 2, 6, 4, 5
-
-
-def nsa(select: int = COUNT) -> NSA:
-    model = NSA(
-        32,
-        heads=4,
-        kv_heads=2,
-        block=BLOCK,
-        stride=STRIDE,
-        select_block=SIZE,
-        select=select,
-        window=WINDOW,
-        hidden=7,
-    )
-    assert isinstance(shaken(model), NSA)
-    return model
-
-
-def slow_nsa(model: NSA, x: Tensor, select: int) -> Tensor:
-    """The paper's formula, one query and one group of heads at a time."""
-    q, gates = split(model.to_q(x), 4), split(torch.sigmoid(model.to_gates(x)), 4)
-    k, v = ([split(layer(x), 2) for layer in layers] for layers in (model.to_k, model.to_v))
-    outs = torch.zeros_like(q)
-    for b, group, t in itertools.product(range(x.shape[0]), range(2), range(x.shape[1])):
-        mine = slice(2 * group, 2 * group + 2)
-        rows = q[b, mine, t]  # (2, D): the heads of the group
-        starts = range(0, t + 1 - BLOCK + 1, STRIDE)  # blocks that end at or before t
-        compressed = torch.zeros_like(rows)
-        importance = [0.0] * (t // SIZE + 1)
-        if len(starts):
-            keys = torch.stack([squeeze(model.compress_k, k[0][b, group, s : s + BLOCK]) for s in starts])
-            values = torch.stack([squeeze(model.compress_v, v[0][b, group, s : s + BLOCK]) for s in starts])
-            weights = torch.softmax(rows @ keys.T / math.sqrt(8), -1)
-            compressed = weights @ values
-            for start, weight in zip(starts, weights.detach().sum(0).tolist(), strict=True):
-                for piece in range(start, start + BLOCK, STRIDE):
-                    if piece // SIZE < len(importance):
-                        importance[piece // SIZE] += weight
-        own = t // SIZE
-        kept = {0, own, max(own - 1, 0)}
-        rest = sorted((c for c in range(own + 1) if c not in kept), key=lambda c: -importance[c])
-        kept |= set(rest[: select - len(kept)])
-        seen = torch.tensor([j for j in range(t + 1) if j // SIZE in kept])
-        selected = plain(rows, k[1][b, group, seen], v[1][b, group, seen])
-        recent = slice(max(t - WINDOW + 1, 0), t + 1)
-        near = plain(rows, k[2][b, group, recent], v[2][b, group, recent])
-        outs[b, mine, t] = (gates[b, mine, t].T.unsqueeze(-1) * torch.stack([compressed, selected, near])).sum(0)
-    return model.to_out(join(outs))
-
-
-def squeeze(compressor: nn.Module, tokens: Tensor) -> Tensor:
-    return compressor.down(F.gelu(compressor.up((tokens + compressor.place).flatten())))
-
-
-@pytest.mark.paper("NSA", "definition")
-@pytest.mark.parametrize("n", [3, 4, 29, 43])
-def test_nsa_is_its_formula(n: int) -> None:
-    model, x = nsa(), heads(2, n, 32)
-    agree(model(x), slow_nsa(model, x, COUNT), x, *model.parameters())
-
-
-def test_nsa_with_every_block_selected_attends_to_everything() -> None:
-    model, x = nsa(select=100), torch.randn(2, 43, 32, dtype=torch.float64)
-    with torch.no_grad():
-        model.to_gates.weight.zero_()
-        model.to_gates.bias.view(4, 3)[:] = torch.tensor([-1e4, 1e4, -1e4])  # the selected branch alone
-    q = split(model.to_q(x), 4)
-    k, v = split(model.to_k[1](x), 2), split(model.to_v[1](x), 2)
-    torch.testing.assert_close(model(x), model.to_out(join(attend(q, k, v, causal, impl="reference"))))
-
-
-def test_nsa_keeps_only_finished_blocks_of_what_it_compresses() -> None:
-    model, x = nsa(), torch.randn(1, 31, 32, dtype=torch.float64)
-    state = model.init_state(1)
-    for token in x.split(1, dim=1):
-        state = model.decode(token, state).state
-    assert state.compressed.length == (31 - BLOCK) // STRIDE + 1
-    assert state.everything.seen == state.everything.k.shape[2] == 31
-
-
-def test_finished_blocks_are_bounded_as_they_are_visible() -> None:
-    pattern = Finished(BLOCK, STRIDE, lead=30)
-    q = k = torch.randn(1, 1, 15, 8)
-    assert torch.equal(pattern.select(q, k, tile=8).to_dense(), pattern.mask(15))
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"stride": 3}, {"block": 80}, {"select": 2}, {"initial": -1}, {"window": 0}, {"kv_heads": 3}]
-)
-def test_nsa_refuses_blocks_that_do_not_fit(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"must|at least|holds"):
-        NSA(32, heads=4, **wrong)
-
-
-def test_the_selector_counts_how_much_blocks_overlap() -> None:
-    overlap = BlockSelector(BLOCK, STRIDE, SIZE, COUNT, 1, 2).importance(torch.eye(6), 3)  # of one block alone
-    for c, s in itertools.product(range(6), range(3)):
-        shared = set(range(c * STRIDE, c * STRIDE + BLOCK)) & set(range(s * SIZE, s * SIZE + SIZE))
-        assert overlap[c, s] == len(shared) // STRIDE
 
 
 # ---- HiLo and agents --------------------------------------------------------------------------------------
