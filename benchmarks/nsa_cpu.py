@@ -1,6 +1,7 @@
 """Native Sparse Attention beside dense attention at long length, on a CPU: prefill, training and decoding.
 
 python -m benchmarks.nsa_cpu [--length 65536] [--trained 32768] [--dim 512] [--heads 8] [--kv-heads 2] [--repeats 2]
+                              [--task prefill]
 
 Both are whole mixers, projections included, of equal sizes on equal random tokens, with the paper's blocks: 32 tokens
 every 16 are compressed, 16 blocks of 64 are chosen, the window holds 512. What counts is the processor's time, the
@@ -10,6 +11,7 @@ least of runs by turns, which other work on the machine adds least to. No figure
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.contest import RESULTS, write_json
@@ -30,6 +30,7 @@ from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.base import Mixer
 
 SETTINGS = {"length": 65536, "trained": 32768, "dim": 512, "heads": 8, "kv_heads": 2, "repeats": 2, "threads": 1}
+TASKS = ("decoding step", "prefill", "forward + backward")
 STEPS = 100  # decoded tokens for each repeat
 CHECKED = 3000  # tokens whose last is decoded, too
 PIECE = 8192  # tokens of a decoder's prompt read at once
@@ -99,31 +100,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in SETTINGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=RESULTS / "nsa_cpu.json")
+    parser.add_argument("--task", action="append", choices=TASKS, help="only these")
+    parser.add_argument("--out", type=Path, default=RESULTS / "nsa_cpu.json", help="JSON to bring up to date")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     sizes = {"heads": options.heads, "kv_heads": options.kv_heads}
     mixers = {"nsa": made("nsa", options.dim, **sizes), "dense": made("flash_attention", options.dim, **sizes)}
     x = torch.randn(1, options.length, options.dim)
-    about = {"machine": machine.describe(), "isa": status().isa, "error": check(mixers["nsa"], x[:, :CHECKED])}
-    about["settings"] = {name: getattr(options, name) for name in SETTINGS}
-    cases: list[dict[str, Any]] = []
-    for task, length, repeats in (
-        ("decoding step", options.length, options.repeats * STEPS),
-        ("prefill", options.length, options.repeats),
-        ("forward + backward", options.trained, options.repeats),
-    ):
+    error = check(mixers["nsa"], x[:, :CHECKED])
+    for task in options.task or TASKS:
+        length = options.trained if task == "forward + backward" else options.length
+        repeats = options.repeats * (STEPS if task == "decoding step" else 1)
         runs = {name: run_of(task, mixer, x[:, :length], repeats) for name, mixer in mixers.items()}
         seconds = measured(runs, repeats, task)
-        cases.append({"task": task, "tokens": length, "seconds": seconds, "load": os.getloadavg()[0]})
-        write_json(options.out, about | {"cases": cases})
-    table = Table("task", "tokens", "nsa", "dense", "dense / nsa")
-    for case in cases:
-        own, dense = case["seconds"]["nsa"], case["seconds"]["dense"]
-        table.add_row(case["task"], f"{case['tokens']:,}", f"{own:.4g} s", f"{dense:.4g} s", f"{dense / own:.2f}x")
-    words = f"{options.heads} heads on {options.kv_heads}, of {options.dim // options.heads}, float32"
-    Console(width=110).print(table, f"{words}; {machine.in_words()}; {options.threads} thread, processor's time")
+        settings = {name: getattr(options, name) for name in SETTINGS}
+        facts = {"settings": settings, "load": os.getloadavg()[0], "error": error}
+        save({"task": task, "tokens": length, "seconds": seconds} | facts, options.out)
+        own, dense = seconds["nsa"], seconds["dense"]
+        print(f"{task} of {length:,} tokens: {own:.4g} s, dense {dense:.4g} s, {dense / own:.2f}x")
+
+
+def save(case: dict[str, Any], out: Path) -> None:
+    """Bring the record up to date in one task."""
+    found = json.loads(out.read_text(encoding="utf-8"))["cases"] if out.exists() else []
+    cases = sorted(
+        [*(old for old in found if old["task"] != case["task"]), case], key=lambda one: TASKS.index(one["task"])
+    )
+    write_json(out, {"machine": machine.describe(), "isa": status().isa, "cases": cases})
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def test_cross_attention_decodes_with_a_cache_as_without(name: str) -> None:
         torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mechanism", [window(2), sinks(1), topk_keys(2), "streaming_llm", "minference"])
+@pytest.mark.parametrize("mechanism", [window(2), sinks(1), topk_keys(2), "streaming_llm", "minference_a_shape"])
 def test_cross_attention_refuses_what_counts_from_its_queries(mechanism: Any) -> None:
     model = seq2seq("t5")
     with pytest.raises(ValueError, match="no place among the keys"):

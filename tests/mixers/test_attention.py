@@ -14,10 +14,7 @@ from torch import Tensor
 from foveate import Packed, alibi, attend, causal, key_padding, relative_table, sigmoid, softmax, window
 from foveate.catalogue.registry import mixer
 from foveate.counting import count_operations
-from foveate.layers.rotary import rotate
 from foveate.mixers.base import split_heads
-from foveate.mixers.dynamic_sparse.minference import PATTERNS, MInference
-from foveate.mixers.dynamic_sparse.minference_search import patterns_under, search_heads
 from foveate.mixers.dynamic_sparse.moba import MoBA
 from foveate.mixers.exact_io.chunked import ChunkedCore
 from foveate.mixers.normalizer_sink.mswa import layer_windows, mswa_core
@@ -361,46 +358,6 @@ def test_moba_is_its_formula() -> None:
         for chosen in [own, *(c for _, c in sorted(scores, reverse=True)[: count - 1])]:
             seen[b, h, i, chosen * block : min((chosen + 1) * block, i + 1)] = True
     agree(MoBA.as_core(block=block, k=count)(q, k, v, within=causal), plain(q, k, v, seen), q, k, v)
-
-
-# ---- MInference -------------------------------------------------------------------------------------------
-
-
-def test_minference_gives_each_head_its_pattern() -> None:
-    q, k, v = heads(1, 4, 90, 8), heads(1, 2, 90, 8), heads(1, 2, 90, 8)
-    patterns = patterns_under(0.3, 90)
-    names = ["a_shape", "vertical_slash", "block_sparse", "a_shape"]
-    out = MInference.as_core(assignment=names, patterns=patterns)(q, k, v, within=causal)
-    for head, name in enumerate(names):
-        alone = attend(q, k, v, patterns[name] & causal, impl="reference")[:, head]
-        torch.testing.assert_close(out[:, head], alone)
-    with pytest.raises(ValueError, match="a_shape"):
-        MInference.as_core(assignment="b_shape")
-
-
-@pytest.mark.parametrize("budget", [0.05, 0.4, 1.0])
-def test_patterns_under_a_budget_keep_to_it_and_a_full_one_is_attention(budget: float) -> None:
-    n = 150
-    q, k, v = heads(1, 2, n, 8), heads(1, 2, n, 8), heads(1, 2, n, 8)
-    patterns = patterns_under(budget, n)
-    assert patterns.keys() == PATTERNS.keys()
-    for pattern in patterns.values():
-        used = (pattern & causal).select(q, k, tile=8).pairs / 2
-        assert used <= budget * n * (n + 1) / 2 + n
-        if budget == 1:
-            torch.testing.assert_close(attend(q, k, v, pattern & causal), attend(q, k, v, causal))
-
-
-def test_the_search_finds_the_pattern_that_was_planted() -> None:
-    n, dim = 256, 32
-    near = rotate(torch.ones(1, 1, n, dim), torch.arange(n), 100.0)[0, 0]
-    q, k = torch.zeros(2, 1, 2, n, dim).unbind(0)
-    q[0, 0], k[0, 0] = 4 * near, near  # the first head looks at near keys
-    q[0, 1, :, 0], k[0, 1, :, 0] = 30.0, -1.0
-    k[0, 1, torch.tensor([0, *torch.randperm(n)[:7].tolist()]), 0] = 4.0  # the second at eight keys
-    found = search_heads(q, k, torch.randn(1, 2, n, dim), budget=0.15)
-    assert found.assignment == ("a_shape", "vertical_slash"), found.errors
-    assert found.errors.shape == (2, 3) and found.errors[1, 1] < 1e-3 < found.errors[1, 0]
 
 
 # ---- delta correction -------------------------------------------------------------------------------------

@@ -74,4 +74,4 @@ def test_what_is_no_token_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="unless causal"):
         mixer("moba", DIM, heads=HEADS, causal=False).init_state(1)
     with pytest.raises(NotImplementedError, match="does not decode"):
-        mixer("minference", DIM, heads=HEADS).init_state(1)
+        mixer("minference_block_sparse", DIM, heads=HEADS).init_state(1)

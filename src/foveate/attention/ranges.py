@@ -84,7 +84,9 @@ class KeyRanges(NamedTuple):
         >>> KeyRanges.of_best(torch.tensor([[[1.0, 3.0, 2.0]]]), 1, 4, 14, own=3).ranges
         array('q', [4, 8, 12, 14])
         """
-        values, order = scores.topk(count + 1)  # lists, as these few numbers are sooner walked than ten operators called
+        values, order = scores.topk(
+            count + 1
+        )  # lists, as these few numbers are sooner walked than ten operators called
         clear = all(row[count] > NEVER and row[count - 1] > row[count] for row in values.flatten(0, 1).tolist())
         if not clear and count:  # of equal ones the first
             marks = best(scores, count)

@@ -29,7 +29,7 @@ from foveate.patterns.rules.choose import (
 )
 from foveate.patterns.rules.decided import Columns, Distances, block_table, joined, no_rows, pick, words_of
 from foveate.patterns.rules.sequence import causal as not_after
-from foveate.patterns.rules.sequence import positive
+from foveate.patterns.rules.sequence import is_count, positive
 from foveate.precision import to_accum
 
 Per = Literal["query", "block"]
@@ -196,6 +196,8 @@ class VerticalSlash(Pattern):
     vertical: int
     slash: int
     last: int
+    first: int = 0
+    near: int = 1
 
     is_dynamic = True
     sees_future = False
@@ -203,24 +205,27 @@ class VerticalSlash(Pattern):
 
     @property
     def text(self) -> str:  # type: ignore[override]
-        last = "" if self.last == 64 else f", last={self.last}"
-        return f"vertical_slash({self.vertical}, {self.slash}{last})"
+        usual = (("last", 64), ("first", 0), ("near", 1))
+        more = "".join(f", {name}={getattr(self, name)}" for name, value in usual if getattr(self, name) != value)
+        return f"vertical_slash({self.vertical}, {self.slash}{more})"
 
     @torch.no_grad()
     def resolve(self, scene: Scene) -> Pattern:
         q, k, scale = _looked_at(self, scene)
         last = min(self.last, q.shape[2], k.shape[2])
         keys, distances = looked_back(to_accum(q[:, :, q.shape[2] - last :]) * scale, k, scene.reach)
-        distances[..., :1] = float("inf")  # every query sees itself
+        keys[..., : self.first] = float("inf")
+        distances[..., : self.near] = float("inf")  # every query sees itself
         lines = (Columns.of(best(keys, self.vertical)) | Distances.of(best(distances, self.slash))) & not_after
         return counted_from(scene.first, lines)
 
 
-def vertical_slash(vertical: int, slash: int, *, last: int = 64) -> Pattern:
+def vertical_slash(vertical: int, slash: int, *, last: int = 64, first: int = 0, near: int = 1) -> Pattern:
     """The ``vertical`` keys and ``slash`` distances the ``last`` queries attend to most, for every query.
 
     Each head chooses once for the whole input, so early queries follow what late ones need; no key after a
-    query is ever seen. Distance 0 is always one of the distances.
+    query is ever seen. The ``first`` keys are always among the keys, the ``near`` least distances among the distances;
+    the authors' code has 30 of both.
 
     Jiang et al., MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention,
     arXiv 2407.02490.
@@ -233,10 +238,18 @@ def vertical_slash(vertical: int, slash: int, *, last: int = 64) -> Pattern:
             [0, 1, 0, 1, 0],
             [0, 1, 0, 0, 1]], dtype=torch.int32)
 
-    Raises ValueError unless ``vertical``, ``slash`` and ``last`` are at least 1.
+    Raises ValueError unless ``vertical``, ``slash``, ``last`` and ``near`` are at least 1, ``first`` at least 0, and
+    unless ``first`` is at most ``vertical`` and ``near`` at most ``slash``.
     """
-    counts = {"vertical": vertical, "slash": slash, "last": last}
-    return VerticalSlash(*(positive("vertical_slash", name, count) for name, count in counts.items()))
+    counts = {"vertical": vertical, "slash": slash, "last": last, "near": near}
+    for name, count in counts.items():
+        positive("vertical_slash", name, count)
+    if not is_count(first) or first > vertical or near > slash:
+        raise ValueError(
+            "vertical_slash takes first from 0 to vertical, and near from 1 to slash;"
+            f" got first={first!r} of {vertical}, near={near} of {slash}"
+        )
+    return VerticalSlash(vertical, slash, last, first, near)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
