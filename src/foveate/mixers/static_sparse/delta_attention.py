@@ -19,12 +19,30 @@ from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.core import Core, CoreOptions, PatternCore, joined, one_by_one
 from foveate.mixers.normalizer_sink.streaming_llm import streaming_core
 from foveate.patterns import Pattern, Scene, Sequence, causal, full
+from foveate.patterns.algebra import Index
 from foveate.patterns.part import Parts
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EveryQuery(Pattern):
+    """All keys, for every ``stride``-th query from the first."""
+
+    stride: int
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return f"every_query({self.stride})"
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        return (q % self.stride == 0) & (k == k)
 
 
 @dataclass(frozen=True)
 class DeltaCore:
     """A sparse core whose outputs are moved by the error it makes at every ``stride``-th query.
+
+    With ``tail`` the last queries are fully attended, as the authors' code does: as many as stride does not divide, and
+    max(``tail``, ``stride``) more.
 
     >>> q = k = v = torch.randn(1, 2, 9, 4)
     >>> DeltaCore(stride=4)(q, k, v, within=causal).shape
@@ -33,15 +51,24 @@ class DeltaCore:
 
     base: Core = field(default_factory=streaming_core)
     stride: int = 64
+    tail: int = 0
     exempt: ClassVar[dict[str, str]] = {"decoding": "it is for prompts: a query alone is fully attended"}
 
     def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise ValueError(f"stride is the distance of fully attended queries, at least 1; got {self.stride}")
+        if self.stride < 1 or self.tail < 0:
+            raise ValueError(
+                "stride is the distance of fully attended queries, at least 1, and tail a number of them; got "
+                f"{self.stride} and {self.tail}"
+            )
 
     @property
     def pattern(self) -> Pattern:
-        return full
+        """What it looks at, the tail aside, whose queries no pattern can number without the length of the text."""
+        return full if self.stride == 1 else self.base.pattern | EveryQuery(self.stride)
+
+    def corrected(self, length: int) -> int:
+        """How many queries are corrected: those before the tail."""
+        return max(length - length % self.stride - max(self.tail, self.stride), 0) if self.tail else length
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
@@ -49,24 +76,25 @@ class DeltaCore:
         apart = one_by_one(self, q, k, v, within=within, **options)
         if apart is not None:
             return apart
-        sparse = self.base(q, k, v, within=within, **options)
         layout, scale = options.get("layout") or Sequence(), options.get("scale")
         scene = Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale)
-        some = slice(0, None, self.stride)
         added, functions = split_bias(options.get("bias"))
-        biases = tuple(placed(one, scene.offset) for one in added)
-        exact = attend(
-            q[:, :, some],
-            k,
-            v,
-            Parts.of(within, scene).part(some, slice(None)),
-            bias=part_of_bias(biases, functions, 0, step=self.stride),
-            weights=options.get("weights", "softmax"),
-            scale=scale,
-            softcap=options.get("softcap"),
-        )
-        delta = exact - sparse[:, :, some]
-        return sparse + delta.repeat_interleave(self.stride, dim=2)[:, :, : q.shape[2]]
+        biases, parts = tuple(placed(one, scene.offset) for one in added), Parts.of(within, scene)
+        weights, softcap = options.get("weights", "softmax"), options.get("softcap")
+
+        def exact(at: slice) -> Tensor:
+            """Full attention of some queries."""
+            own, seen = part_of_bias(biases, functions, at.start, step=at.step), parts.part(at, slice(None))
+            return attend(q[:, :, at], k, v, seen, bias=own, weights=weights, scale=scale, softcap=softcap)
+
+        end = self.corrected(q.shape[2])
+        tail = slice(end, q.shape[2], 1)
+        if not end:
+            return exact(tail)
+        sparse = self.base(q, k, v, within=within, **options)[:, :, :end]
+        delta = exact(slice(0, end, self.stride)) - sparse[:, :, :: self.stride]
+        out = sparse + delta.repeat_interleave(self.stride, dim=2)[:, :, :end]
+        return torch.cat([out, exact(tail)], dim=2) if end < q.shape[2] else out
 
 
 def delta_core(*, sinks: int = 4, window: int = 1024, stride: int = 64) -> DeltaCore:
