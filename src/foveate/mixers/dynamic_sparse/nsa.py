@@ -48,7 +48,8 @@ class NSA(Mixer):
 
     Blocks of ``block`` tokens, one every ``stride``, are compressed by an MLP; their softmax weights choose
     ``select`` of the blocks of ``select_block`` tokens; ``window`` recent tokens are seen besides. Each of
-    the three has keys and values of its own.
+    the three has keys and values of its own. The authors' speed is that of GPU kernels, which are not here; ours is
+    measured on a CPU (`python -m benchmarks.nsa_cpu`).
     """
 
     one_by_one: ClassVar[bool] = True
