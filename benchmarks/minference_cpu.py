@@ -12,6 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exact = attend(q, k, v, causal)
             for one in SIZES:
                 pattern = as_pattern(one) & causal
-                runs = {
-                    "sparse": lambda q=q, k=k, v=v, pattern=pattern: attend(q, k, v, pattern),
-                    "dense": lambda q=q, k=k, v=v: attend(q, k, v, causal),
+                runs: dict[str, Callable[[], Any]] = {
+                    "sparse": partial(attend, q, k, v, pattern),
+                    "dense": partial(attend, q, k, v, causal),
                 }
                 error = float((runs["sparse"]() - exact).norm() / exact.norm())
                 seconds = measured(runs, options.repeats, f"{one.kind}, {length:,} tokens")
