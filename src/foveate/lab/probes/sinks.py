@@ -63,7 +63,7 @@ class WatchedLM(nn.Module):
     def forward(self, tokens: Tensor, *, hide_top: int = 0) -> tuple[Tensor, Tensor]:
         """Logits (B, N, vocabulary) and masses (layers, B, H, N).
 
-        In each layer the ``hide_top`` keys of greatest mass are hidden from all queries; in a causal model not their own.
+        In each layer the ``hide_top`` keys of greatest mass are hidden from all queries; if causal, not their own.
         """
         x = self.embed(tokens) + self.places.weight[: tokens.shape[1]]
         pattern: Pattern = causal if self.is_causal else full
