@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from foveate.layouts import Layout
+    from foveate.patterns import Pattern
 
 
 class Undoable(Protocol):
@@ -56,12 +57,12 @@ class Recipe(Protocol):
 class Hook:
     """An application's attention: the operator and its options, and the shapes it is called with.
 
-    ``operator`` is a training-free mechanism of the catalogue, or a pattern written out; ``options`` are the
-    mechanism's. ``layout`` says where the keys live, or ``length`` how many there are in a row; ``queries`` is their
-    number where they are not the keys' own tokens.
+    ``operator`` is a training-free mechanism of the catalogue, or a pattern, written out or as it is; ``options`` are
+    the mechanism's. ``layout`` says where the keys live, or ``length`` how many there are in a row; ``queries`` is
+    their number where they are not the keys' own tokens.
     """
 
-    operator: str
+    operator: str | Pattern
     heads: int
     head_dim: int
     options: Mapping[str, Any] = field(default_factory=dict)
