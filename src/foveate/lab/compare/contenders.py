@@ -77,5 +77,5 @@ def _about(text: str, core: Core, row: registry.Row | None) -> Contender:
     if row is None:
         return Contender(text, str(core.pattern), snippet, note, family="pattern")
     source = row.source
-    paper = f"{source.authors.rstrip('.')}. {source.title}"
+    paper = ". ".join(filter(None, (source.authors.rstrip("."), source.title)))
     return Contender(text, str(core.pattern), snippet, note, row.family, paper, source.url, row.formula)
