@@ -39,11 +39,9 @@ class DMA(AttentionMixer):
     """Causal attention to the ``keep`` earlier keys of the greatest bias, which each key's values decide; O(n w).
 
     A step projection reads the values of all key heads; of it comes a bias δ for each key head, added to the logits.
-    A key that w better ones have followed never comes back, so a decoder keeps w keys. As in the authors' code, and not
-    in the paper's figures, nothing of the query decides what is kept, and a starts at 0, where all δ are 1; of equal
-    ones the latest are kept (there it is not said), so that training starts from a window of w keys.
-
-    Shi et al., Trainable Dynamic Mask Sparse Attention, arXiv 2508.02124; DogeAttention of transformers.
+    A key that w better ones have followed never comes back, so a decoder keeps w keys. As in the authors' code
+    (DogeAttention of transformers), nothing of the query decides what is kept, and a starts at 0, where all δ are 1; of
+    equal ones the latest are kept (there it is not said), so that training starts from a window of w keys.
     """
 
     one_by_one: ClassVar[bool] = True

@@ -161,9 +161,6 @@ class HyperAttention(AttentionMixer):
     repetition, which makes enough of them exact; buckets stand in Gray code's order as the paper says (their code
     inverts it); sampled keys of the own block never count (their fused path counts them twice); and causal halves do
     not sort queries among one another, which would let later queries move earlier ones from block to block.
-
-    Han, Jayaram, Karbasi, Mirrokni, Woodruff, Zandieh, HyperAttention: Long-context Attention in Near-Linear Time,
-    arXiv 2310.05869.
     """
 
     core: HyperCore

@@ -35,8 +35,6 @@ class Lasformer(AttentionMixer):
     lowered at any time. It gives no code, and is followed as far as its abstract says; that selectors are one a head,
     without positions, and learn by the divergence of their softmax, is the reading taken here.
 
-    Liu, Sun, Cheng, Huang, Wang, Only 5% Attention Is All You Need, arXiv 2309.14174.
-
     >>> mixer = Lasformer(64, heads=4, keep=5, causal=False)
     >>> words, source = torch.randn(2, 9, 64), torch.randn(2, 50, 64)
     >>> mixer.selection_loss(words, context=source).backward()  # of the selector's parameters alone

@@ -34,11 +34,6 @@ class MoSA(Mixer):
     router learns. O(k² + T) for k chosen tokens a head. Causal attention holds among the chosen; yet which these are,
     later tokens decide too: it does not decode. Sizes and initialisation are those of the authors' code; its option to
     force the first token among the chosen is left out.
-
-    Piękos, Csordás, Schmidhuber, Mixture of Sparse Attention, arXiv 2505.00315.
-
-    >>> MoSA(64, heads=4, sparsity=8)(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     one_by_one: ClassVar[bool] = True

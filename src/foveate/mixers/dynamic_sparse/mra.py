@@ -32,11 +32,6 @@ class MRA(AttentionMixer):
     in all others the product of means stands for every pair (MRA-2), or nothing (``sparse``: MRA-2-s). The first
     ``first`` rows and columns of blocks and ``diagonal`` diagonals are always among the fine ones. As in the authors'
     code; of equal scores exactly as many are taken as the budget says. A text may end in a shorter block.
-
-    Zeng, Pal, Kline, Fung, Singh, Multi Resolution Analysis (MRA) for Approximate Self-Attention, arXiv 2207.10284.
-
-    >>> MRA(64, heads=4)(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     one_by_one: ClassVar[bool] = True

@@ -37,12 +37,6 @@ class RoutingAttention(Mixer):
 
     The paper's update adds up these tokens; here they are averaged, as in the codes that follow it. Its relative
     positions in the local heads are left out: ``window`` is all they know of them.
-
-    Roy, Saffar, Vaswani, Grangier, Efficient Content-Based Sparse Attention with Routing Transformers,
-    arXiv 2003.05997.
-
-    >>> RoutingAttention(64, heads=4, clusters=4)(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     one_by_one: ClassVar[bool] = True

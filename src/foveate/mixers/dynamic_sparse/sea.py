@@ -52,11 +52,6 @@ class SEA(AttentionMixer):
 
     The authors' code is followed but in this: both forms have the smaller network of its causal one; the mean of values
     that the estimate weighs (not causal) has weights that sum to 1; no layer norm is added at the end.
-
-    Lee, Kim, Willette, Hwang, SEA: Sparse Linear Attention with Estimated Attention Mask, arXiv 2310.01777.
-
-    >>> SEA(64, heads=4, keep=8, cells=32)(torch.randn(2, 50, 64)).shape
-    torch.Size([2, 50, 64])
     """
 
     one_by_one: ClassVar[bool] = True

@@ -38,9 +38,6 @@ class SeerAttention(AttentionMixer):
     share are read in place of k. :meth:`gate_loss` is what it learns by: the divergence from the greatest attention
     weight of each pair of blocks, rows divided by their sums, without the first quarter of the rows, as the authors do.
 
-    Gao, Zeng, Du, Cao, So, Cao, Yang, Yang, SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs, arXiv
-    2410.13276.
-
     >>> seer = SeerAttention(64, heads=4, block=16, k=2)
     >>> x = torch.randn(2, 50, 64)
     >>> seer.gate_loss(x).backward()  # of the gate's parameters alone
