@@ -189,7 +189,7 @@ def test_rala_raises_the_rank_of_the_sum_over_keys_where_most_are_alike(
         plain = 0.3 * tokens(1).expand(-1, background, -1) + 0.1 * tokens(background)
         q, k, v = mixer.features(torch.cat([plain, bright * tokens(1500 - background)], dim=1))
         before.append(effective_rank(k.transpose(2, 3) @ v))
-        after.append(effective_rank((k * mixer.bearing(q, k, None)).transpose(2, 3) @ v))
+        after.append(effective_rank((k * mixer.key_weights(q, k, None)).transpose(2, 3) @ v))
     assert (sum(after) > sum(before)) == raises
 
 

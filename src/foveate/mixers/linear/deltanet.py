@@ -24,10 +24,7 @@ class DeltaOptions(RecurOptions, total=False):
     "deltanet",
     papers=("DeltaNet",),
     formula="S_t = (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ, |k_t| = 1",
-    notes=(
-        "negative=True lets beta reach 2 and eigenvalues -1 (Grazzi et al., 2411.12537). Padding lies at the ends of "
-        "a sequence: inside it, the short convolutions would read it as zeros."
-    ),
+    notes="negative=True lets beta reach 2, eigenvalues -1 (Grazzi et al., 2411.12537). Padding lies at the ends.",
 )
 class DeltaNet(RecurrentMixer):
     """A state in which each token overwrites what its key recalls, by as much as its writing strength says.

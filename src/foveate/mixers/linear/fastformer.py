@@ -25,8 +25,7 @@ class Fastformer(Mixer):
         super().__init__(dim, causal=causal)
         self.heads, self.head_dim = heads, divided(dim, heads)
         self.to_q, self.to_k = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.score_q = nn.Linear(dim, heads)
-        self.score_p = nn.Linear(dim, heads)
+        self.score_q, self.score_p = nn.Linear(dim, heads), nn.Linear(dim, heads)
         self.transform = nn.Linear(dim, dim)
 
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:

@@ -109,14 +109,8 @@ class FlowAttention(RecurrentMixer):
         self, x: Tensor, context: Tensor, state: Any = None, lengths: Lengths = None, padding: Tensor | None = None
     ) -> StepOutput:
         q, k, v, _ = self.project(x, context, (), lengths)
+        own = padding if context is x else None
         out, flows = flow_attention(
-            q,
-            k,
-            v,
-            causal=self.causal,
-            real_queries=padding if context is x else None,
-            real_keys=padding,
-            lengths=lengths,
-            flows=state,
+            q, k, v, causal=self.causal, real_queries=own, real_keys=padding, lengths=lengths, flows=state
         )
         return StepOutput(self.read_out(x, out), flows)

@@ -12,9 +12,9 @@ from foveate.catalogue.registry import register
 from foveate.layers.rotary import rotate
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
-from foveate.mixers.linear.linear_transformer import LinearOptions, LinearTransformer
+from foveate.mixers.linear.linear_transformer import LinearTransformer
 from foveate.mixers.linear.positions import Placed
-from foveate.mixers.recurrent import Inputs
+from foveate.mixers.recurrent import Inputs, RecurOptions
 from foveate.patterns import Layout, full
 from foveate.precision import to_accum
 
@@ -61,10 +61,8 @@ class Hedgehog(LinearTransformer, Placed):
     is then on the right.
     """
 
-    def __init__(
-        self, dim: int, heads: int = 8, *, rotary: float | None = None, **options: Unpack[LinearOptions]
-    ) -> None:
-        super().__init__(dim, heads, **options)
+    def __init__(self, dim: int, heads: int = 8, *, rotary: float | None = None, **more: Unpack[RecurOptions]) -> None:
+        super().__init__(dim, heads, **more)
         self.rotary, self.num_features = rotary, 2 * self.head_dim
         self.maps = HedgehogMaps(heads, self.kv_heads, self.head_dim)
 

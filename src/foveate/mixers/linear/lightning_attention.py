@@ -24,11 +24,7 @@ class LightningOptions(RecurOptions, total=False):
     "lightning_attention_2",
     papers=("Lightning-Attention-2",),
     formula="S_t = λ_h S_{t-1} + k_t v_tᵀ, o_t = norm(q_tᵀ S_t) ⊙ u_t",
-    notes=(
-        "The paper fixes the tiling, a constant decay per head, and a norm instead of a denominator. Around "
-        "it stands the block of TransNormerLLM (2307.14995), on which it was measured: SiLU features, an RMS "
-        "norm without weights over all heads, a linear gate, ALiBi's slopes as decay rates."
-    ),
+    notes="The paper fixes tiling, decay and norm; the block around them is TransNormerLLM's, arXiv 2307.14995.",
 )
 class LightningAttention2(RecurrentMixer):
     """Linear attention in which each head fades at a constant rate of its own, normalised instead of divided.
@@ -37,12 +33,11 @@ class LightningAttention2(RecurrentMixer):
     last.
     """
 
-    def __init__(self, dim: int, heads: int = 8, *, decay_scale: float = 1.0, **options: Unpack[RecurOptions]) -> None:
-        super().__init__(dim, heads, **options)
+    def __init__(self, dim: int, heads: int = 8, *, decay_scale: float = 1.0, **more: Unpack[RecurOptions]) -> None:
+        super().__init__(dim, heads, **more)
         if not decay_scale >= 0:
             raise ValueError(f"decay_scale is a factor on the decay rates, 0 or more; got {decay_scale}")
-        self.decay_scale = decay_scale
-        self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
+        self.decay_scale, self.to_gate = decay_scale, nn.Linear(dim, heads * self.value_dim, bias=False)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
         return Inputs(silu(q), silu(k), v, decay=self.decay(x))

@@ -23,10 +23,13 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
+FeatureMap = Callable[[Tensor], Tensor]
+
+
 class LinearOptions(RecurOptions, total=False):
     """What :class:`LinearTransformer` takes beside the width and the number of heads."""
 
-    feature_map: Callable[[Tensor], Tensor]
+    feature_map: FeatureMap
 
 
 @register(
@@ -43,12 +46,7 @@ class LinearTransformer(RecurrentMixer):
     usual_supports = RecurrentMixer.usual_supports | {"noncausal", "cross"}
 
     def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *,
-        feature_map: Callable[[Tensor], Tensor] = elu_plus_one,
-        **options: Unpack[RecurOptions],
+        self, dim: int, heads: int = 8, *, feature_map: FeatureMap = elu_plus_one, **options: Unpack[RecurOptions]
     ) -> None:
         super().__init__(dim, heads, **options)
         self.feature_map = feature_map

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from foveate.catalogue.registry import register
@@ -19,30 +17,24 @@ from foveate.recurrence import recur
     papers=("RALA / RAVLT",),
     formula="o_i = g(x_i) ⊙ φ(q_i)ᵀ Σ_j α_j φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j α_j φ(k_j), α = N softmax_j(φ̄(q)·φ(k_j) / √d)",
     supports={"noncausal", "padding", "grid"},
-    notes=(
-        "As in the authors' code a 5 x 5 convolution of the values is added before the gate g, and rotary positions "
-        "turn queries and keys in the products with v, not in the divisor."
-    ),
+    notes="The 5 x 5 convolution of values before g, and rotary positions outside the divisor, are the authors'.",
 )
 class RankAugmentedLinearAttention(GatedGridMixer):
-    """Linear attention whose sum over keys weighs each token by its bearing on the whole, and whose outputs are gated.
+    """Linear attention whose keys are weighted by a softmax of their products with the mean query; outputs are gated.
 
     Both raise ranks that plain linear attention keeps low: of the sum of k v^T, where many tokens are alike, and of
     the outputs, which a gate of the tokens themselves multiplies.
     """
 
-    def __init__(self, dim: int, heads: int = 8, *, causal: bool = False, **options: Any) -> None:
-        super().__init__(dim, heads, causal=causal, **options)
-
     def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout | None, key_mask: Tensor | None) -> Tensor:
         number = count(key_mask, k.shape[2])
-        k = k * self.bearing(q, k, key_mask)
+        k = k * self.key_weights(q, k, key_mask)
         size = q @ k.sum(2, keepdim=True).transpose(2, 3) / number
         turned = (self.turn(q, layout), self.turn(k, layout))
         return recur(*turned, to_accum(v) / number, scale=1.0, causal=False).out / size.clamp_min(TINY)
 
-    def bearing(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """α (B, H, N, 1): how much each key has to do with the mean query, 1 on average."""
+    def key_weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """α (B, H, N, 1): N times the softmax over the keys of their products with the mean query."""
         number = count(key_mask, k.shape[2])
         mean = hide(q, key_mask).sum(2, keepdim=True) / number
         scores = k @ mean.transpose(2, 3) * self.head_dim**-0.5

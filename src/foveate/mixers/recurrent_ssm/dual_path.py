@@ -74,9 +74,8 @@ class DualPathMamba(Mixer):
     def mix(self, x: Tensor, context: Tensor | None, layout: Layout | None, padding: Tensor | None) -> Tensor:
         if x.numel() == 0:
             return x
-        batch, length, _ = x.shape
         chunks = segment(x, self.chunk)
-        short = self.inside(self.norms[0](chunks).flatten(0, 1)).unflatten(0, (batch, -1))
+        short = self.inside(self.norms[0](chunks).flatten(0, 1)).unflatten(0, (len(x), -1))
         across = self.norms[1](chunks + short).transpose(1, 2)  # (B, size, S, C)
-        long = self.across(across.flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
-        return overlap_add(short + long, length)
+        long = self.across(across.flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
+        return overlap_add(short + long, x.shape[1])

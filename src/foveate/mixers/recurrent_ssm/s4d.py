@@ -39,9 +39,6 @@ class S4D(StatefulMixer):
 
     def run(self, x: Tensor, state: State | None, lengths: Lengths, key_mask: Tensor | None) -> StepOutput:
         before = None if state is None else state.numbers
-        y, after = self.ssm(x, before, final=state is not None, lengths=lengths, chunk=self.chunk)
+        y, after = self.ssm(x, before, final=state is not None or not x.shape[1], lengths=lengths, chunk=self.chunk)
         out, gate = self.to_out(gelu(y)).chunk(2, dim=-1)
         return StepOutput(out * torch.sigmoid(gate), None if after is None else State(after))
-
-    def empty_state(self, batch: int, capacity: int | None) -> State:
-        return State(self.ssm.init_state(batch))

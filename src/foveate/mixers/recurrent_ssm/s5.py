@@ -21,10 +21,7 @@ from foveate.recurrence.ssm import evolve_shared, hippo_rates
     notes="g is gelu(y). A starts as the paper's with one block. Padding lies at the ends of a sequence.",
 )
 class S5(StatefulMixer):
-    """One diagonal state space for all channels together, computed by a parallel scan.
-
-    ``state`` real numbers are kept in all.
-    """
+    """One diagonal state space of ``state`` real numbers for all channels together, computed by a parallel scan."""
 
     def __init__(self, dim: int, *, state: int = 64, method: str = "zoh", causal: bool = True) -> None:
         super().__init__(dim, causal=causal)
@@ -43,9 +40,5 @@ class S5(StatefulMixer):
         write = entry.unsqueeze(-1) * as_complex(self.write)  # (S, C)
         inputs = to_accum(x).to(write.dtype) @ write.mT  # (B, N, S)
         states, after = evolve_shared(inputs, transition, state=None if state is None else state.numbers)
-        y = 2 * (states @ as_complex(self.read).mT).real.to(x.dtype) + self.D * x
-        g = gelu(y)
+        g = gelu(2 * (states @ as_complex(self.read).mT).real.to(x.dtype) + self.D * x)
         return StepOutput(g * torch.sigmoid(self.to_gate(g)), State(after))
-
-    def empty_state(self, batch: int, capacity: int | None) -> State:
-        return State(as_complex(self.write).new_zeros(batch, self.write.shape[0]))
