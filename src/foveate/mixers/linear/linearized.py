@@ -19,6 +19,7 @@ from foveate.mixers.recurrent import Lengths, RecurrentState
     "linearized_llm",
     papers=("Linearized-LLM",),
     formula="o_i = φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_{j≤i} φ(k_j) + Σ_{r<w} c_r ⊙ v_{i-r}",
+    supports={"causal", "padding", "packed", "decode", "gqa"},
     notes=(
         "feature_map chooses among linear attentions, of which the paper studies seven. Padding lies at the ends of a "
         "sequence: inside it, the convolution would read it as zeros."
