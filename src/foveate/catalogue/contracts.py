@@ -59,7 +59,7 @@ class Hook:
 
     ``operator`` is a training-free mechanism of the catalogue, or a pattern, written out or as it is; ``options`` are
     the mechanism's. ``layout`` says where the keys live, or ``length`` how many there are in a row; ``queries`` is
-    their number where they are not the keys' own tokens.
+    their number where they are not the keys' own tokens. ``bias`` is added to the logits, (B or 1, H or 1, N, M).
     """
 
     operator: str | Pattern
@@ -72,6 +72,7 @@ class Hook:
     kv_heads: int | None = None
     queries: int | None = None
     causal: bool = False
+    bias: Tensor | None = None
 
     @property
     def keys(self) -> int:

@@ -95,7 +95,7 @@ def _shapes(row: Any) -> Table:
     heads = str(hook.heads) if hook.kv_heads is None else f"{hook.heads} on {hook.kv_heads}"
     numbers = (hook.batch, heads, hook.queries or hook.keys, hook.keys, hook.head_dim)
     table.add_row(
-        f"{hook.operator}({options})" if options else hook.operator, *map(str, numbers), str(hook.layout or "")
+        f"{hook.operator}({options})" if options else str(hook.operator), *map(str, numbers), str(hook.layout or "")
     )
     return table
 

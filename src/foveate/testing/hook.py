@@ -50,7 +50,8 @@ class HookSubject:
         return Heads(*(torch.randn(shape, dtype=dtype) for shape in (queries, keys, keys)))
 
     def run(self, heads: Heads) -> Tensor:
-        return self.core(*heads, within=causal if self.hook.causal else full, layout=self.hook.layout)
+        bias = None if self.hook.bias is None else self.hook.bias.to(heads.q.dtype)
+        return self.core(*heads, within=causal if self.hook.causal else full, layout=self.hook.layout, bias=bias)
 
     def dense(self, heads: Heads, rows: Tensor) -> Tensor:
         """Softmax of the whole table of logits for some queries, what the pattern hides left out."""
@@ -63,7 +64,10 @@ class HookSubject:
         at = rows.view(1, 1, -1, 1) + scene.offset
         seen = pattern.visible(batch, head, at, torch.arange(k.shape[2]).view(1, 1, 1, -1))
         seen = seen.expand(-1, pattern.heads, -1, -1).repeat_interleave(q.shape[1] // pattern.heads, dim=1)
-        logits = (q[:, :, rows] @ k.mT / math.sqrt(q.shape[3])).masked_fill(~seen, -torch.inf)
+        logits = q[:, :, rows] @ k.mT / math.sqrt(q.shape[3])
+        if self.hook.bias is not None:
+            logits = logits + self.hook.bias[:, :, rows].to(logits.dtype)
+        logits = logits.masked_fill(~seen, -torch.inf)
         return logits.softmax(-1).nan_to_num(0.0) @ v  # a query that sees nothing gives zeros
 
     def for_each_head(self, one: Tensor) -> Tensor:
