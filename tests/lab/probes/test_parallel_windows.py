@@ -40,11 +40,10 @@ def test_windows_are_blocks_that_share_positions_and_the_task_sees_them_all() ->
 
 @pytest.mark.paper("PCW revisit", "works_when")
 def test_on_real_code_the_ensemble_is_held_against_windows_in_parallel() -> None:
+    """Of next tokens of code the ensemble knows a little less: what was found of classes does not hold of them."""
     row: Any = tiers.row("parallel_windows")
-    found = row.run(0, samples=2)
+    found = row.run(0)
     figures = found.figures
     assert found.confirmed == (figures["ensemble"] <= figures["parallel windows"] + 0.01)
-    assert figures["one text"] < min(figures["parallel windows"], figures["ensemble"]), (
-        "neither makes up for a text that is read as one"
-    )
-    assert found.verdict == "confirmed", figures
+    assert figures["one text"] < figures["parallel windows"] < figures["last window"]
+    assert found.verdict == "refuted" and figures["ensemble"] < figures["parallel windows"] + 0.2, figures

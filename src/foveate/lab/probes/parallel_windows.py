@@ -45,11 +45,12 @@ def bits(log_probability: Tensor, task: Tensor) -> float:
 def parallel_windows(
     seed: int = 0, *, samples: int = 4, windows: int = 3, window: int = 96, task: int = 65, batch: int = 2
 ) -> Finding:
-    """A plain ensemble of the windows' predictions is as good as parallel context windows.
+    """Whether a plain ensemble of the windows' predictions is as good as parallel context windows.
 
     The built-in model continues real code that it has not seen, with ``windows`` windows of what stands before: read
     apart and seen all at once, their predictions averaged, the last window alone, and all as one text. Bits of each
-    token; the paper compares on classification and reasoning with larger models, which this does not repeat.
+    token; the paper compares on classification and reasoning with larger models, which this does not repeat. Here the
+    claim is refuted, narrowly: windows seen at once are worth some hundredths of a bit more than their ensemble.
 
     Yang, Liu, Men, et al., Revisiting Parallel Context Windows, arXiv 2305.15262.
     """
@@ -72,6 +73,6 @@ def parallel_windows(
         }
         for name, predicted in found.items():
             figures[name] += bits(predicted, asked) / samples
-    claim = "an ensemble of the windows' predictions is as good as windows in parallel"
+    claim = "an ensemble of the windows' predictions continues code as well as windows in parallel"
     confirmed = figures["ensemble"] <= figures["parallel windows"] + 0.01
     return Finding(claim, confirmed, figures, bars("Code continued behind windows", figures, "bits a token"))
