@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.mixers.test_mamba import scanned, shaken
-from tests.mixers.test_scans import agree, along, as_it_begins, convolved_around
+from tests.mixers.recurrent_ssm.test_mamba import scanned, shaken
+from tests.mixers.recurrent_ssm.test_scans import agree, along, as_it_begins, convolved_around
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, gelu, layer_norm, silu
 

@@ -17,7 +17,7 @@ from foveate.catalogue.registry import mixer
 from foveate.mixers.dynamic_sparse.nsa import NSA
 from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Finished
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def heads(*shape: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.mixers.test_mamba import DIM, shaken, tokens
+from tests.mixers.recurrent_ssm.test_mamba import DIM, shaken, tokens
 from tests.support.formulas import follows
 from torch import Tensor, nn
 from torch.nn.functional import gelu

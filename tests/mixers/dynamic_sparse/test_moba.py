@@ -16,7 +16,7 @@ from foveate.kernels.cpu.loader import library
 from foveate.patterns.select import build
 
 HEADS, GROUPS, BLOCK, CHOSEN = 4, 2, 5, 3
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def model(k: int) -> torch.nn.Module:

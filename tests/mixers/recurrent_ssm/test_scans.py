@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.mixers.test_mamba import DIM, convolved, scanned, shaken, tokens
+from tests.mixers.recurrent_ssm.test_mamba import DIM, convolved, scanned, shaken, tokens
 from tests.support.counted_work import work
 from torch import Tensor, nn
 from torch.nn.functional import silu
