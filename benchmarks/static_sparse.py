@@ -79,7 +79,7 @@ def timesformer(repeats: int) -> list[Case]:
     for frames in (8, 32):
         videos = torch.randn(1, 3, frames, 224, 224)
         sizes: dict[str, Any] = {"dim": 192, "depth": 1, "heads": 3, "frames": frames}
-        schemes = ("joint", "local_global", "divided", "axial", "space")
+        schemes: tuple[Any, ...] = ("joint", "local_global", "divided", "axial", "space")
         models = {name: timesformer_model(10, scheme=name, **sizes).eval() for name in schemes}
         patches = models["joint"].patches
         pairs = {}

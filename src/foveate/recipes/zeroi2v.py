@@ -182,9 +182,9 @@ def _teacher() -> nn.Module:
         image_size=8,
         patch_size=4,
         num_channels=1,
-        num_labels=4,
         initializer_range=0.2,
     )
+    config.num_labels = 4
     return ViTForImageClassification(config)
 
 

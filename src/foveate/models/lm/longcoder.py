@@ -74,10 +74,10 @@ class BridgedAttention(nn.Module):
         q = self.split(self.bridge_query(bridges))
         own_k, own_v = (self.split(layer(segments.flatten(0, 1))) for layer in (self.bridge_key, self.bridge_value))
         alone = q.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B n, H, 1, D)
-        own = attend_partial(alone, own_k, own_v)
-        assert own.lse is not None
-        B, n = bridges.shape[:2]
-        own = Partial(*(one.unflatten(0, (B, n)).squeeze(3).transpose(1, 2) for one in own))
+        out, lse = attend_partial(alone, own_k, own_v)
+        assert lse is not None
+        shape = bridges.shape[:2]
+        own = Partial(*(one.unflatten(0, shape).squeeze(3).transpose(1, 2) for one in (out, lse)))
         k, v = self.split(self.bridge_key(before)), self.split(self.bridge_value(before))
         return self.joined(own, attend_partial(q, k, v, causal))
 
@@ -133,7 +133,8 @@ class LongCoderLayer(nn.Module):
         parts = [attend_partial(q, recent.k[:, :, slice(*sees)], recent.v[:, :, slice(*sees)])]
         far = marked[:, : len(where)] & (where < seen - layer.window)
         if far.any():
-            parts.append(attend_partial(q, *state.memory.tensors, boolean_mask(far[:, None, None])))
+            of_memory, values = state.memory.tensors
+            parts.append(attend_partial(q, of_memory, values, boolean_mask(far[:, None, None])))
         memory = state.memory.append(k, v) if new.any() else state.memory
         segment, bridges, of_bridge = torch.cat([state.segment, x], 1), state.bridges, None
         if bridge is not None:
@@ -145,7 +146,7 @@ class LongCoderLayer(nn.Module):
                 of_bridge = self.after(bridge, layer.over_segments(bridge, segment.unsqueeze(1), before))
             segment = segment[:, :0]
         if bridges.length:
-            parts.append(attend_partial(q, *bridges.tensors[:2]))
+            parts.append(attend_partial(q, bridges.tensors[0], bridges.tensors[1]))
         kept = segment[:, :0] if layer.bridge is None or layer.last else segment
         return self.after(x, layer.joined(*parts)), of_bridge, LayerState(recent.trimmed(), memory, bridges, kept)
 

@@ -178,7 +178,7 @@ class HoloCine(nn.Module):
         if sum(shots) != frames or min(shots) < 1:
             raise ValueError(f"shots are the frames of each shot, {frames} in all; got {list(shots)}")
         lengths = [count * height * width for count in shots]
-        pattern = full
+        pattern: Pattern = full
         if prompts is not None:
             prompts = whole_numbers("prompts are numbers of tokens, which", prompts)
             if sum(prompts) != length or len(prompts) != len(shots) + 1:
