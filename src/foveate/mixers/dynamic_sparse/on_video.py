@@ -1,0 +1,81 @@
+"""Cores for the attention of video models: tokens of a grid, text behind them, and what a model hides besides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.attention import Weights, attend
+from foveate.attention.biases import BiasLike
+from foveate.patterns import Grid, Layout, Pattern, boolean_mask, full
+
+
+@dataclass(frozen=True, eq=False)
+class VideoCore(ABC):
+    """Base: attention over ``Grid(time, height, width)`` tokens and ``text`` tokens behind them, that a subclass thins.
+
+    Where a model hides pairs itself, adds a bias or has weights other than softmax, what is chosen is written out as a
+    mask of all pairs; else :meth:`run` computes upon the pairs chosen alone.
+    """
+
+    grid: tuple[int, int, int]
+    text: int = 0
+
+    @property
+    def pattern(self) -> Pattern:
+        """Everything: which pairs are seen, queries and keys decide."""
+        return full
+
+    @property
+    def video(self) -> Grid:
+        return Grid(*self.grid)
+
+    @property
+    def length(self) -> int:
+        return self.video.length + self.text
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        within: Pattern = full,
+        bias: BiasLike = None,
+        weights: Weights | str = "softmax",
+        scale: float | None = None,
+        softcap: float | None = None,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        if q.shape[2] != self.length or k.shape[2] != self.length:
+            words = f"{self.video} and {self.text} tokens of text are {self.length}"
+            raise ValueError(f"{words}; got {q.shape[2]} queries and {k.shape[2]} keys")
+        if not q.numel():
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        if within == full and bias is None and softcap is None and weights == "softmax":
+            return self.run(q, k, v, scale)
+        seen = boolean_mask(self.mask(q, k, v, scale))
+        pattern = seen if within == full else seen & within
+        options: dict[str, Any] = {"bias": bias, "weights": weights, "scale": scale, "softcap": softcap}
+        return attend(q, k, v, pattern, **options)
+
+    @abstractmethod
+    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention (B, H, N, D) over what is chosen."""
+
+    @abstractmethod
+    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """What is chosen, (B, H, N, N)."""
+
+
+def positions(rank: Tensor, text: int) -> Tensor:
+    """Ranks of a video's tokens, and of text tokens behind them."""
+    return torch.cat((rank, torch.arange(text, device=rank.device) + rank.numel()))

@@ -1,0 +1,252 @@
+"""Methods for video models: what they choose and compute, written out; inside a model that sees both ways."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from tests.support.formulas import follows
+from tests.support.on_grids import masked
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from foveate import Grid, attend, causal, key_padding
+from foveate.catalogue import tiers
+from foveate.counting import count_operations
+from foveate.layouts.hilbert import hilbert
+from foveate.mixers.dynamic_sparse.jenga import Jenga
+from foveate.mixers.dynamic_sparse.sparse_videogen import SparseVideoGen
+
+OPTIONS = {"sparse_videogen": {"keep": 0.3}, "jenga": {"block": 6, "mass": 0.3}}
+FULL = {"sparse_videogen": {"keep": 1.0}, "jenga": {"mass": 1.0}}
+
+
+def heads_of(length: int, heads: int = 3) -> list[Tensor]:
+    return [torch.randn(2, heads, length, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+
+# ---- Sparse VideoGen ---------------------------------------------------------------------------------------
+
+
+def bands(dims: tuple[int, int, int], text: int, width: int, sink: bool) -> list[Tensor]:
+    """Both masks: ranks frame by frame, and place by place, less than a width apart; first frame; text."""
+    frames, frame = dims[0], dims[1] * dims[2]
+    video, masks = frames * frame, []
+    for by_place in (False, True):
+        rank = [(i % frame) * frames + i // frame if by_place else i for i in range(video)]
+        mask = torch.ones(video + text, video + text, dtype=torch.bool)
+        for i, j in itertools.product(range(video), repeat=2):
+            mask[i, j] = abs(rank[i] - rank[j]) < width or (sink and j < frame)
+        masks.append(mask)
+    return masks
+
+
+def by_error(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], rows: list[int]) -> Tensor:
+    """The mask (B, H, N, N) of the smaller error of the sampled rows, head by head."""
+    q, k, v = (x.detach() for x in (q, k, v))
+    whole = torch.ones_like(masks[0])
+    exact, *thinned = (masked(q, k, v, mask)[:, :, rows] for mask in (whole, *masks))
+    found = torch.empty(*q.shape[:2], *masks[0].shape, dtype=torch.bool)
+    for b, h in itertools.product(*map(range, q.shape[:2])):
+        errors = [float(((each[b, h] - exact[b, h]) ** 2).mean()) for each in thinned]
+        found[b, h] = masks[int(errors[1] < errors[0])]
+    return found
+
+
+@pytest.mark.paper("SVG (Sparse VideoGen)", "definition")
+@pytest.mark.paper("SVG (Sparse VideoGen)", "works_when")
+@pytest.mark.parametrize(("dims", "text", "sink"), [((4, 3, 3), 0, True), ((3, 2, 5), 4, True), ((5, 3, 2), 3, False)])
+def test_each_head_attends_to_the_band_that_suits_it(dims: tuple[int, int, int], text: int, sink: bool) -> None:
+    core = SparseVideoGen(dims, text, keep=0.5, samples=7, sink=sink)
+    video = math.prod(dims)
+    q, k, v = (x.detach() for x in heads_of(video + text, heads=4))
+    frame, place = torch.arange(video) // (dims[1] * dims[2]), torch.arange(video) % (dims[1] * dims[2])
+    for head in range(4):  # two look for their frame, two for their place
+        codes = 2 * torch.randn(video, 4, dtype=torch.float64)[frame if head < 2 else place]
+        q[:, head, :video] += codes
+        k[:, head, :video] += codes
+    heads = [x.requires_grad_() for x in (q, k, v)]
+    rows = torch.linspace(0, video - 1, 7).long().tolist()
+    mask = by_error(*heads, bands(dims, text, core.width, sink), rows)
+    spatial, temporal = bands(dims, text, core.width, sink)
+    kinds = [[bool((mask[b, h] == temporal).all()) for h in range(4)] for b in range(2)]
+    assert any(map(any, kinds)) and not all(map(all, kinds)) and not torch.equal(spatial, temporal)
+    follows(nn.Module(), lambda: core(*heads), lambda: masked(*heads, mask), *heads)
+    seen = mask & torch.ones_like(mask[0, 0]).tril()
+    torch.testing.assert_close(core(*heads, within=causal), masked(*heads, seen), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.paper("SVG (Sparse VideoGen)", "works_when")
+@pytest.mark.parametrize(("dims", "text", "keep"), [((4, 5, 6), 0, 0.25), ((6, 4, 4), 9, 0.5), ((3, 3, 3), 2, 1.0)])
+def test_bands_and_text_are_the_share_kept_and_the_rest_is_not_computed(
+    dims: tuple[int, int, int], text: int, keep: float
+) -> None:
+    core = SparseVideoGen(dims, text, keep=keep, sink=False)
+    length = math.prod(dims) + text
+    heads = [torch.randn(1, 2, length, 4) for _ in range(3)]
+    with count_operations() as counted:
+        core(*heads)
+    assert counted.pairs == pytest.approx(2 * keep * length**2, rel=0.03)
+
+
+@pytest.mark.paper("SVG (Sparse VideoGen)", "works_when")
+def test_blocks_are_skipped_for_heads_of_both_kinds() -> None:
+    """A temporal head's pairs lie in as few tiles as a spatial one's: its tokens are permuted."""
+    core = SparseVideoGen((16, 8, 8), keep=0.2, sink=False)
+    frame, place = torch.arange(1024) // 64, torch.arange(1024) % 64
+    for labels in (frame, place):
+        same = torch.nn.functional.one_hot(labels, 64).float() * 6
+        q = k = same.view(1, 1, 1024, 64)
+        with count_operations() as counted:
+            core(q, k, torch.randn(1, 1, 1024, 8))
+        assert counted.computed < 0.4 * 1024**2
+
+
+@pytest.mark.paper("SVG (Sparse VideoGen)", "works_when")
+@pytest.mark.parametrize("text", [0, 5])
+def test_spatial_and_temporal_heads_are_told_apart_and_cost_less_error_than_one_choice_for_all(text: int) -> None:
+    """Heads that look for tokens of their own frame, or of their own place, by codes in queries and keys."""
+    core = SparseVideoGen((8, 4, 4), text, keep=0.3, sink=False)
+    video = torch.arange(128)
+    codes = torch.randn(16, 32, dtype=torch.float64)
+    q = torch.stack([codes[video // 16], codes[video % 16], codes[video // 16], codes[video % 16]]).unsqueeze(0)
+    q = torch.cat((q, torch.randn(1, 4, text, 32, dtype=torch.float64)), 2)
+    k = q + 0.3 * torch.randn_like(q)
+    v = torch.randn_like(q)
+    temporal = core.is_temporal(q, k, v, 32**-0.5)
+    assert temporal.tolist() == [[False, True, False, True]]
+    exact = torch.softmax(q @ k.mT / 32**0.5, -1) @ v
+    error = float((core(q, k, v) - exact).square().mean())
+    for mask in core.masks():
+        assert error < 0.7 * float((masked(q, k, v, mask) - exact).square().mean())
+
+
+# ---- Jenga -------------------------------------------------------------------------------------------------
+
+
+def carved(q: Tensor, k: Tensor, dims: tuple[int, int, int], text: int, block: int, mass: float) -> Tensor:
+    """Pairs (B, H, N, N): likely blocks, those that touch, text."""
+    video = math.prod(dims)
+    curve = hilbert(Grid(*dims)).index.tolist()
+    cut = [curve[first : first + block] for first in range(0, video, block)]
+    place = list(itertools.product(*map(range, dims)))
+
+    def touch(one: list[int], other: list[int]) -> bool:
+        return any(sum(abs(a - b) for a, b in zip(place[i], place[j], strict=True)) <= 1 for i in one for j in other)
+
+    mask = torch.zeros(*q.shape[:2], video + text, video + text, dtype=torch.bool)
+    mask[..., video:] = mask[:, :, video:] = True
+    for b, h in itertools.product(*map(range, q.shape[:2])):
+        means = [torch.stack([x[b, h, tokens].detach().mean(0) for tokens in cut]) for x in (q, k)]
+        shares = torch.softmax(means[0] @ means[1].T / q.shape[3] ** 0.5, -1).tolist()
+        for r, row in enumerate(shares):
+            held, seen = 0.0, {c for c in range(len(cut)) if touch(cut[r], cut[c])}
+            for c in sorted(range(len(cut)), key=lambda c: -row[c]):
+                if held >= mass:
+                    break
+                held += row[c]
+                seen.add(c)
+            for i, c in itertools.product(cut[r], seen):
+                mask[b, h, i, cut[c]] = True
+    return mask
+
+
+@pytest.mark.paper("Jenga", "definition")
+@pytest.mark.paper("Jenga", "works_when")
+@pytest.mark.parametrize(
+    ("dims", "text", "block", "mass"), [((3, 6, 6), 0, 6, 0.2), ((4, 5, 3), 5, 4, 0.4), ((2, 9, 7), 7, 8, 0.1)]
+)
+def test_blocks_of_the_curve_see_likely_adjacent_and_text_blocks(
+    dims: tuple[int, int, int], text: int, block: int, mass: float
+) -> None:
+    core = Jenga(dims, text, block, mass)
+    heads = heads_of(math.prod(dims) + text)
+    mask = carved(heads[0], heads[1], dims, text, block, mass)
+    assert 0.2 < mask.float().mean() < 0.95
+    follows(nn.Module(), lambda: core(*heads), lambda: masked(*heads, mask), *heads)
+    seen = torch.rand(2, mask.shape[3]) < 0.8
+    seen[:, 0] = True
+    within = masked(*heads, mask & seen[:, None, None])
+    rows = (mask & seen[:, None, None]).any(-1)
+    found = core(*heads, within=key_padding(seen))
+    torch.testing.assert_close(found[rows], within[rows], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.paper("Jenga", "works_when")
+def test_what_is_not_chosen_is_not_computed() -> None:
+    core = Jenga((8, 16, 16), 32, 64, 0.1)
+    q, k, v = torch.randn(3, 1, 2, 8 * 256 + 32, 16)
+    with count_operations() as counted:
+        core(q, k, v)
+    assert counted.computed < 0.75 * 2 * (8 * 256 + 32) ** 2
+    seen = int(core.mask(q, k, v, 0.25).sum())
+    assert counted.pairs == seen
+
+
+@pytest.mark.paper("Jenga", "works_when")
+def test_the_most_likely_blocks_hold_more_of_the_weights_than_as_many_others() -> None:
+    """Beside the adjacent blocks, those of the best means, or of the worst: the error of the output."""
+    core = Jenga((4, 8, 8), 0, 8, 0.3)
+    base = torch.randn(4, 4, 256, 1).cumsum(2) / 4
+    q = k = base * torch.randn(4, 4, 1, 16) + 0.5 * torch.randn(4, 4, 256, 16)
+    v = torch.randn(4, 4, 256, 16)
+    exact = torch.softmax(q @ k.mT / 4, -1) @ v
+    error = float((core(q, k, v) - exact).square().mean())
+    chosen = core.chosen(core.order.apply(q, 2), core.order.apply(k, 2), 0.25)
+    worst = core.chosen(core.order.apply(-q, 2), core.order.apply(k, 2), 0.25)
+    count = chosen.sum(-1).float().mean() / worst.sum(-1).float().mean()
+    q2, k2, v2 = (core.order.apply(x, 2) for x in (q, k, v))
+    other = core.order.undo(attend(q2, k2, v2, core.pattern_of(worst)), 2)
+    assert count < 1.2 and error < 0.8 * float((other - exact).square().mean())
+
+
+# ---- inside a model ----------------------------------------------------------------------------------------
+
+
+def bert() -> Any:
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertModel(config).double().eval()
+
+
+@pytest.mark.paper("SVG (Sparse VideoGen)", "works_when")
+@pytest.mark.paper("Jenga", "works_when")
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_in_a_model_it_is_exact_at_full_budget_and_undone_bit_for_bit(name: str) -> None:
+    model, tokens, row = bert(), torch.randint(40, (3, 39)), tiers.row(name)
+    assert isinstance(row, tiers.MethodRow)
+    plain = model(tokens).last_hidden_state
+    full = row.make(grid=(4, 3, 3), text=3, **OPTIONS[name] | FULL[name]).install(model)
+    torch.testing.assert_close(model(tokens).last_hidden_state, plain, rtol=1e-9, atol=1e-9)
+    full.undo()
+    sparse = row.make(grid=(4, 3, 3), text=3, **OPTIONS[name]).install(model)
+    together = model(tokens).last_hidden_state
+    assert sparse.calls == 2 and (together - plain).abs().max() > 1e-4
+    for entry in range(3):
+        alone = model(tokens[entry : entry + 1]).last_hidden_state
+        torch.testing.assert_close(together[entry : entry + 1], alone, rtol=1e-9, atol=1e-9)
+    sparse.undo()
+    assert torch.equal(model(tokens).last_hidden_state, plain)
+    change = row.make(grid=(4, 3, 3), **OPTIONS[name]).install(model)
+    with pytest.raises(ValueError, match="tokens of text are 36; got 39"):
+        model(tokens)
+    change.undo()
+
+
+def test_options_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="share of pairs"):
+        SparseVideoGen((2, 2, 2), keep=0.0)
+    with pytest.raises(ValueError, match="mass is above 0"):
+        Jenga((2, 2, 2), mass=0.0)
