@@ -20,9 +20,9 @@ class ReKVMemory(StreamingMemory):
     """The first ``sinks`` and the latest ``window`` tokens on the device; blocks of all tokens in the host's memory.
 
     Calls of more than ``question`` tokens are of the stream: they see the device's tokens. A shorter one is a question:
-    it also sees, of those that left the device, the ``blocks`` blocks whose mean key is most like its mean query (by the
-    cosine over all heads, neither of them turned to its place), and so do the single tokens after it, until the stream goes on. Tokens that
-    come back stay at their places in the text.
+    of the blocks that left the device it also sees the ``blocks`` whose mean key is most like its mean query (by the
+    cosine over all heads, neither of them turned to its place), and so do the single tokens after it, until the stream
+    goes on. Tokens that come back stay at their places in the text.
 
     Di et al., Streaming Video Question-Answering with In-context Video KV-Cache Retrieval, arXiv 2503.00540.
     """
