@@ -7,11 +7,17 @@ from typing import Any
 import pytest
 import torch
 from tests.support.linear_text import held
-from torch import Tensor, nn
+from tests.support.scan_formulas import (
+    DIM,
+    convolved,
+    scanned,
+    shaken,
+    tokens,
+)
+from torch import Tensor
 from torch.nn.functional import silu, softplus
 from torch.testing import assert_close
 
-from foveate.layers.short_conv import ShortConv
 from foveate.mixers.recurrent_ssm import memmamba
 from foveate.mixers.recurrent_ssm.decimamba import DeciMamba, tokens_to_keep
 from foveate.mixers.recurrent_ssm.mamba import Mamba, SelectiveScan
@@ -19,40 +25,6 @@ from foveate.mixers.recurrent_ssm.mamba2 import Mamba2
 from foveate.mixers.recurrent_ssm.memmamba import MemMamba, NoteLayer
 from foveate.recurrence import recur
 from foveate.recurrence.selective.api import scan
-
-DIM = 12
-
-
-def shaken(module: nn.Module) -> Any:
-    """In float64, with no parameter at a special value."""
-    module.double()
-    for parameter in module.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return module
-
-
-def tokens(length: int, batch: int = 2) -> Tensor:
-    return torch.randn(batch, length, DIM, dtype=torch.float64)
-
-
-def convolved(conv: ShortConv, x: Tensor) -> Tensor:
-    """Tap by tap: the last one reads the token itself."""
-    length, taps = x.shape[1], conv.weight.squeeze(1)
-    width = taps.shape[1]
-    shifted = [torch.cat([torch.zeros_like(x[:, :age]), x[:, : length - age]], 1) for age in range(width)]
-    return silu(conv.bias + sum(taps[:, width - 1 - age] * shifted[age] for age in range(width)))
-
-
-def scanned(ssm: SelectiveScan, u: Tensor) -> Tensor:
-    """S6, token by token."""
-    low, write, read = ssm.to_choices(u).split([ssm.rank, *[ssm.A_log.shape[1]] * 2], -1)
-    step = torch.log1p((ssm.to_step(low) + ssm.step_bias).exp())
-    state, outs = torch.zeros(len(u), *ssm.A_log.shape, dtype=u.dtype), []
-    for t in range(u.shape[1]):
-        fade = torch.exp(-step[:, t, :, None] * ssm.A_log.exp())
-        state = fade * state + (step[:, t] * u[:, t]).unsqueeze(-1) * write[:, t, None, :]
-        outs.append((state @ read[:, t, :, None]).squeeze(-1) + ssm.D * u[:, t])
-    return torch.stack(outs, 1)
 
 
 def test_mamba_is_a_gated_selective_scan() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.mixers.recurrent_ssm.test_mamba import DIM, shaken, tokens
 from tests.support.formulas import follows
+from tests.support.scan_formulas import DIM, shaken, tokens
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.testing import assert_close

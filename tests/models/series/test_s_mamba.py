@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.mixers.recurrent_ssm.test_mamba import shaken
-from tests.mixers.recurrent_ssm.test_scans import agree, as_it_begins, gated
+from tests.support.scan_formulas import agree, as_it_begins, gated, shaken
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.mixers.recurrent_ssm.test_mamba import shaken
-from tests.mixers.recurrent_ssm.test_scans import agree, as_it_begins, both_ways
 from tests.support.agreement import accuracy_after, alike
 from tests.support.counted_work import work
+from tests.support.scan_formulas import agree, as_it_begins, both_ways, shaken
 from torch import Tensor
 
 from foveate import Grid

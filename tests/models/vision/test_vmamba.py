@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.mixers.recurrent_ssm.test_mamba import scanned, shaken
-from tests.mixers.recurrent_ssm.test_scans import agree, along, as_it_begins, convolved_around
+from tests.support.scan_formulas import agree, along, as_it_begins, convolved_around, scanned, shaken
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, gelu, layer_norm, silu
 
