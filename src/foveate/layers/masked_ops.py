@@ -9,7 +9,7 @@ TINY = 1e-6  # least divisor; features are of order 1
 
 
 def softmax_over_tokens(scores: Tensor, key_mask: Tensor | None, dim: int) -> Tensor:
-    """Softmax along ``dim`` over the tokens that ``real`` marks; zeros elsewhere, also where no token is real.
+    """Softmax along ``dim`` over the tokens in ``key_mask``; zeros elsewhere, also where there is none.
 
     >>> softmax_over_tokens(torch.zeros(1, 3), torch.tensor([[True, False, True]]), 1)
     tensor([[0.5000, 0.0000, 0.5000]])

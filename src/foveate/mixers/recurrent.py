@@ -20,7 +20,7 @@ from foveate.recurrence import Recurrent, recur, step
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What ``recur`` takes: q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), and how the state fades and is turned."""
+    """What ``recur`` takes: q (B, H, N, D), k (B, G, M, D), v (B, G, M, Dv), and how the state decays and is turned."""
 
     q: Tensor
     k: Tensor
@@ -136,7 +136,7 @@ class RecurrentMixer(Mixer):
         return Inputs(q, k, v)
 
     def read_out(self, x: Tensor, heads: Tensor) -> Tensor:
-        """(B, N, C) from what the state said (B, H, N, Dv)."""
+        """(B, N, C) from the outputs of the recurrence (B, H, N, Dv)."""
         return self.to_out(join_heads(heads))
 
     # ---- forward, and the same with a state in hand ----------------------------------------------------

@@ -1,4 +1,4 @@
-"""Bidirectional WKV: averages over all tokens, by weights that fade with the distance on either side."""
+"""Bidirectional WKV: averages over all tokens, by weights that decay with the distance on either side."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Steps(Inputs):
     "delta_product",
     reference="DeltaProduct",
     formula="S_t = A_n … A_1 α_t S_{t-1} + …, A_j = I - β_j k_j k_jᵀ: n delta steps a token",
-    notes="gated=True is Gated DeltaProduct: the state fades once a token, before its first step.",
+    notes="gated=True is Gated DeltaProduct: the state decays once a token, before its first step.",
 )
 class DeltaProduct(DeltaNet):
     """The delta rule taken ``steps`` times a token, with keys, values and strengths of their own.
@@ -66,7 +66,7 @@ class DeltaProduct(DeltaNet):
         return Steps(unit(q), unit(k), v, decay=self.decay(x), beta=strength)
 
     def decay(self, x: Tensor) -> Tensor | None:
-        """The fading before a token's first step, and none before the others, (B, G, N * steps)."""
+        """The decay before a token's first step, none before the others, (B, G, N * steps)."""
         if self.to_decay is None:
             return None
         dt = softplus(to_accum(self.to_decay(x))) * to_accum(self.A_log).exp()

@@ -21,7 +21,7 @@ from foveate.precision import to_accum
     notes="The norm of each head is an RMS norm, as in the authors' code; the paper writes a layer norm.",
 )
 class GLA(GatedMixer):
-    """Linear attention in which every key channel of the state fades by a gate made of the token.
+    """Linear attention in which every key channel of the state decays by a gate made of the token.
 
     Keys are half as wide as values, as in the paper; ``rank`` is that of the gate, ``temperature`` its root.
     """

@@ -13,7 +13,7 @@ from foveate.layers.rotary import rotate
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
 from foveate.mixers.linear.linear_transformer import LinearTransformer
-from foveate.mixers.linear.positions import Placed
+from foveate.mixers.linear.positions import Positioned
 from foveate.mixers.recurrent import Inputs, RecurOptions
 from foveate.patterns import Layout, full
 from foveate.precision import to_accum
@@ -54,7 +54,7 @@ class HedgehogMaps(nn.Module):
     formula="o_i = φ(q_i)ᵀ Σ_j ψ(k_j) v_jᵀ / φ(q_i)ᵀ Σ_j ψ(k_j), φ(x) = [exp(Wx + b), exp(-Wx - b)]",
     notes="mimic trains the maps on queries and keys of a softmax attention; linearised starts from its projections.",
 )
-class Hedgehog(LinearTransformer, Placed):
+class Hedgehog(LinearTransformer, Positioned):
     """Linear attention with learned exponential features, which can be as spiky as softmax attention.
 
     ``rotary`` is the base of rotary positions, turned before the maps, which then see where a token lies: padding
@@ -71,7 +71,7 @@ class Hedgehog(LinearTransformer, Placed):
         if self.rotary is not None and padding is not None and bool((padding[:, 1:] > padding[:, :-1]).any()):
             raise ValueError("with rotary positions hedgehog counts tokens from the left: pad on the right")
 
-    def placed(self, x: Tensor, positions: Tensor) -> Tensor:
+    def positioned(self, x: Tensor, positions: Tensor) -> Tensor:
         return x if self.rotary is None else rotate(x, positions, self.rotary)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:

@@ -27,7 +27,7 @@ class LightningOptions(RecurOptions, total=False):
     notes="The paper fixes tiling, decay and norm; the block around them is TransNormerLLM's, arXiv 2307.14995.",
 )
 class LightningAttention2(RecurrentMixer):
-    """Linear attention in which each head fades at a constant rate of its own, normalised instead of divided.
+    """Linear attention in which each head decays at a constant rate of its own, normalised instead of divided.
 
     ``decay_scale`` multiplies the decay rates; TransNormerLLM lets it fall from 1 in the first layer to 0 in the
     last.

@@ -53,7 +53,7 @@ class LinearizedLLM(LinearTransformer):
         return StepOutput(self.joined(heads, near), RecurrentState(recurrent, (tail,)))
 
     def joined(self, heads: Tensor, near: Tensor) -> Tensor:
-        """Tokens from what the state said (B, H, N, Dv + 1) and the convolved values (B, N, G * Dv)."""
+        """Tokens from the outputs of the recurrence (B, H, N, Dv + 1) and the convolved values (B, N, G * Dv)."""
         near = split_heads(near, self.kv_heads).repeat_interleave(self.heads // self.kv_heads, dim=1)
         return self.to_out(join_heads(averaged(heads).to(near.dtype) + near))
 

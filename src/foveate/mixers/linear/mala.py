@@ -41,8 +41,8 @@ class Sums(NamedTuple):
 class MagnitudeAwareLinearAttention(GatedGridMixer):
     """Linear attention whose weights grow sharper with the magnitude of the query, as softmax's do.
 
-    Divided by their sum, linear weights forget how long the query is. Scaled and shifted instead, they still sum to
-    1, and their spread grows with it; they may be negative.
+    Divided by their sum, linear weights do not depend on the query's length. Scaled and shifted instead, they still sum
+    to 1, and their spread grows with it; they may be negative.
 
     On sequences it may be causal, and decodes with a state of fixed size. A grid has no causal form.
     """

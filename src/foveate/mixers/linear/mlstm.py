@@ -27,7 +27,7 @@ LEAST = 1e-6  # of a unit: a query of zeros divides by it, and keeps a finite gr
     ),
 )
 class MLSTM(RecurrentMixer):
-    """A matrix memory with a forget gate and an exponential input gate per head, read out relative to its normaliser.
+    """A matrix-valued state with a forget gate and an exponential input gate per head, divided by its normaliser.
 
     Inputs and state are held in units of exp(m_t), m_t = max(log f_t + m_{t-1}, i_t), the paper's stabiliser.
     """
@@ -37,7 +37,7 @@ class MLSTM(RecurrentMixer):
         self.to_input, self.to_forget = nn.Linear(dim, self.kv_heads), nn.Linear(dim, self.kv_heads)
         self.to_gate = nn.Linear(dim, heads * self.value_dim)
         self.gain = nn.Parameter(torch.ones(heads * self.value_dim))
-        with torch.no_grad():  # remember much and write little at first, as the authors' code does
+        with torch.no_grad():  # keep much and write little at first, as the authors' code does
             self.to_input.bias.fill_(-10.0)
             self.to_forget.bias.copy_(torch.linspace(3, 6, self.kv_heads))
 
@@ -53,7 +53,7 @@ class MLSTM(RecurrentMixer):
         return StepOutput(out, RecurrentState(recurrent, (*after, gates.last)))
 
     def gates(self, x: Tensor, padding: Tensor | None, unit: Tensor | None, lengths: Lengths) -> Stabilised:
-        """Decays and input weights, (B, G, N); padding neither fades the state nor writes to it."""
+        """Decays and input weights, (B, G, N); padding neither decays the state nor writes to it."""
         decay, gate = logsigmoid(to_accum(self.to_forget(x))), to_accum(self.to_input(x))
         if padding is not None:
             hidden = ~padding.unsqueeze(-1)

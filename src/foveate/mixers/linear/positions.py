@@ -8,17 +8,17 @@ from torch import Tensor
 from foveate.mixers.recurrent import Lengths, Projected, RecurrentMixer
 
 
-class Placed(RecurrentMixer):
+class Positioned(RecurrentMixer):
     """A recurrent mixer whose queries and keys carry their positions; its decoder counts tokens."""
 
-    def placed(self, x: Tensor, positions: Tensor) -> Tensor:
+    def positioned(self, x: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys (B, H or G, N, D) at ``positions`` (N,)."""
         raise NotImplementedError
 
     def project(self, x: Tensor, context: Tensor, tails: tuple[Tensor, ...], lengths: Lengths = None) -> Projected:
         *tails_of_convs, first = tails or (torch.zeros((), dtype=torch.long, device=x.device),)
         q, k, v, after = super().project(x, context, tuple(tails_of_convs), lengths)
-        q, k = (self.placed(y, first + places(y.shape[2], lengths).to(x.device)) for y in (q, k))
+        q, k = (self.positioned(y, first + places(y.shape[2], lengths).to(x.device)) for y in (q, k))
         return Projected(q, k, v, (*after, first + x.shape[1]))
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import layer_norm, silu
 from foveate.catalogue.registry import register
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import join_heads
-from foveate.mixers.linear.positions import Placed
+from foveate.mixers.linear.positions import Positioned
 from foveate.mixers.recurrent import Inputs, RecurOptions, wide_values
 
 
@@ -21,8 +21,8 @@ from foveate.mixers.recurrent import Inputs, RecurOptions, wide_values
     formula="o_n = GN(Σ_{m≤n} γ_h^(n-m) (q_n e^{inθ}) (k_m e^{imθ})^† v_m) ⊙ silu(W_G x_n), γ_h = 1 - 2^(-5-h)",
     notes="The norm takes the place of the paper's three normalisations, which it undoes up to its epsilon.",
 )
-class Retention(Placed):
-    """Linear attention with rotary positions in which head h forgets 2^(-5-h) of its state at each token.
+class Retention(Positioned):
+    """Linear attention with rotary positions in which the state of head h decays by 1 - 2^(-5-h) at each token.
 
     Values are twice as wide as keys, as in the paper; each head is normalised, then gated.
     """
@@ -34,7 +34,7 @@ class Retention(Placed):
         self.rotary = rotary
         self.to_gate = nn.Linear(dim, heads * self.value_dim, bias=False)
 
-    def placed(self, x: Tensor, positions: Tensor) -> Tensor:
+    def positioned(self, x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, positions, self.rotary)
 
     def inputs(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Inputs:

@@ -39,7 +39,7 @@ class RodimusOptions(TypedDict, total=False):
     ),
 )
 class Rodimus(RecurrentMixer):
-    """Linear attention with tempered selection: one gate fades the state and, tempered alike, lets the token in.
+    """Linear attention with tempered selection: one gate, under a temperature, is decay and input gate.
 
     Tokens are widened ``expand`` times; each of the ``heads`` (one, in the paper) has ``memory`` key channels.
     """

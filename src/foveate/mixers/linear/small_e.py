@@ -138,7 +138,7 @@ class SmallE(Mixer):
 
 
 def one_head(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor) -> Tensor:
-    """Softmax attention of q (B, N, D) to the ``real`` (B, M) ones among k (B, M, D) and v (B, M, Dv)."""
+    """Softmax attention of q (B, N, D) to those in ``key_mask`` (B, M) among k (B, M, D) and v (B, M, Dv)."""
     return attend(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), key_padding(key_mask)).squeeze(1)
 
 

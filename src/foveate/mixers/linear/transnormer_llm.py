@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 from foveate.catalogue.registry import register
 from foveate.mixers.linear.lightning_attention import LightningAttention2, LightningOptions
-from foveate.mixers.linear.positions import Placed
+from foveate.mixers.linear.positions import Positioned
 from foveate.mixers.recurrent import Inputs
 from foveate.precision import to_accum
 
@@ -24,7 +24,7 @@ from foveate.precision import to_accum
         "decoder keeps the faded state and never forms λ^-t. The model transnormer is built of it."
     ),
 )
-class TransNormerLLM(LightningAttention2, Placed):
+class TransNormerLLM(LightningAttention2, Positioned):
     """Linear attention with a constant decay per head and LRPE, a rotation of each channel by a learned angle."""
 
     def __init__(self, dim: int, heads: int = 8, *, lrpe: bool = True, **options: Unpack[LightningOptions]) -> None:
@@ -33,7 +33,7 @@ class TransNormerLLM(LightningAttention2, Placed):
         angles = 10_000.0 ** (-2 * torch.arange(channels) / channels)  # over all heads, as in the authors' code
         self.angles = nn.Parameter(angles.view(self.kv_heads, self.head_dim)) if lrpe else None
 
-    def placed(self, x: Tensor, positions: Tensor) -> Tensor:
+    def positioned(self, x: Tensor, positions: Tensor) -> Tensor:
         x = silu(x)
         if self.angles is None:
             return x

@@ -52,7 +52,7 @@ def random_feature_attention(q: Tensor, k: Tensor, v: Tensor, planes: Tensor, ke
     """Softmax attention without pairs: exp(q·k) is the mean over random ω of exp(ω·q - |q|²/2) exp(ω·k - |k|²/2).
 
     q (B, H, N, D) and k (B, H, M, D) already scaled, v (B, H, M, Dv), ``planes`` (F, D) normal random numbers,
-    ``real`` (B, M) False at padding. Time O((N + M) F D); the error falls as 1/√F.
+    ``key_mask`` (B, M) False at padding. Time O((N + M) F D); the error falls as 1/√F.
 
     Choromanski et al., Rethinking Attention with Performers, arXiv 2009.14794.
 
@@ -117,7 +117,7 @@ class WERSA(Mixer):
         return self.attention(x, key_mask).gather(1, back.expand_as(x))
 
     def attention(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Mix tokens x (B, N, C), of which the ``real`` ones come first and others are zeros."""
+        """Mix tokens x (B, N, C), of which those in ``key_mask`` come first and others are zeros."""
         if not x.numel():
             return self.to_out(x)
         q, k, v = split_heads(self.to_qkv(x), 3 * self.heads).chunk(3, 1)

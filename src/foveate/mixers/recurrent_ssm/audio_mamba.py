@@ -29,7 +29,7 @@ from foveate.patterns import Layout
 class BidirectionalMamba(ScanMixer):
     """A gated block around one scan forwards and one backwards, each with its own convolution and parameters.
 
-    A class token belongs in the middle, where neither scan has forgotten much: see :func:`insert_middle`.
+    A class token belongs in the middle, where neither scan's state has decayed much: see :func:`insert_middle`.
     """
 
     def orders(self, layout: Layout) -> Sequence[Order]:

@@ -33,7 +33,7 @@ class Shifted(NamedTuple):
     ),
 )
 class H3(StatefulMixer):
-    """Keys remembered by a shift, their products with values by a diagonal state space, read by queries.
+    """Keys of the last tokens, kept by a shift, their products with values by a diagonal state space, read by queries.
 
     Heads have ``head_dim`` channels; ``shift`` is how many keys the shift holds, ``state`` the real numbers kept
     for each product of a key's and a value's channel. ``chunk`` bounds the tokens of one transform, the state

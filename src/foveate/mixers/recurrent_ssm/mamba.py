@@ -16,7 +16,7 @@ from foveate.mixers.stateful import Lengths, StatefulMixer
 from foveate.precision import to_accum
 from foveate.recurrence.selective.api import Scanned, scan
 
-NO_STEP = -1e4  # a logit of step sizes at which softplus is exactly 0: such a token neither writes nor fades
+NO_STEP = -1e4  # a logit of step sizes at which softplus is exactly 0: such a token neither writes nor decays the state
 
 
 class SSMParams(NamedTuple):
@@ -47,7 +47,7 @@ class SelectiveScan(nn.Module):
         self.D = nn.Parameter(torch.ones(channels))
 
     def chosen(self, u: Tensor, key_mask: Tensor | None = None) -> SSMParams:
-        """What the tokens u (B, N, C) choose; those that are not ``real`` (B, N) take steps of size 0."""
+        """What the tokens u (B, N, C) choose; those outside ``key_mask`` (B, N) take steps of size 0."""
         states = self.A_log.shape[1]
         low, b, c = self.to_choices(u).split([self.rank, states, states], dim=-1)
         step = self.to_step(low)
@@ -142,7 +142,7 @@ class Branch(nn.Module):
         lengths: Lengths = None,
         key_mask: Tensor | None = None,
     ) -> StepOutput:
-        """Pass over u (B, N, C), whose tokens that are not ``real`` are zeros."""
+        """Pass over u (B, N, C), whose tokens outside ``key_mask`` are zeros."""
         before, tail = (None, None) if state is None else state
         convolved, tail = self.conv(u, tail, lengths)
         out, after = self.ssm(convolved, gate=gate, state=before, lengths=lengths, key_mask=key_mask)

@@ -25,11 +25,11 @@ class Notes(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """State of one layer: the scan's, its notes, and how much the last token feared to forget, (B, 1, 1)."""
+    """State of one layer: the scan's, its notes, and the gate of reads that the last token made, (B, 1, 1)."""
 
     scan: MambaState
     notes: Notes
-    fear: Tensor
+    gate: Tensor
 
 
 class Pages(NamedTuple):
@@ -51,7 +51,7 @@ class Pages(NamedTuple):
 
 
 class NoteLayer(nn.Module):
-    """A Mamba layer that writes notes of important tokens, and reads them where its state may have forgotten."""
+    """A Mamba layer that writes notes of important tokens, and reads them where a gate says so."""
 
     def __init__(self, dim: int, mamba: Mamba, *, slots: int, width: int, threshold: float, across: bool) -> None:
         super().__init__()
@@ -69,13 +69,13 @@ class NoteLayer(nn.Module):
         x = self.norm(h)
         y, scan = self.mamba.run(x, state.scan, None, key_mask)
         pages, notes = self.take_notes(x, state.notes, key_mask)
-        fear = torch.cat([state.fear, torch.sigmoid(self.to_fear(y))], dim=1)  # of the token before
-        asking = torch.where(fear > self.threshold, fear, 0)[:, : x.shape[1]]
+        gate = torch.cat([state.gate, torch.sigmoid(self.to_fear(y))], dim=1)  # of the token before
+        asking = torch.where(gate > self.threshold, gate, 0)[:, : x.shape[1]]
         query = self.to_query(x)
         out = y + self.from_tokens(asking * recalled(query, [pages]))
         if self.from_layers is not None:
             out = out + self.from_layers(recalled(query, [*below, pages]))
-        return out, LayerState(scan, notes, fear[:, -1:]), pages
+        return out, LayerState(scan, notes, gate[:, -1:]), pages
 
     def take_notes(self, x: Tensor, notes: Notes, key_mask: Tensor | None) -> tuple[Pages, Notes]:
         """The pool as each token finds it, and as the last one leaves it: the newest note takes the oldest's place."""
@@ -118,8 +118,8 @@ def recalled_by(query: Tensor, found: list[tuple[Tensor, Tensor]]) -> Tensor:
     formula="h' = h + mamba(h) + F_tok(attend(h_t, notes of the layer)) + F_lay(attend(h_t, notes of all layers))",
     supports={"causal", "padding", "decode"},
     notes=(
-        "A pool keeps the newest notes, one of the paper's two ways to replace them. Importance and the fear of "
-        "forgetting are sigmoids of a linear layer, which the paper leaves open; both also weigh what they let "
+        "A pool keeps the newest notes, one of the paper's two ways to replace them. Importance and the gate of "
+        "reads are sigmoids of a linear layer, which the paper leaves open; both also weigh what they let "
         "through, which is how they learn. Padding lies at the ends of a sequence, as with mamba."
     ),
 )
@@ -127,8 +127,8 @@ class MemMamba(StatefulMixer):
     """Mamba layers that take notes: a pool of ``slots`` summaries for each, read by attention.
 
     Tokens whose importance exceeds ``threshold`` leave a note of ``width`` numbers. A token reads the pool of its
-    layer where the one before feared to forget, and in every ``every``-th layer those of all layers up to there.
-    Returned is what all ``depth`` layers add to x.
+    layer where the gate of the one before exceeds ``threshold``, and in every ``every``-th layer those of all layers up
+    to there. Returned is what all ``depth`` layers add to x.
     """
 
     tiny: ClassVar[dict[str, Any]] = {"slots": 5, "width": 7, "expand": 1, "state": 4}

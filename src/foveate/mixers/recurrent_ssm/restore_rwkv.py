@@ -59,7 +59,7 @@ class OmniShift(nn.Module):
     notes="Re-WKV after Omni-Shift; the bonus is divided by T as well, as in the authors' code.",
 )
 class RestoreRWKV(Mixer):
-    """Averages over all pixels by weights that fade with the distance along the rows, then along the columns.
+    """Averages over all pixels by weights that decay with the distance along the rows, then along the columns.
 
     ``passes`` is how often values are averaged, by turns along rows and columns; each has rates of its own.
     """

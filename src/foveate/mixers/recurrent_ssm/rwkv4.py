@@ -1,4 +1,4 @@
-"""RWKV-4: every channel averages its past values, weighed by exponentials of keys that fade at a learned rate."""
+"""RWKV-4: every channel averages its past values, weighed by exponentials of keys that decay at a learned rate."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RWKV4State(NamedTuple):
     ),
 )
 class RWKV4(StatefulMixer):
-    """Per-channel averages of all past values, by weights e^k that fade at a rate w, with a bonus u for the present."""
+    """Per-channel averages of past values, by weights e^k that decay at a rate w, with a bonus u for the present."""
 
     def __init__(self, dim: int, *, causal: bool = True) -> None:
         super().__init__(dim, causal=causal)

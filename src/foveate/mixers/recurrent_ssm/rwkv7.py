@@ -28,7 +28,7 @@ from foveate.precision import to_accum
     ),
 )
 class RWKV7(MatrixRWKV):
-    """A state that fades in every channel and from which each token takes out part of what its removal key recalls."""
+    """A state that decays in every channel and from which each token takes out part of what its removal key recalls."""
 
     def __init__(self, dim: int, heads: int = 8, *, rank: int = 64, **options: Any) -> None:
         super().__init__(dim, heads, **options)

@@ -23,7 +23,7 @@ NOTES = (
 
 
 class TTTMixer(Mixer):
-    """Projections around an inner network that is taught k -> v and asked q; a mechanism says which network.
+    """Projections around an inner network that is trained on k -> v and evaluated at q; a mechanism says which network.
 
     ``mini_batch`` tokens take their gradients at the same weights; ``rate`` is the greatest learning rate, before
     it is divided by the width of a head.
@@ -116,7 +116,7 @@ class TTTMixer(Mixer):
     notes=NOTES,
 )
 class TTTLinear(TTTMixer):
-    """A state that is a linear map, taught by gradient descent to turn each key into its value."""
+    """A state that is a linear map, trained by gradient descent to turn each key into its value."""
 
     @property
     def layers(self) -> list[tuple[int, int]]:
@@ -134,7 +134,7 @@ class TTTLinear(TTTMixer):
     notes=NOTES,
 )
 class TTTMLP(TTTMixer):
-    """A state that is a network of two layers, taught by gradient descent to turn each key into its value.
+    """A state that is a network of two layers, trained by gradient descent to turn each key into its value.
 
     ``expand`` is how many times wider its hidden layer is.
     """

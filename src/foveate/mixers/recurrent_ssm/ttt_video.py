@@ -1,4 +1,4 @@
-"""Test-time training beside local attention: what a video remembers from segment to segment."""
+"""Test-time training beside local attention: a state carried from segment to segment of a video."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test-time training: a state that is a small network, taught by every token and read by running it."""
+"""Test-time training: a state that is a small network, trained on every token and read by running it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inner network of test-time training, and what it is taught by: as the implementations see them."""
+"""The inner network of test-time training, and what it is trained on, as the implementations see them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Norm(NamedTuple):
 
 
 class TTTInputs(NamedTuple):
-    """What teaches: q, k, v (B, H, N, D), learning rates (B, H, N, 1), the norm (H, 1, D) and the pace (batch,)."""
+    """Queries, keys and values (B, H, N, D), rates (B, H, N, 1), the norm (H, 1, D) and the step scale (batch,)."""
 
     q: Tensor
     k: Tensor
