@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tests.support.attend_inputs import leaf
 from tests.support.native_checks import (
     DTYPES,
     LAYOUTS,
@@ -20,7 +22,7 @@ from tests.support.native_checks import (
 )
 from torch import Tensor
 
-from foveate import Grid, attend, neighborhood, strips, window
+from foveate import Grid, alibi, attend, neighborhood, relative_table, strips, window
 from foveate.attention.impl import native
 from foveate.attention.impl.neighborhood import Windows, backward, forward, pays, windows_of
 from foveate.layouts.kinds import Sequence
@@ -83,6 +85,75 @@ def windows(pattern: Pattern, layout: Grid) -> Windows:
 @every_dtype
 def test_agrees_with_the_definition(pattern: Pattern, layout: Grid, dtype: torch.dtype) -> None:
     assert_agrees(pattern, layout, inputs(layout), dtype)
+
+
+def grid_bias(kind: str, heads: int, layout: Grid) -> Any:
+    """A bias of each kind that a neighborhood's own kernel takes."""
+    n, two = layout.length, random.choice([1, 2])
+    if kind == "relative":
+        sides = [2 * random.randint(1, side) + 1 for side in layout.dims]
+        return relative_table(leaf(heads, *sides, dtype=torch.float64), layout.dims)
+    if kind == "alibi":
+        return alibi(leaf(heads, dtype=torch.float64) / n)
+    shape = {"dense": (two, heads, n, n), "keys": (two, heads, 1, n), "queries": (n, 1), "shared": (n, n)}[kind]
+    return leaf(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("pattern, layout", CASES, ids=str)
+@pytest.mark.parametrize("kind", ["relative", "dense"])
+def test_biases_agree_with_the_definition(pattern: Pattern, layout: Grid, kind: str) -> None:
+    call = inputs(layout, random.choice([(4, 2, 2), (2, 2, 1)]))
+    bias = grid_bias(kind, call["q"].shape[1], layout)
+    assert_agrees(pattern, layout, call | {"bias": bias}, random.choice(DTYPES))
+
+
+@pytest.mark.parametrize("kind", ["relative", "alibi", "dense", "keys", "queries", "shared"])
+@every_dtype
+def test_biases_of_every_kind(kind: str, dtype: torch.dtype) -> None:
+    layout = Grid(9, 21)
+    call = inputs(layout, (4, 2, 2))
+    assert_agrees(neighborhood((5, 3), dilation=(1, 2)), layout, call | {"bias": grid_bias(kind, 4, layout)}, dtype)
+
+
+def test_several_biases_on_several_threads() -> None:
+    torch.set_num_threads(2)
+    layout = Grid(30, 40)
+    call = inputs(layout, (4, 2, 2), dim=32, value_dim=32, batch=1)
+    table, slopes = grid_bias("relative", 4, layout), grid_bias("alibi", 4, layout)
+    q, k, v = (call[name].float().requires_grad_() for name in "qkv")
+    results = []
+    for _ in range(3):
+        biases = [replace(bias, parameter=bias.parameter.detach().float().requires_grad_()) for bias in (table, slopes)]
+        out = attend(q, k, v, neighborhood((7, 5)), layout=layout, bias=biases, impl="native")
+        wanted = [q, k, v, *(bias.parameter for bias in biases)]
+        results.append([out, *torch.autograd.grad(out, wanted, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for others in results[1:] for a, b in zip(results[0], others, strict=True))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    biases = [
+        replace(bias, parameter=bias.parameter.detach().float().double().requires_grad_()) for bias in (table, slopes)
+    ]
+    out = attend(*exact, neighborhood((7, 5)), layout=layout, bias=biases, impl="reference")
+    truths = [out, *torch.autograd.grad(out, [*exact, *(bias.parameter for bias in biases)], torch.ones_like(out))]
+    for actual, truth in zip(results[0], truths, strict=True):
+        actual, truth = actual.detach(), truth.detach()
+        assert float((actual.double() - truth).norm()) <= 2e-5 * float(truth.norm()) + 1e-4
+
+
+def test_a_bias_may_hide_pairs_and_whole_rows() -> None:
+    layout = Grid(6, 17)
+    bias = torch.where(torch.rand(102, 102) < 0.3, -torch.inf, 0.0).double()
+    bias[[5, 70]] = -torch.inf
+    call = inputs(layout, (2, 2, 2))
+    assert_agrees(neighborhood((3, 5)), layout, call | {"bias": bias.requires_grad_()}, torch.float32)
+
+
+def test_a_bias_stays_on_the_windows() -> None:
+    layout, q = Grid(14, 15), torch.randn(1, 2, 210, 16)
+    table = relative_table(torch.zeros(2, 5, 5), layout.dims)
+    other = relative_table(torch.zeros(2, 5, 5), (15, 14))
+    for bias, kind in ((table, Windows), (alibi(torch.ones(2)), Windows), (other, Selection)):
+        selected = native.select(q, q, neighborhood(3), layout, 1.0, plain=True, biases=(bias,))
+        assert isinstance(selected, kind)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 15, 17, 31, 48, 63, 64, 65, 100, 128, 200, 256])

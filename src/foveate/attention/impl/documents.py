@@ -42,12 +42,12 @@ def plan(
     """What the kernels run: of the whole call, or of each of its documents."""
     scene = Scene(q.shape[2], k.shape[2], layout, q, k, scale)
     rest, place = split(pattern, layout, scene.num_keys)
-    plain = kind == "softmax" and not biases and softcap is None
+    plain = kind == "softmax" and softcap is None
     if isinstance(layout, Points) and layout.is_batched and _runs_by_cloud(rest, place, biases, dropout is not None):
         clouds = _clouds(kernels, q, k, rest, place, layout, scale, plain)
         return Plan(ByDocument(tuple(clouds)), biases, kind, scale, softcap, dropout)
     if place is None or not _runs_by_document(pattern, rest, place, biases, dropout is not None, scene):
-        selected = kernels.select(q, k, pattern, layout, scale, plain=plain)
+        selected = kernels.select(q, k, pattern, layout, scale, plain=plain, biases=biases)
     else:
         selected = ByDocument(tuple(_pieces(kernels, q, k, rest, place, scale, plain)))
     return Plan(selected, biases, kind, scale, softcap, dropout)

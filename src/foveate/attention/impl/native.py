@@ -12,8 +12,9 @@ from foveate.attention.bias import Alibi, Bias, Dense, LogDecay, PerHead, Relati
 from foveate.attention.call import Call
 from foveate.attention.gaps import Positioned
 from foveate.attention.impl import neighborhood
+from foveate.attention.impl.bias_arguments import Biases
 from foveate.attention.impl.documents import runs_by_document
-from foveate.attention.impl.neighborhood import Windows, pays, windows_of
+from foveate.attention.impl.neighborhood import Windows, pays, takes, windows_of
 from foveate.attention.impl.plan import WIDEST, Plan, Selected
 from foveate.kernels.cpu import call as c
 from foveate.kernels.cpu.loader import library, num_threads, status
@@ -66,13 +67,15 @@ def _terms(bias: Bias, num_queries: int) -> tuple[Bias, ...]:
     return bias.as_dense(num_queries) if isinstance(bias, LogDecay) else (bias,)
 
 
-def select(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> Selected:
+def select(
+    q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool, biases: tuple[Bias, ...] = ()
+) -> Selected:
     """A band where the pattern is one, windows on a grid where it is such and they are faster, else its selection."""
     band = band_of(pattern, layout)
     if band is not None:
         return band
     windows = windows_of(pattern, layout, q.shape[2]) if plain and q.shape[2] == k.shape[2] else None
-    if windows is not None and pays(windows, q.dtype, q.shape[3]):
+    if windows is not None and pays(windows, q.dtype, q.shape[3]) and takes(windows, biases, scale):
         return windows
     return build.select(pattern, q, k, layout, tile=TILE, scale=scale, keys_of_visit=KEYS_OF_VISIT[q.dtype])
 
@@ -80,7 +83,7 @@ def select(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float,
 def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Heads out (B, H, N, Dv) and log row sums (B, H, N) in float64, zeros for unnormalised weights."""
     if isinstance(plan.selected, Windows):
-        return neighborhood.forward(plan.selected, q, k, v, plan.scale)
+        return neighborhood.forward(plan.selected, q, k, v, plan.scale, plan.biases)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     softmax = plan.kind == "softmax"
     lse = (q.new_empty if softmax else q.new_zeros)(q.shape[:3], dtype=torch.float64)
@@ -95,35 +98,22 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and of each bias's parameter."""
     if isinstance(plan.selected, Windows):
-        return neighborhood.backward(plan.selected, q, k, v, out, lse, grad_out, grad_lse, plan.scale)
+        return neighborhood.backward(plan.selected, q, k, v, out, lse, grad_out, grad_lse, plan.scale, plan.biases)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     grad_lse, lse = grad_lse.float().contiguous(), lse.contiguous()  # named, so that they outlive the call
     arguments, held = _arguments(plan, q, k, v, out, lse)
-    grads = [q.new_zeros(bias.parameter.shape, dtype=torch.float32) for bias in plan.biases]
-    for bias, grad in zip(held.biases, grads, strict=True):
-        bias.grad = c.pointer(grad, torch.float32, *grad.shape)
+    grads = held.grads()
     arguments.grad_out = c.tensor(grad_out, q.dtype, *out.shape)
     arguments.grad_lse = c.pointer(grad_lse, torch.float32, *q.shape[:3])
     arguments.dq, arguments.dk, arguments.dv = (c.tensor(x, q.dtype, *x.shape) for x in (dq, dk, dv))
     c.check(c.kernels("attend", c.AttendArgument).foveate_attend_backward(ctypes.byref(arguments)))
-    parameters = (grad.to(bias.parameter.dtype) for bias, grad in zip(plan.biases, grads, strict=True))
-    return (dq, dk, dv, *parameters)
-
-
-class _Held:
-    """What the arguments point at, kept alive during a call."""
-
-    def __init__(self, biases: list[c.BiasArgument], tensors: list[Tensor]) -> None:
-        self.biases = (c.BiasArgument * len(biases))(*biases)
-        self.tensors = tensors
+    return (dq, dk, dv, *(grad.to(bias.parameter.dtype) for bias, grad in zip(plan.biases, grads, strict=True)))
 
 
 def _arguments(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None
-) -> tuple[c.AttendArgument, _Held]:
-    parameters = [bias.parameter.detach().float().contiguous() for bias in plan.biases]
-    pairs = zip(plan.biases, parameters, strict=True)
-    held = _Held([_bias(bias, parameter) for bias, parameter in pairs], parameters)
+) -> tuple[c.AttendArgument, Biases]:
+    held = Biases(plan.biases)
     (batch, heads, num_queries, dim), (num_keys, value_dim) = q.shape, v.shape[2:]
     arguments = c.AttendArgument(
         c.tensor(q, q.dtype, batch, heads, num_queries, dim),
@@ -142,8 +132,8 @@ def _arguments(
         plan.scale,
         plan.softcap or 0.0,
         _selection(plan.selected, batch, heads, num_queries, num_keys),
-        len(parameters),
-        held.biases,
+        len(plan.biases),
+        held.arguments,
     )
     return arguments, held
 
@@ -185,20 +175,3 @@ def _selection(chosen: Selected, batch: int, heads: int, num_queries: int, num_k
 
 def _tiles(slots: Tensor | None, length: int) -> int:
     return -(-length // TILE) if slots is None else slots.numel() // TILE
-
-
-def _bias(bias: Bias, parameter: Tensor) -> c.BiasArgument:
-    address = c.pointer(parameter, torch.float32, *parameter.shape)
-    argument = c.BiasArgument(data=address, size=parameter.numel())
-    if isinstance(bias, Dense):
-        sides = zip(parameter.shape, parameter.stride(), strict=True)
-        argument.stride = c.Four(*(stride if size > 1 else 0 for size, stride in sides))
-    elif isinstance(bias, PerHead):
-        argument.stride = c.Four(0, int(parameter.numel() > 1), 0, 0)
-    elif isinstance(bias, Alibi):
-        argument.kind, argument.offset = c.ALIBI, bias.offset
-    else:
-        assert isinstance(bias, RelativeTable)
-        argument.kind, argument.offset, argument.axes = c.RELATIVE, bias.offset, len(bias.reach)
-        argument.dims, argument.reach = c.Four(*bias.dims), c.Four(*bias.reach)
-    return argument

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveate.attention.bias import Alibi, Bias, Dense, PerHead, RelativeTable
+from foveate.attention.impl.bias_arguments import Biases
 from foveate.kernels.cpu import call as c
 from foveate.kernels.cpu.loader import num_threads, status
 from foveate.layouts.kinds import Grid, Layout, patch_shape
@@ -77,10 +79,33 @@ def _pairs_saved(windows: Windows) -> float:
     return formed / math.prod(windows.size) * row / (-(-row // LANES) * LANES)
 
 
-def forward(windows: Windows, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def takes(windows: Windows, biases: tuple[Bias, ...], scale: float) -> bool:
+    """Whether the kernels know the biases: dense ones, ALiBi, and tables of relative positions on the same grid.
+
+    >>> from foveate import relative_table
+    >>> seen = Windows((8, 8), (3, 3), (1, 1), (False, False))
+    >>> own, other = (relative_table(torch.zeros(2, 15, 15), dims) for dims in ((8, 8), (4, 16)))
+    >>> takes(seen, (own,), scale=1.0), takes(seen, (other,), scale=1.0)
+    (True, False)
+    """
+    return all(scale != 0 and _takes(windows, bias) for bias in biases)
+
+
+def _takes(windows: Windows, bias: Bias) -> bool:
+    if isinstance(bias, RelativeTable) and (bias.dims != windows.dims or bias.offset):
+        return False
+    if isinstance(bias, Alibi) and bias.offset:
+        return False
+    return type(bias) in (Dense, PerHead, Alibi, RelativeTable) and bias.parameter.numel() < 2**31
+
+
+def forward(
+    windows: Windows, q: Tensor, k: Tensor, v: Tensor, scale: float, biases: tuple[Bias, ...] = ()
+) -> tuple[Tensor, Tensor]:
     """Heads out (B, H, N, Dv) and log row sums (B, H, N) in float64."""
     out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float64)
-    call = _argument(windows, q, k, v, out, lse, scale)
+    held = Biases(biases)
+    call = _argument(windows, q, k, v, out, lse, scale, held)
     c.check(_kernels().foveate_neighborhood_forward(byref(call), byref(_windows(windows))))
     return out, lse
 
@@ -95,16 +120,18 @@ def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    biases: tuple[Bias, ...] = (),
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and of each bias's parameter."""
+    held = Biases(biases)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
-    call = _argument(windows, q, k, v, out, lse, scale)
+    call, grads = _argument(windows, q, k, v, out, lse, scale, held), held.grads()
     call.grad_out = c.tensor(grad_out, q.dtype, *out.shape)
     call.grad_lse = c.pointer(grad_lse, torch.float32, *q.shape[:3])
     call.dq, call.dk, call.dv = (c.tensor(x, q.dtype, *x.shape) for x in (dq, dk, dv))
     c.check(_kernels().foveate_neighborhood_backward(byref(call), byref(_windows(windows))))
-    return dq, dk, dv
+    return (dq, dk, dv, *(grad.to(bias.parameter.dtype) for bias, grad in zip(biases, grads, strict=True)))
 
 
 def _kernels() -> ctypes.CDLL:
@@ -116,7 +143,7 @@ def _windows(windows: Windows) -> WindowsArgument:
 
 
 def _argument(
-    windows: Windows, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    windows: Windows, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, held: Biases
 ) -> c.AttendArgument:
     tokens, (batch, heads, _, dim), value_dim = math.prod(windows.dims), q.shape, v.shape[3]
     return c.AttendArgument(
@@ -134,4 +161,6 @@ def _argument(
         dim=dim,
         value_dim=value_dim,
         scale=scale,
+        num_biases=len(held.arguments),
+        biases=held.arguments,
     )

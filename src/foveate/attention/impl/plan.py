@@ -78,8 +78,18 @@ class Kernels(Protocol):
     def in_known_terms(self, call: Call) -> Call:
         """The call, with biases that these kernels do not know written as those they do."""
 
-    def select(self, q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> Selected:
-        """The pattern in the form these kernels run; plain calls are softmax without bias or soft-cap."""
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        pattern: Pattern,
+        layout: Layout,
+        scale: float,
+        *,
+        plain: bool,
+        biases: tuple[Bias, ...] = (),
+    ) -> Selected:
+        """The pattern in the form these kernels run; plain calls are softmax without soft-cap."""
 
     def forward(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Heads out (B, H, N, Dv) and log row sums (B, H, N) of ``sums_dtype(q)``, zeros for unnormalised weights."""

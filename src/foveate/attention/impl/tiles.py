@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.attention.bias import Bias
 from foveate.attention.call import Call
 from foveate.attention.impl.plan import Plan
 from foveate.attention.impl.rows import Batch, Rows, Sharing, Slotted, add_rows
@@ -29,7 +30,9 @@ def in_known_terms(call: Call) -> Call:
     return call
 
 
-def select(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool) -> Selection:
+def select(
+    q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float, *, plain: bool, biases: tuple[Bias, ...] = ()
+) -> Selection:
     """The pattern's selection."""
     return pattern.select(q, k, layout, tile=TILE, scale=scale)
 

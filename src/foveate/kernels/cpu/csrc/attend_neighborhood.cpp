@@ -11,6 +11,7 @@ struct Workspace {
     KeyRow* key_rows;
     Link* links;
     Strip* strips;
+    int32_t* bias_columns;
 
     Workspace(Arena& arena, const FoveateAttend& call, const Slab& slab, const Box& box) {
         const int64_t dim = round_up(call.dim, LANES), value_dim = round_up(call.value_dim, LANES);
@@ -25,6 +26,7 @@ struct Workspace {
         factor = arena.take<float>(GROUP * LANES);
         key_rows = arena.take<KeyRow>(Sight::most_rows(l));
         links = arena.take<Link>(Links::most(l));
+        bias_columns = arena.take<int32_t>(GridBiases::size(call, l));
         strips = arena.take<Strip>(Strip::most_in(l.x, box.x));
     }
 };
@@ -32,13 +34,14 @@ struct Workspace {
 // All queries of a box, for one head.
 class Forward {
   public:
-    Forward(const FoveateAttend& call, const Box& box, const Slab& slab, const Workspace& space, int64_t b, int64_t h)
+    Forward(const FoveateAttend& call, const FoveateNeighborhood& window, const Box& box, const Slab& slab,
+            const Workspace& space, int64_t b, int64_t h)
         : call_(call), l_(slab.lattice), box_(box), slab_(slab), space_(space), q_(call, call.q, b, h, call.dim),
           k_(call, call.k, b, h, call.dim), v_(call, call.v, b, h, call.value_dim),
           out_(call, call.out, b, h, call.value_dim), queries_(q_, space.queries, space.query_rows),
           keys_(slab, k_, space.keys, space.rows), values_(slab, v_, space.values),
           lse_(call.lse ? call.lse + (b * call.q.heads + h) * call.num_queries : nullptr),
-          sight_(l_, slab.keys, space.key_rows) {
+          biases_(call, window, slab, b, h, space.bias_columns), sight_(l_, slab.keys, space.key_rows) {
         num_strips_ = Strip::fill(space.strips, l_.x, box.x, slab.keys.x.begin);
     }
 
@@ -59,6 +62,7 @@ class Forward {
             for (const KeyRow& key : run)
                 scores(run, key.slot, strip, pairs, call_.dim, queries_.transposed(), queries_.row(),
                        keys_.at(key.row) + strip.column, keys_.channel(), space_.scores);
+        biases_.begin(strip);
         for (int64_t r = 0; r < num_rows; ++r) softmax(strip, r, pairs);
         for (int64_t r = 0; r < num_rows; r += ROWS) write(strip, r, std::min<int64_t>(num_rows - r, ROWS), pairs);
     }
@@ -69,6 +73,8 @@ class Forward {
     void softmax(const Strip& strip, int64_t r, const Pairs& pairs) {
         Floats top = all(-INFINITY), sum{};
         const bool ragged = strip.ragged;
+        const float factor = biases_.none() ? factors_.of_scores : 1.0f;
+        if (!biases_.none()) biases_.bend(sight_, r, pairs, factors_.of_scores, space_.scores);
         pairs.each(sight_, r, [&](int64_t at, int64_t i) {
             Floats score = load(space_.scores + at);
             if (ragged) {
@@ -77,17 +83,18 @@ class Forward {
             }
             top = greater(top, score);
         });
-        top *= factors_.of_scores;
+        top *= factor;
+        top = top == -INFINITY ? Floats{} : top;  // biases may hide all keys
         pairs.each(sight_, r, [&](int64_t at, int64_t) {
-            const Floats weight = exp2_of(load(space_.scores + at) * factors_.of_scores - top);
+            const Floats weight = exp2_of(load(space_.scores + at) * factor - top);
             store(space_.scores + at, weight);
             sum += weight;
         });
-        store(space_.factor + r * LANES, 1.0f / sum);
+        store(space_.factor + r * LANES, sum == 0.0f ? Floats{} : 1.0f / sum);
         if (!lse_) return;
         float base[LANES], log[LANES];
         store(base, top);
-        store(log, log2_of(sum) + (sum - sum));  // NaN stays NaN
+        store(log, sum == 0.0f ? all(-INFINITY) : log2_of(sum) + (sum - sum));  // NaN stays NaN
         for (int64_t i = 0; i < strip.lanes; ++i)
             lse_[token(strip, r, i)] = ((double)base[i] + log[i]) * LN2_EXACT;
     }
@@ -108,6 +115,7 @@ class Forward {
     const TransposedRows keys_;
     const NaturalRows values_;
     double* lse_;
+    GridBiases biases_;
     const Factors factors_{call_.scale};
     Sight sight_;
     int64_t num_strips_ = 0;
@@ -125,7 +133,7 @@ int64_t forward(const FoveateAttend& call, const FoveateNeighborhood& window) {
             const Box box = plan.box(lattice, item % plan.boxes());
             const Slab slab(lattice, box);
             const int64_t head = item / plan.boxes() / plan.lattices();
-            Forward(call, box, slab, scratch<Workspace>(call, slab, box), head / heads, head % heads).run();
+            Forward(call, window, box, slab, scratch<Workspace>(call, slab, box), head / heads, head % heads).run();
         });
     });
     return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;

@@ -16,6 +16,7 @@ struct Workspace {
     KeyRow* seen;
     Link* links;
     Strip* strips;
+    int32_t* bias_columns;
 
     Workspace(Arena& arena, const FoveateAttend& call, const Slab& slab, const Box& box) {
         const int64_t dim = round_up(call.dim, LANES), value_dim = round_up(call.value_dim, LANES);
@@ -36,6 +37,7 @@ struct Workspace {
         ones = arena.take<float>(ROWS * LANES);
         seen = arena.take<KeyRow>(Sight::most_rows(l));
         links = arena.take<Link>(Links::most(l));
+        bias_columns = arena.take<int32_t>(GridBiases::size(call, l));
         strips = arena.take<Strip>(Strip::most_in(l.x, box.x));
     }
 };
@@ -43,15 +45,17 @@ struct Workspace {
 // All queries of a box, for one head.
 class Backward {
   public:
-    Backward(const FoveateAttend& call, const Box& box, const Slab& slab, const Workspace& space, int64_t b, int64_t h,
-             const SummedRows& dk, const SummedRows& dv)
+    Backward(const FoveateAttend& call, const FoveateNeighborhood& window, const Box& box, const Slab& slab,
+             const Workspace& space, int64_t b, int64_t h, const SummedRows& dk, const SummedRows& dv,
+             const BiasSums* bias_grads)
         : call_(call), l_(slab.lattice), box_(box), slab_(slab), space_(space), q_(call, call.q, b, h, call.dim),
           k_(call, call.k, b, h, call.dim), v_(call, call.v, b, h, call.value_dim),
           out_(call, call.out, b, h, call.value_dim), grad_out_(call, call.grad_out, b, h, call.value_dim),
           dq_(call, call.dq, b, h, call.dim), queries_(q_, space.queries, space.query_rows),
           grads_(grad_out_, space.grads, space.grad_rows), keys_(slab, k_, space.keys, space.rows),
           values_(slab, v_, space.values, space.rows), key_rows_(slab, k_, space.key_rows), dk_(dk), dv_(dv),
-          first_((b * call.q.heads + h) * call.num_queries), sight_(l_, slab.keys, space.seen) {
+          first_((b * call.q.heads + h) * call.num_queries), bias_grads_(bias_grads),
+          biases_(call, window, slab, b, h, space.bias_columns), sight_(l_, slab.keys, space.seen) {
         num_strips_ = Strip::fill(space.strips, l_.x, box.x, slab.keys.x.begin);
         std::fill(space.ones, space.ones + ROWS * LANES, 1.0f);
     }
@@ -82,6 +86,7 @@ class Backward {
                 scores(run, key.slot, strip, pairs, call_.value_dim, grads_.transposed(), grads_.row(),
                        values_.at(key.row) + strip.column, values_.channel(), space_.slopes);
             }
+        biases_.begin(strip);
         for (int64_t r = 0; r < num_rows; ++r) slopes(strip, r, pairs);
         for (int64_t r = 0; r < num_rows; r += ROWS) add(strip, r, std::min<int64_t>(num_rows - r, ROWS), pairs);
     }
@@ -96,14 +101,17 @@ class Backward {
             const Rows grad = grads_.rows(r);
             const float d_lse = call_.grad_lse ? call_.grad_lse[place] : 0;
             const double sum = call_.lse[place] * LOG2E_EXACT;
-            row_sum[i] = (float)sum;
-            row_rest[i] = (float)(sum - row_sum[i]);
+            const bool none = sum == -INFINITY;  // biases hid all keys
+            row_sum[i] = none ? INFINITY : (float)sum;
+            row_rest[i] = none ? 0.0f : (float)(sum - row_sum[i]);
             row_delta[i] = (float)call_.scale * (dot(grad.data + i * grad.token, token) - d_lse);
         }
         const Floats sum = load(row_sum), rest = load(row_rest), delta = load(row_delta);
         const bool ragged = strip.ragged;
+        const float factor = biases_.none() ? factors_.of_scores : 1.0f;
+        if (!biases_.none()) biases_.bend(sight_, r, pairs, factors_.of_scores, space_.weights);
         pairs.each(sight_, r, [&](int64_t at, int64_t i) {
-            Floats weight = exp2_of(load(space_.weights + at) * factors_.of_scores - sum - rest);
+            Floats weight = exp2_of(load(space_.weights + at) * factor - sum - rest);
             Floats slope = weight * (load(space_.slopes + at) - delta);
             if (ragged) {
                 const uint32_t seeing = strip.seeing(i % pairs.width());
@@ -113,6 +121,7 @@ class Backward {
             store(space_.weights + at, weight);
             store(space_.slopes + at, slope);
         });
+        if (bias_grads_) biases_.add(bias_grads_, strip, sight_, r, pairs, 1 / (float)call_.scale, space_.slopes);
     }
     float dot(const float* grad, int64_t token) const {
         if (!out_.direct()) out_.read(space_.rows, token);
@@ -144,14 +153,16 @@ class Backward {
     const NaturalRows key_rows_;
     const SummedRows &dk_, &dv_;
     const int64_t first_;  // number of query 0 among the log row sums
+    const BiasSums* bias_grads_;  // null: not wanted
+    GridBiases biases_;
     Sight sight_;
     int64_t num_strips_ = 0;
     const Factors factors_{call_.scale};
 };
 
 // Some query heads, for one box of a lattice or all of them.
-void work(const FoveateAttend& call, const Plan& plan, int64_t lattice, int64_t part, int64_t parts, Range heads,
-          const KeySums& dk, const KeySums& dv) {
+void work(const FoveateAttend& call, const FoveateNeighborhood& window, const Plan& plan, int64_t lattice, int64_t part,
+          int64_t parts, Range heads, const KeySums& dk, const KeySums& dv, const BiasSums* bias_grads) {
     const Lattice l = plan.lattice(lattice);
     const Range boxes = parts == 1 ? Range{0, plan.boxes()} : Range{part, part + 1};
     const bool shared = boxes.size() > 1;
@@ -163,9 +174,9 @@ void work(const FoveateAttend& call, const Plan& plan, int64_t lattice, int64_t 
             const Box box = plan.box(l, i);
             const Slab slab(l, box);
             const auto space = scratch<Workspace>(call, slab, box);
-            Backward(call, box, slab, space, h / call.q.heads, h % call.q.heads,
+            Backward(call, window, box, slab, space, h / call.q.heads, h % call.q.heads,
                      SummedRows(slab, of_keys, space.dk, shared || !dk.begins(h)),
-                     SummedRows(slab, of_values, space.dv, shared || !dv.begins(h)))
+                     SummedRows(slab, of_values, space.dv, shared || !dv.begins(h)), bias_grads)
                 .run();
         }
     }
@@ -182,14 +193,25 @@ int64_t backward(const FoveateAttend& call, const FoveateNeighborhood& window) {
     const Plan plan(window, pieces, 4 * (call.dim + call.value_dim));
     const int64_t parts = pieces == 1 ? 1 : plan.boxes(), items = units * plan.lattices() * parts;
     const KeySums dk(call, call.dk, call.dim, plan, parts), dv(call, call.dv, call.value_dim, plan, parts);
+    const int64_t threads = std::min(call.threads, items);
+    const bool bias_grads = BiasGrads::wanted(call);
+    const BiasGrads grads(call, bias_grads ? threads : 0);
     Queue queue(items);
-    bool done = on_threads(std::min(call.threads, items), [&](int64_t) {
-        queue.run([&](int64_t item) {
+    bool done = on_threads(threads, [&](int64_t thread) {
+        std::vector<BiasSums> own(call.num_biases);
+        if (bias_grads) grads.of_thread(thread, own.data(), false);
+        const auto run = [&](int64_t item) {
             const int64_t part = item % parts, lattice = item / parts % plan.lattices();
             const int64_t first = item / parts / plan.lattices() * heads;
-            work(call, plan, lattice, part, parts, {first, first + heads}, dk, dv);
-        });
+            work(call, window, plan, lattice, part, parts, {first, first + heads}, dk, dv,
+                 bias_grads ? own.data() : nullptr);
+        };
+        if (bias_grads)  // who sums what must not depend on the threads' pace
+            for (int64_t item = thread; item < items; item += threads) run(item);
+        else
+            queue.run(run);
     });
+    if (done && bias_grads) grads.add_up();
     done = done && dk.finish() && dv.finish();
     return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;
 }

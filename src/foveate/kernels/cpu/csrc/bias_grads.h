@@ -149,7 +149,7 @@ class BiasGrads {
             if (call.biases[i].grad) return true;
         return false;
     }
-    void of_thread(int64_t thread, BiasSums* sums) const {
+    void of_thread(int64_t thread, BiasSums* sums, bool short_sums = true) const {
         float* few = few_.get() + thread * size(Sharing::FEW);
         double* many = many_.get() + thread * size(Sharing::MANY);
         for (int64_t i = 0; i < call_.num_biases; ++i) {
@@ -160,7 +160,7 @@ class BiasGrads {
             if (sharing == Sharing::ONE) sums[i].few = bias.grad;
             if (sharing == Sharing::FEW) sums[i].few = few, few += bias.size;
             if (sharing == Sharing::MANY) sums[i].many = many, many += bias.size;
-            if (ShortSums::suit(call_, bias)) sums[i].tiles.reset(new ShortSums(call_, bias, sums[i].many));
+            if (short_sums && ShortSums::suit(call_, bias)) sums[i].tiles.reset(new ShortSums(call_, bias, sums[i].many));
         }
     }
     void add_up() const {

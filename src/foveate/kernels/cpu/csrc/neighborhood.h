@@ -11,7 +11,8 @@ struct FoveateNeighborhood {
     int64_t dims[FOVEATE_MAX_AXES], size[FOVEATE_MAX_AXES], dilation[FOVEATE_MAX_AXES], causal[FOVEATE_MAX_AXES];
 };
 
-// Softmax without bias or soft-cap; of `call` the selection and the biases are not read.
+// Softmax without soft-cap; of `call` the selection is not read. Biases are dense, ALiBi, or tables of relative positions on
+// this grid; then the scale may not be 0.
 FOVEATE_API int64_t foveate_neighborhood_size(void);  // bytes of FoveateNeighborhood
 FOVEATE_API int64_t foveate_neighborhood_forward(const FoveateAttend* call, const FoveateNeighborhood* window);
 FOVEATE_API int64_t foveate_neighborhood_backward(const FoveateAttend* call, const FoveateNeighborhood* window);

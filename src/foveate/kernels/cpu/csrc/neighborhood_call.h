@@ -1,7 +1,7 @@
 // What every call of the kernels for windows on grids goes through.
 #pragma once
 #include "call.h"
-#include "neighborhood.h"
+#include "grid_bias.h"
 
 namespace foveate::grid {
 
@@ -13,6 +13,8 @@ inline bool is_refused(const FoveateAttend& call, const FoveateNeighborhood& win
         if (window.dims[i] && (window.size[i] > window.dims[i] || window.dilation[i] > window.dims[i])) return true;
         tokens *= (double)window.dims[i];
     }
+    for (int64_t i = 0; i < call.num_biases; ++i)
+        if (call.scale == 0 || is_refused(call.biases[i], window)) return true;
     return tokens != (double)call.num_queries || tokens != (double)call.num_keys;
 }
 
