@@ -38,7 +38,7 @@ class Forward {
             const Workspace& space, int64_t b, int64_t h)
         : call_(call), l_(slab.lattice), box_(box), slab_(slab), space_(space), q_(call, call.q, b, h, call.dim),
           k_(call, call.k, b, h, call.dim), v_(call, call.v, b, h, call.value_dim),
-          out_(call, call.out, b, h, call.value_dim), queries_(q_, space.queries, space.query_rows),
+          out_(call, call.out, b, h, call.value_dim), queries_(q_, space.queries, space.query_rows, true),
           keys_(slab, k_, space.keys, space.rows), values_(slab, v_, space.values),
           lse_(call.lse ? call.lse + (b * call.q.heads + h) * call.num_queries : nullptr),
           biases_(call, window, slab, b, h, space.bias_columns), sight_(l_, slab.keys, space.key_rows) {

@@ -145,7 +145,8 @@ inline Rows in_place(const Head& head, int64_t first, const Lattice& lattice) {
 // Rows of queries of a group, up to LANES tokens of each: transposed [channel][lane], and as rows of channels.
 class QueryRows {
   public:
-    QueryRows(const Head& head, float* transposed, float* rows) : head_(head), transposed_(transposed), space_(rows) {}
+    QueryRows(const Head& head, float* transposed, float* rows, bool only_transposed = false)
+        : head_(head), transposed_(transposed), space_(rows), only_transposed_(only_transposed) {}
 
     static int64_t size(int64_t padded) { return GROUP * LANES * padded; }
 
@@ -155,7 +156,7 @@ class QueryRows {
         const bool lies = lies_in_rows(head_, lattice);
         if (r == 0) rows_ = lies ? in_place(head_, token(0), lattice) : Rows{space_, row(), head_.padded()};
         float *to = transposed_ + r * row(), *rows = space_ + r * row();
-        if (lies) head_.read_transposed(to, LANES, strip.lanes, rows, token);
+        if (lies || only_transposed_) head_.read_transposed(to, LANES, strip.lanes, rows, token);
         else head_.read_rows(rows, strip.lanes, token), transpose_words(to, LANES, rows, head_.padded(), LANES, head_.padded());
         for (int64_t i = 0; i < row(); i += LANES) store(to + i, load(to + i) * factor);
     }
@@ -166,6 +167,7 @@ class QueryRows {
   private:
     const Head& head_;
     float *transposed_, *space_;
+    const bool only_transposed_;
     Rows rows_{nullptr, 0, 0};
 };
 
