@@ -20,8 +20,9 @@ def vsformer(prior: Tensor | None = None, pairs: Tensor | None = None) -> Hook:
 
     ``prior`` (N,) says how telling each token of shape or value is for a class, ``pairs`` (N, N) how much two tokens
     have to do with one another; either may be left out. By default there are 100 tokens with a prior that rises: the
-    paper's formula was not found, and where these numbers come from is the caller's. Classification is not here. VSFormer:
-    Value and Shape-Aware Transformer with Prior-Enhanced Self-Attention for Multivariate Time Series Classification.
+    paper's formula was not found, and where these numbers come from is the caller's. Classification is not here.
+    VSFormer: Value and Shape-Aware Transformer with Prior-Enhanced Self-Attention for Multivariate Time Series
+    Classification.
     """
     if prior is None and pairs is None:
         prior = torch.linspace(-1, 1, 100)
