@@ -1,6 +1,6 @@
 """What the tokens after a question cost in nats when a long text was read through a window and stored.
 
-python -m benchmarks.kv_questions [--length 1536] [--question 32] [--next 32] [--texts 10] [--window 128] [--blocks 8]
+python -m benchmarks.kv_questions [--length 1536] [--question 32] [--next 32] [--texts 12] [--window 128] [--blocks 8]
 
 Held-out code is read by the built-in model, then a question (its next tokens) at once, then the tokens after that one
 by one. ReKV brings back blocks of 16 tokens that answer the question; beside it as many blocks at random, and a window
@@ -27,7 +27,7 @@ from foveate.methods.rekv import rekv
 from foveate.methods.streaming import attention_sinks
 from foveate.models import builtin
 
-SETTINGS = {"length": 1536, "question": 32, "next": 32, "texts": 10, "window": 128, "blocks": 8}
+SETTINGS = {"length": 1536, "question": 32, "next": 32, "texts": 12, "window": 128, "blocks": 8}
 SINKS, BLOCK = 4, 16
 
 

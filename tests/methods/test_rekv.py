@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def heads_out(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
 
 
 @pytest.mark.paper("ReKV", "definition")
+@pytest.mark.paper("ReKV", "works_when")
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_streams_and_questions_are_those_of_loops(on_disk: bool, tmp_path: Path) -> None:
     model, tokens = small_model("llama"), torch.randint(1, 50, (sum(CUTS),))
@@ -76,6 +78,7 @@ def test_streams_and_questions_are_those_of_loops(on_disk: bool, tmp_path: Path)
     assert [store.read for store in stores] == [2 * BLOCKS * BLOCK * 2 * 2 * 8 * 8] * 2  # two questions
 
 
+@pytest.mark.paper("ReKV", "works_when")
 @pytest.mark.parametrize("question", [1, 6])
 def test_with_everything_brought_back_it_is_dense_attention(question: int) -> None:
     memory = ReKVMemory(2, 6, 4, 100, 8)
@@ -92,6 +95,14 @@ def test_with_everything_brought_back_it_is_dense_attention(question: int) -> No
             hidden[:, :first] = True
             want = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v[entry, h // 2]
             torch.testing.assert_close(out[entry, h], want)
+
+
+@pytest.mark.paper("ReKV", "works_when")
+def test_measured_blocks_that_answer_tell_more_than_others() -> None:
+    """Than as many at random; on the built-in model as many more recent tokens tell more still."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "kv_questions.json"
+    losses = {name: sum(each) / len(each) for name, each in json.loads(path.read_text())["losses"].items()}
+    assert losses["whole"] < losses["rekv"] < losses["blocks at random"] - 0.03
 
 
 def test_a_block_fits_the_window() -> None:
