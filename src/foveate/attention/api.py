@@ -103,6 +103,9 @@ def attend_partial(
     scale: float | Tensor | None = None,
     softcap: float | None = None,
     layout: Layout | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    first: tuple[int, int] = (0, 0),
     impl: str = "auto",
 ) -> Partial:
     """Like :func:`attend`, with the log of each row's sum of weights, so that parts can be merged exactly.
@@ -115,9 +118,12 @@ def attend_partial(
 
     Returns ``Partial(out, lse)``: lse is float32 (float64 for float64 inputs), -inf for a row that sees no key,
     and None for sigmoid and ReLU weights. A sink counts in lse. Sparsemax, entmax and Sinkhorn weights, of which parts
-    do not merge, raise ValueError.
+    do not merge, raise ValueError. ``first`` are the numbers of the first query and key in a whole of which these are
+    part: with the same seed the parts drop what the whole would drop.
     """
-    call, sink = prepare(q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=True)
+    call, sink = prepare(
+        q, k, v, pattern, bias, weights, scale, softcap, layout, needs_lse=True, dropout=dropout, seed=seed, first=first
+    )
     return _run(call, sink, impl)
 
 

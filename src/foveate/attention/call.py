@@ -79,6 +79,7 @@ def prepare(
     needs_lse: bool,
     dropout: float = 0.0,
     seed: int | Tensor | None = None,
+    first: tuple[int, int] = (0, 0),
 ) -> tuple[Call, Tensor | None]:
     """The checked call, and the sink logits (H,) if there are any."""
     check_tensors(q, k, v)
@@ -107,7 +108,7 @@ def prepare(
     sink = weights.sink
     if sink is not None:
         sink = beside(q, _on_heads("sink", sink, heads))
-    needs_lse, dropped = needs_lse or sink is not None, as_dropout(dropout, seed)
+    needs_lse, dropped = needs_lse or sink is not None, as_dropout(dropout, seed, first)
     how = (weights.kind, scale, softcap, layout, needs_lse, dropped, functions, weights.normalise)
     return Call(q, k, v, pattern, biases, *how), sink
 

@@ -23,6 +23,17 @@ class Dropout(NamedTuple):
     query: int = 0
     key: int = 0
 
+    @property
+    def numbers(self) -> Tensor:
+        """Seed and first numbers as one tensor (4,), which operators of torch take."""
+        first = torch.tensor((self.batch, self.query, self.key), dtype=torch.int64, device="cpu")
+        return torch.cat([self.seed.view(1), first])
+
+    @staticmethod
+    def of(p: float, numbers: Tensor) -> Dropout:
+        seed, *first = numbers.unbind()
+        return Dropout(p, seed, *first)  # type: ignore[arg-type]
+
     def factor(self, batch: Tensor, head: Tensor, q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
         """What each pair's weight is multiplied by, 0 or 1 / (1 - p); the indices broadcast against one another."""
         pair = batch + self.batch, head, q + self.query, k + self.key
@@ -30,8 +41,8 @@ class Dropout(NamedTuple):
         return keep.to(dtype) / (1 - self.p)
 
 
-def as_dropout(p: float, seed: int | Tensor | None) -> Dropout | None:
-    """The checked dropout of a call; without a seed, one that torch's generator draws."""
+def as_dropout(p: float, seed: int | Tensor | None, first: tuple[int, int] = (0, 0)) -> Dropout | None:
+    """The checked dropout of a call whose first query and key have these numbers; without a seed, torch draws one."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout is a probability from 0 up to, but not, 1; got {p}")
     if not p:
@@ -46,7 +57,7 @@ def as_dropout(p: float, seed: int | Tensor | None) -> Dropout | None:
         seed = torch.tensor(seed, dtype=torch.int64, device="cpu")
     else:
         raise TypeError(f"seed is an integer of 64 bits; got {seed!r}")
-    return Dropout(float(p), seed)
+    return Dropout(float(p), seed, 0, *first)
 
 
 def _hash(seed: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:

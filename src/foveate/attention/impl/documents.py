@@ -186,7 +186,8 @@ def _dropout_of(dropout: Dropout | None, piece: Piece) -> Dropout | None:
     if dropout is None:
         return None
     assert isinstance(piece.queries, slice) and isinstance(piece.keys, slice)
-    return dropout._replace(batch=piece.batch.start or 0, query=piece.queries.start, key=piece.keys.start)
+    query, key = dropout.query + piece.queries.start, dropout.key + piece.keys.start
+    return dropout._replace(batch=dropout.batch + (piece.batch.start or 0), query=query, key=key)
 
 
 class Attend(NamedTuple):

@@ -37,7 +37,7 @@ def attend_selected(call: Call, kernels: str) -> Partial:
     text = "\n".join((kernels, call.kind, str(call.pattern), str(call.layout), *(_bias_text(b) for b in call.biases)))
     parameters = [bias.parameter for bias in call.biases]
     softcap = 0.0 if call.softcap is None else call.softcap
-    p, seed = call.dropout[:2] if call.dropout else (0.0, None)
+    p, seed = (call.dropout.p, call.dropout.numbers) if call.dropout else (0.0, None)
     held = list(call.pattern.tensors)
     out, lse = _attend(call.q, call.k, call.v, parameters, held, text, call.scale, softcap, p, seed)
     return Partial(out, lse.to(lse_dtype(call.q)) if call.kind == "softmax" else None)
@@ -133,7 +133,7 @@ def _plan(
     offset = k.shape[2] - q.shape[2]
     kernels = KERNELS[name]
     biases = tuple(_bias(t, p, offset) for t, p in zip(bias_texts, parameters, strict=True))
-    dropout = None if seed is None else Dropout(p, seed)
+    dropout = None if seed is None else Dropout.of(p, seed)
     whole, where = parse(pattern, held), _layout(layout)
     biases, whole = place_biases(biases, whole, where, q.shape[2], k.shape[2])
     how = q, k, whole, where, biases, kind, scale, softcap or None, dropout

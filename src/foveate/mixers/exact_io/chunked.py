@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -14,19 +14,23 @@ from torch.utils.checkpoint import checkpoint
 from foveate.attention import attend_partial, merge
 from foveate.attention.bias_part import part_of_bias
 from foveate.attention.biases import placed, split_bias
-from foveate.attention.partial import with_sink
+from foveate.attention.dropout import as_dropout
+from foveate.attention.partial import Partial, with_sink
 from foveate.attention.weights import as_weights
-from foveate.mixers.core import CoreOptions
+from foveate.mixers.core import AttendOptions
 from foveate.patterns import Pattern, Scene, Sequence, full
 from foveate.patterns.part import Parts
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ChunkedCore:
     """Attention over all keys, a chunk of queries and a chunk of keys at a time, recomputed in backward.
 
-    Memory beyond the inputs grows with ``query_chunk * key_chunk``; a key chunk of None is the square root of
-    the number of keys.
+    What has been summed so far, the running output and log-sum-exp of a chunk of queries, is all that is kept between
+    chunks of keys. The sizes are those of the authors' code; a key chunk of None is the square root of the number of
+    keys, as in the paper's analysis. Rabe and Staats, Self-attention Does Not Need O(n^2) Memory, arXiv 2112.05682.
 
     >>> q = k = v = torch.randn(1, 2, 9, 4)
     >>> ChunkedCore(query_chunk=4, key_chunk=2)(q, k, v).shape
@@ -34,7 +38,7 @@ class ChunkedCore:
     """
 
     query_chunk: int = 1024
-    key_chunk: int | None = None
+    key_chunk: int | None = 4096
     pattern: Pattern = full
 
     def __post_init__(self) -> None:
@@ -42,7 +46,7 @@ class ChunkedCore:
             raise ValueError(f"chunks hold at least 1 token; got {self.query_chunk} and {self.key_chunk}")
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[AttendOptions]
     ) -> Tensor:
         weights, scale = as_weights(options.get("weights", "softmax")), options.get("scale")
         layout = options.get("layout") or Sequence()
@@ -52,21 +56,29 @@ class ChunkedCore:
         biases = tuple(placed(one, scene.offset) for one in added)
         key_chunk = self.key_chunk or math.isqrt(k.shape[2])
 
+        dropout = as_dropout(options.get("dropout", 0.0), options.get("seed"))  # one seed for all chunks
+
+        def chunk_of(q: Tensor, k: Tensor, v: Tensor, at: slice, keys: slice) -> Partial:
+            return attend_partial(
+                q[:, :, at],
+                k[:, :, keys],
+                v[:, :, keys],
+                parts.part(at, keys),
+                bias=part_of_bias(biases, functions, at.start, first_key=keys.start),
+                weights=replace(weights, sink=None),
+                scale=scale,
+                softcap=options.get("softcap"),
+                dropout=dropout.p if dropout else 0.0,
+                seed=dropout.seed if dropout else None,
+                first=(at.start, keys.start),
+            )
+
         def rows_of(q: Tensor, k: Tensor, v: Tensor, at: slice) -> Tensor:
-            chunks = [
-                attend_partial(
-                    q[:, :, at],
-                    k[:, :, keys],
-                    v[:, :, keys],
-                    parts.part(at, keys),
-                    bias=part_of_bias(biases, functions, at.start, first_key=keys.start),
-                    weights=replace(weights, sink=None),
-                    scale=scale,
-                    softcap=options.get("softcap"),
-                )
-                for keys in parts.worth(at, cuts(k.shape[2], key_chunk))
-            ]
-            whole = merge(chunks)
+            whole: Partial | None = None
+            for keys in parts.worth(at, cuts(k.shape[2], key_chunk)):
+                chunk = chunk_of(q, k, v, at, keys)
+                whole = chunk if whole is None else merge([whole, chunk])
+            assert whole is not None
             return (whole if weights.sink is None else with_sink(whole, weights.sink)).out
 
         rows = [recomputed(rows_of, q, k, v, at) for at in cuts(q.shape[2], self.query_chunk)]
@@ -79,7 +91,7 @@ def cuts(length: int, chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + max(chunk, 1), length))
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+def recomputed(function: Callable[..., Result], *inputs: object) -> Result:
     """Call a function; what backward needs of its insides is computed again there."""
     if not torch.is_grad_enabled():
         return function(*inputs)
