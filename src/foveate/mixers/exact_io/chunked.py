@@ -60,9 +60,9 @@ class ChunkedCore:
 
         def chunk_of(q: Tensor, k: Tensor, v: Tensor, at: slice, keys: slice) -> Partial:
             return attend_partial(
-                q[:, :, at],
-                k[:, :, keys],
-                v[:, :, keys],
+                q,
+                k,
+                v,
                 parts.part(at, keys),
                 bias=part_of_bias(biases, functions, at.start, first_key=keys.start),
                 weights=replace(weights, sink=None),
@@ -75,13 +75,17 @@ class ChunkedCore:
 
         def rows_of(q: Tensor, k: Tensor, v: Tensor, at: slice) -> Tensor:
             whole: Partial | None = None
+            size = max(key_chunk, 1)  # split, whose gradient is one tensor; one of each slice would be as long as k
+            ks, vs = (k.split(size, 2), v.split(size, 2))
             for keys in parts.worth(at, cuts(k.shape[2], key_chunk)):
-                chunk = chunk_of(q, k, v, at, keys)
+                number = keys.start // size
+                chunk = chunk_of(q, ks[number], vs[number], at, keys)
                 whole = chunk if whole is None else merge([whole, chunk])
             assert whole is not None
             return (whole if weights.sink is None else with_sink(whole, weights.sink)).out
 
-        rows = [recomputed(rows_of, q, k, v, at) for at in cuts(q.shape[2], self.query_chunk)]
+        pieces = zip(q.split(self.query_chunk, 2), cuts(q.shape[2], self.query_chunk), strict=True)
+        rows = [recomputed(rows_of, some, k, v, at) for some, at in pieces]
         return torch.cat(rows, dim=2)
 
 
