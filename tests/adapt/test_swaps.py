@@ -12,9 +12,11 @@ import torch
 from tests.adapt.test_families import tiny
 from tests.adapt.test_transformers import make, padded_batch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate import Pattern, attend, causal, full, sinks, topk_blocks, topk_keys, window
 from foveate.adapt import replace_attention, swaps, use
+from foveate.adapt.hf.attention_function import attention_function
 from foveate.adapt.hf.layers import Layer
 
 transformers = pytest.importorskip("transformers", reason="needs pip install 'foveate[hf]'")
@@ -435,3 +437,27 @@ def test_an_implementation_chosen_later_has_the_last_word() -> None:
     for swap in (second, first):
         swap.undo()
         assert model.config._attn_implementation == "eager"
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_ready_made_mask_is_compared_only_where_a_pattern_asks() -> None:
+    model = make("llama")
+    mask = torch.zeros(1, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    compared = []
+    for pattern in (full, window(3)):
+        with replace_attention(model, pattern), Operations() as seen:
+            layer = model.model.layers[0].self_attn
+            attention_function(layer, *torch.randn(3, 1, 4, 5, 4).unbind(0), mask, scaling=0.5)
+        compared.append("gt" in seen.names)
+    assert compared == [False, True]
