@@ -135,7 +135,7 @@ def adapt_vis(
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> small = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     >>> model, prompt = LlamaForCausalLM(small).eval(), torch.arange(12).view(1, 12)
-    >>> adapt_vis(image=(1, 9)).generate(model, prompt, max_new_tokens=3, do_sample=False).shape
+    >>> adapt_vis(image=(1, 9)).generate(model, prompt, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape
     torch.Size([1, 15])
 
     Raises ValueError for an image that ends before it begins.
