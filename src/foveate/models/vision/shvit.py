@@ -162,7 +162,7 @@ def shvit(
     are S1's. Yun, Ro, SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design, arXiv 2401.16456, after
     the authors' published code.
 
-    >>> shvit(10, dims=(16, 24, 32), depths=(1, 1, 1), parts=(4, 6, 8))(torch.randn(1, 3, 64, 96)).shape
-    torch.Size([1, 10])
+    >>> shvit(10, dims=(16, 24, 32), depths=(1, 1, 1), parts=(4, 6, 8))(torch.randn(2, 3, 64, 96)).shape
+    torch.Size([2, 10])
     """
     return SHViT(classes, dims=dims, depths=depths, parts=parts, channels=channels)
