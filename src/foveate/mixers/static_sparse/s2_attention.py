@@ -44,6 +44,9 @@ class S2Attention(AttentionMixer):
     Query heads that share keys share a shard, so that their cache holds no more than one: the head h above is the
     head of keys. Sizes are those that the authors name for Phi-3-small: blocks of 64, 16 local ones, one in 8 beyond.
     The authors' library lets fewer heads than the stride skip some blocks altogether; here that is refused.
+
+    >>> S2Attention(64, heads=8).core.pattern.heads
+    8
     """
 
     tiny: ClassVar[dict[str, Any]] = {"block": 3, "local": 2, "stride": 2}
