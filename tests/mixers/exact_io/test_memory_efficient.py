@@ -14,7 +14,7 @@ from foveate import Packed, alibi, attend, causal, key_padding
 from foveate.catalogue.registry import mixer
 from foveate.mixers.exact_io.chunked import ChunkedCore
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 CHUNKS = [(11, 7), (64, None), (20, 100)]
 N, M, P = 29, 37, 0.3
 
