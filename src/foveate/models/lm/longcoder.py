@@ -313,7 +313,7 @@ def important_lines(code: str) -> list[int]:
     """Where lines of Python that import or define something end: offsets of their newlines, for memory tokens.
 
     >>> important_lines("import re\\nx = 1\\ndef f(x):\\n    return x\\n")
-    [9, 24]
+    [9, 25]
     """
     found, at = [], 0
     for line in code.splitlines(keepends=True):
