@@ -130,7 +130,7 @@ class SeesTheFuture(Sound):
         return hidden
 
 
-@broken("decoding")
+@broken("decoding", "full budget")
 class DecodesBeside(Sound):
     def bend(self, hidden: Tensor, padded: bool) -> Tensor:
         if hidden.shape[1] == 1:

@@ -89,7 +89,7 @@ class AlisaMemory(LayerMemory):
     def fetch(self, chosen: Tensor) -> None:
         """Keep the chosen tokens: those on the device as they are, the others from the host."""
         assert self.slots is not None and self.token is not None and self.place is not None
-        slot = torch.full((*chosen.shape[:2], self.store.count), -1, device=chosen.device)
+        slot = torch.full((*chosen.shape[:2], self.store.count), -1, dtype=torch.long, device=chosen.device)
         here = torch.arange(self.slots.count, device=chosen.device).expand_as(self.token)
         slot = slot.scatter(2, self.token, here).gather(2, chosen)
         taken = self.slots.take(slot.clamp_min(0))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
+
 
 class EMASinkCache:
     """The first block of tokens as sinks, the latest ``window`` blocks, and the sinks' average with those between.
@@ -30,7 +32,7 @@ class EMASinkCache:
                 f"window and block are at least 1, alpha is a share from 0 to 1; got {window}, {block} and {alpha}"
             )
         self.window, self.block, self.alpha, self.seen = window, block, alpha, 0
-        self.k = self.v = torch.empty(0)
+        self.k = self.v = NOTHING
 
     @property
     def nbytes(self) -> int:

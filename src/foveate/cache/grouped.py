@@ -27,11 +27,13 @@ class GroupedMemory(LayerMemory):
         self.rescale, self.total = rescale, sum(lengths)
         longest = max(lengths)
         starts = accumulate((0, *lengths[:-1]))
-        self.group = torch.tensor([number for number, length in enumerate(lengths) for _ in range(length)])
+        groups = [number for number, length in enumerate(lengths) for _ in range(length)]
+        self.group = torch.tensor(groups, dtype=torch.long, device="cpu")
         moves = [
             longest - length - start if align_ends else -start for start, length in zip(starts, lengths, strict=True)
         ]
-        self.move = torch.cat([torch.tensor(moves)[self.group], torch.tensor([longest - self.total])])
+        every = [*(moves[number] for number in groups), longest - self.total]
+        self.move = torch.tensor(every, dtype=torch.long, device="cpu")
 
     def moves(self, position: Tensor) -> Tensor:
         """By how much tokens at positions of the text are moved; padding stays."""

@@ -371,7 +371,7 @@ def _costs(row: Row, options: dict[str, Any]) -> Table:
 def _cost(count: Any, n: int, show: Any) -> str:
     try:
         return show(count(n))
-    except NotImplementedError:
+    except (NotImplementedError, ValueError):  # as many tokens are more, or others, than it takes
         return "-"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from foveate.adapt.named import as_core, built, mechanism
 from foveate.catalogue import registry
+from foveate.catalogue.options import parameters_of
 from foveate.lab.compare.results import Contender, Refusal
 from foveate.mixers.core import Core
 
@@ -58,6 +59,11 @@ def _candidate(text: str, *, heads: int, kv_heads: int, needs: Sequence[str]) ->
     lacking = [form for form in needs if form not in row.supports]
     if lacking:
         return Refusal(text, NOT_FIT[lacking[0]])
+    missing = [
+        name for name, one in parameters_of(row.core).items() if one.default is one.empty and name not in options
+    ]
+    if missing:
+        return Refusal(text, f"is asked for with options alone: {', '.join(missing)}")
     if kv_heads != heads and "gqa" not in row.supports:
         return Refusal(text, f"needs as many key heads as query heads; the model has {kv_heads} and {heads}")
     return _checked(text, built(row, options), heads, row)

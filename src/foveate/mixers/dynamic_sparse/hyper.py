@@ -137,7 +137,7 @@ class HyperCore:
     def directions(self, dim: int) -> Tensor:
         """Of the hash, (D, bits)."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        return torch.randn(dim, self.bits, generator=generator, dtype=torch.float32, device="cpu")
+        return torch.randn(dim, self.bits, generator=generator, dtype=torch.float64, device="cpu")
 
     def sampled(self, length: int) -> Tensor:
         """Places among the sorted keys, drawn without repetition: all where no more are there than asked for."""

@@ -84,7 +84,7 @@ def space_under(
     query, a block ``block`` of them; blocks larger than the budget are left out. At a budget of 1 all see everything.
 
     >>> space_under(0.25, 8192)[0]
-    HeadPattern(kind='stream_llm', vertical=122, slash=974)
+    HeadPattern(kind='stream_llm', vertical=122, slash=975)
 
     Raises ValueError unless 0 < budget <= 1 and length is at least 1.
     """

@@ -20,7 +20,7 @@ def region_attention(q: Tensor, k: Tensor, v: Tensor, regions: Tensor, *, scale:
 
     >>> q = k = v = torch.randn(1, 2, 6, 8)
     >>> out = region_attention(q, k, v, torch.tensor([[3, 0, 3, 0, 7, -1]]))
-    >>> torch.equal(out[:, :, 4], v[:, :, 4]), bool(out[:, :, 5].any())
+    >>> torch.allclose(out[:, :, 4], v[:, :, 4]), bool(out[:, :, 5].any())
     (True, False)
 
     Raises ValueError for regions that are not one whole number for each token.

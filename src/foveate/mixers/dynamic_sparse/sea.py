@@ -148,7 +148,9 @@ class SEA(AttentionMixer):
             raise NeedsNumbers("which cells are chosen depends on numbers that meta tensors do not hold")
         batch, heads, length, cells = scores.shape
         together = scores.softmax(3).transpose(1, 2).flatten(2)  # (B, N, H K)
-        count = (heads * torch.round(self.keep * cells / self.seen(length, scores.device))).clamp(1, heads * cells)
+        count = (heads * torch.round(self.keep * cells / self.seen(length, scores.device).double())).clamp(
+            1, heads * cells
+        )
         order = together.argsort(dim=2, descending=True, stable=True)
         taken = (torch.arange(heads * cells, device=scores.device) < count.unsqueeze(1)).expand_as(order)
         marks = torch.zeros_like(together, dtype=torch.bool).scatter_(2, order, taken)

@@ -14,7 +14,7 @@ from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.core import joined
 from foveate.patterns import Layout, Pattern
 from foveate.patterns.rules.decided import BlockTable, pack_rows
-from foveate.precision import to_accum
+from foveate.precision import accum_dtype, to_accum
 
 Router = Literal["learned", "norm"]
 
@@ -111,7 +111,7 @@ class MixtureOfHeads(AttentionMixer):
 
     def _routing(self, x: Tensor, q: Tensor) -> Routing:
         ones = torch.ones(*x.shape[:2], self.shared, dtype=torch.bool, device=x.device)
-        shared = to_accum(ones)
+        shared = ones.to(accum_dtype(x))
         if self.to_shared is not None:
             shared = self.shared * to_accum(self.to_shared(x)).softmax(-1)
         if not self.chosen:

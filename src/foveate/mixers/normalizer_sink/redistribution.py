@@ -14,6 +14,7 @@ from foveate.mixers.attention import JUMPS, AttentionMixer
 from foveate.mixers.base import StepOutput, join_heads
 from foveate.mixers.core import joined
 from foveate.patterns import Layout, Pattern, block_mask, causal, full
+from foveate.precision import to_accum
 
 
 class Redistribution(NamedTuple):
@@ -31,8 +32,8 @@ def sink_tokens(hidden: Tensor, dims: tuple[int, ...], tau: float = 20.0) -> Ten
     >>> sink_tokens(torch.tensor([[[1.0, 1.0, 1.0], [9.0, 1.0, 1.0]]]), (0,), tau=1.5)
     tensor([[False,  True]])
     """
-    rms = hidden.float().square().mean(-1, keepdim=True).add(1e-6).sqrt()
-    return (hidden[..., list(dims)].float().abs() / rms).amax(-1) > tau
+    rms = to_accum(hidden).square().mean(-1, keepdim=True).add(1e-6).sqrt()
+    return (to_accum(hidden[..., list(dims)]).abs() / rms).amax(-1) > tau
 
 
 def redistribute(

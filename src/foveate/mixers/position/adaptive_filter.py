@@ -72,7 +72,7 @@ class AdaptiveFilterAttention(Mixer):
         )
         self.tolerance, self.temperature = (nn.Parameter(torch.ones(heads)) for _ in range(2))
         half = self.head_dim // 2
-        rotary = 10_000.0 ** (-torch.arange(half) / half)
+        rotary = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         self.turns = nn.Parameter(torch.randn(heads, half)) if learn_turns else None
         self.rotary: Tensor
         self.register_buffer("rotary", rotary.expand(heads, half).clone(), persistent=False)

@@ -66,5 +66,5 @@ class CollinearAttention(AttentionMixer):
 
     def rotated(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         last = first + k.shape[2]
-        at = torch.arange(first, last, device=k.device) / self.stretch
+        at = torch.arange(first, last, dtype=torch.float64, device=k.device) / self.stretch
         return rotate(q, at[len(at) - q.shape[2] :], self.base), rotate(k, at, self.base), v

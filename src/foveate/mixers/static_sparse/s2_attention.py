@@ -10,16 +10,17 @@ from foveate.mixers.core import PatternCore
 from foveate.patterns import Pattern, causal, every_block, local_blocks, per_head
 
 
-def s2_core(*, block: int = 64, local: int = 16, stride: int = 8, heads: int = 8) -> PatternCore:
+def s2_core(*, block: int = 64, local: int = 16, stride: int = 8, heads: int | None = None) -> PatternCore:
     """The last ``local`` blocks, and every ``stride``-th block from one on that differs from head to head.
 
-    Head h sees the blocks c with (c + h) mod ``stride`` = 0, as in the authors' library.
+    Head h sees the blocks c with (c + h) mod ``stride`` = 0, as in the authors' library; ``stride`` heads by default.
 
     >>> s2_core(block=4, local=2, stride=3, heads=3).pattern
     (local_blocks(4, 2) | per_head([every_block(4, 3, 0), every_block(4, 3, 2), every_block(4, 3, 1)])) & causal
 
     Raises ValueError where the heads together would leave out blocks: fewer heads than ``stride``.
     """
+    heads = stride if heads is None else heads
     if heads < stride:
         raise ValueError(
             f"each of {stride} neighbouring blocks needs a head that keeps it: at least stride={stride} heads of keys;"

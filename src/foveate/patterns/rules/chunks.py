@@ -73,7 +73,7 @@ class ChunkBudget(Pattern):
         if self.starts is None:
             starts = predicted_starts(k, self.chunk) + first
         else:
-            starts = torch.tensor(self.starts, device=k.device)
+            starts = torch.tensor(self.starts, dtype=torch.long, device=k.device)
         slot = torch.arange(first, first + k.shape[2], device=k.device)
         number = torch.searchsorted(starts, slot, right=True)
         return number - number[0]

@@ -40,14 +40,15 @@ class HalvedRanges(Pattern):
         lead = scene.first % self.k_block  # positions count from the start of the first key's block here
         offset = scene.offset + lead
         start = offset // self.q_block * self.q_block
-        rows, place = in_rows(q, self.q_block, offset - start), torch.arange(start, offset + q.shape[2], self.q_block)
+        rows, place = (
+            in_rows(q, self.q_block, offset - start),
+            torch.arange(start, offset + q.shape[2], self.q_block, device=q.device),
+        )
         ends = (place + self.q_block).clamp(max=offset + q.shape[2]).to(q.device)  # behind the last query of each row
         blocks = -(-ends // self.k_block)
         count = -(-self.keys // self.k_block)
         nearest = (
-            None
-            if scene.reach is None
-            else ((place.to(q.device).clamp_min(offset) - scene.reach).clamp_min(0) // self.k_block)
+            None if scene.reach is None else ((place.clamp_min(offset) - scene.reach).clamp_min(0) // self.k_block)
         )
         table = torch.zeros(*q.shape[:2], len(place), int(blocks[-1]) + 1, dtype=torch.bool, device=q.device)
         keys = to_accum(k) * scale

@@ -39,7 +39,7 @@ def radial(
         return block_mask(found, block)
     video = frames * tokens
     every = -(-(video + positive("radial", "text", text)) // block)
-    table = torch.ones(every, every, dtype=torch.bool)
+    table = torch.ones(every, every, dtype=torch.bool, device=found.device)
     table[: len(found), : len(found)] = found
     return block_mask(table, block) | global_tokens(range(video, video + text))
 
@@ -90,7 +90,7 @@ def width_of(distance: int, tokens: int, block: int, decay: float, full_reach: i
     """How far along a frame at this distance a token sees on either side; None for a frame that it does not see.
 
     >>> [width_of(d, 256, 128, 1.0, 0) for d in (0, 1, 2, 3, 4, 8, 15, 16)]
-    [256, 128, 128, 128, 128, None, None, 128]
+    [256, 128, 128, 128, 128, 128, None, 128]
     """
     length = 2 ** (tokens.bit_length() - distance.bit_length())
     if length < block and distance % int(block / length):
@@ -111,5 +111,5 @@ def _pair(row_shift: int, column_shift: int, width: int, left: int, tokens: int,
     high = torch.minimum((column + width).clamp_max(tokens - 1), begin + block - 1)
     seen = (high - low + 1).clamp_min(0).masked_fill((column < 0) | (column >= tokens), 0)  # rows of each column
     by_block = seen.unflatten(1, (num_columns, block))
-    dense = (by_block > DENSE_COLUMN * (left - begin).clamp_max(block).unsqueeze(2)).sum(2)
-    return dense > DENSE_BLOCK * (by_block > 0).sum(2)
+    dense = (by_block > DENSE_COLUMN * (left - begin).clamp_max(block).unsqueeze(2).double()).sum(2)
+    return dense > DENSE_BLOCK * (by_block > 0).sum(2).double()

@@ -34,11 +34,13 @@ class ImageSegments(Pattern):
     @cached_property
     def edges(self) -> Tensor:
         """Where images begin and end, in turn."""
-        return torch.tensor([edge for start, count in self.images for edge in (start, start + count)])
+        edges = [edge for start, count in self.images for edge in (start, start + count)]
+        return torch.tensor(edges, dtype=torch.long, device="cpu")
 
     @cached_property
     def sink_positions(self) -> Tensor:
-        return torch.tensor([start + i for start, count in self.images for i in range(min(self.sinks, count))])
+        found = [start + i for start, count in self.images for i in range(min(self.sinks, count))]
+        return torch.tensor(found, dtype=torch.long, device="cpu")
 
     def segment(self, position: Tensor) -> Tensor:
         """Number of the segment at each position: odd for images."""
