@@ -25,7 +25,7 @@ AHEAD = "the mean query of a block chooses for all of it, so a choice depends on
 @register(
     "seer_attention",
     papers=("SeerAttention",),
-    formula="o_i = Σ_{j ∈ B_I} softmax_j(q_i·k_j / √d) v_j, best blocks J by W_q mean(q_I)·W_k(max k_J; min k_J; mean k_J)",
+    formula="o_i = Σ_{j ∈ B_I} softmax_j(q_i·k_j / √d) v_j, J best by W_q mean(q_I)·W_k(max; min; mean of k_J)",
     supports={"causal", "padding", "packed", "gqa"},
     notes="For prefill: " + AHEAD + ". The gate learns by gate_loss alone, the rest of the model as it is.",
 )
