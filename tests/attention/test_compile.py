@@ -83,7 +83,7 @@ def test_the_operator_is_well_made(kernels: str) -> None:
     arguments = q, k, v, [slopes], [], text, 0.3, 2.0
     torch.library.opcheck(torch.ops.foveate.attend_selected, (*arguments, 0.0, None))
     if kernels == "tiles":
-        torch.library.opcheck(torch.ops.foveate.attend_selected, (*arguments, 0.2, torch.tensor(3)))
+        torch.library.opcheck(torch.ops.foveate.attend_selected, (*arguments, 0.2, torch.tensor([3, 0, 0, 0])))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

@@ -16,7 +16,9 @@ CAUSAL = [entry.name for entry in FREE if entry.tier == "inference" or "causal" 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_every_method_holds_to_its_tier(name: str, seed: int) -> None:
     report = check_method(name, seed=seed)
-    assert {check.name for check in report.checks if check.status == "passed"} >= {"undo", "padding", "generation"}
+    by_design = {check.name for check in report.checks if check.detail.startswith("by design")}
+    passed = {check.name for check in report.checks if check.status == "passed"}
+    assert passed | by_design >= {"undo", "padding", "generation"} and "undo" in passed
 
 
 def test_a_sound_method_passes_everything(seed: int) -> None:

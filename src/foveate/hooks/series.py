@@ -24,10 +24,12 @@ def vsformer(prior: Tensor | None = None, pairs: Tensor | None = None) -> Hook:
     VSFormer: Value and Shape-Aware Transformer with Prior-Enhanced Self-Attention for Multivariate Time Series
     Classification.
     """
-    if prior is None and pairs is None:
-        prior = torch.linspace(-1, 1, 100)
-    length = len(pairs) if prior is None else len(prior)
-    bias = torch.zeros(length, length) if pairs is None else pairs
+    if pairs is None:
+        prior = torch.linspace(-1, 1, 100) if prior is None else prior
+        pairs = torch.zeros(len(prior), len(prior))
+    length, bias = len(pairs), pairs
+    if prior is not None and len(prior) != length:
+        raise ValueError(f"a prior for {length} tokens is ({length},); got {tuple(prior.shape)}")
     if bias.shape != (length, length):
         raise ValueError(f"pairs of {length} tokens are ({length}, {length}); got {tuple(bias.shape)}")
     bias = bias if prior is None else bias + prior

@@ -31,7 +31,7 @@ def structured_prompting(lengths: Iterable[int]) -> Method:
     >>> small = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     >>> model = LlamaForCausalLM(small).eval()
     >>> change = structured_prompting([12, 9]).install(model)
-    >>> model.generate(torch.arange(30).view(1, 30), max_new_tokens=5, do_sample=False).shape
+    >>> model.generate(torch.arange(30).view(1, 30), max_new_tokens=5, min_new_tokens=5, do_sample=False).shape
     torch.Size([1, 35])
     >>> change.undo()
 
