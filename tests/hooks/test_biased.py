@@ -33,10 +33,10 @@ def compare(found: Hook, factors: Tensor) -> None:
     q, k, v = (torch.randn(2, 2, length, 6, dtype=torch.float64, requires_grad=True) for length in shapes)
     assert found.bias is not None
     outs = core(q, k, v, bias=found.bias.double()), weighed(q, k, v, factors)
-    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-6)  # logs of factors are float32
     towards = torch.randn_like(outs[0])
     for one, other in zip(*(torch.autograd.grad(out, (q, k, v), towards) for out in outs), strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     single = q.float(), k.float(), v.float()
     chosen = explain(*single, core.pattern, bias=found.bias.float()).chosen
     assert chosen != "reference"
@@ -62,16 +62,19 @@ def test_pairs_of_a_region_are_strengthened_and_pairs_across_suppressed(strength
 
 @pytest.mark.paper("DreamVideo-2", "definition")
 @pytest.mark.paper("DreamVideo-2", "works_when")
-def test_weights_of_the_references_tokens_are_multiplied_by_its_mask() -> None:
+def test_the_references_weights_are_multiplied_by_the_mask_of_the_querys_place() -> None:
     mask = torch.tensor([0.0, 0.25, 1.0, 0.5, 1e-9, 0.75])
-    factors = torch.cat([mask.double().clamp_min(1e-4), torch.ones(11, dtype=torch.float64)]).expand(11, -1)
-    found = hook("dreamvideo2", tokens=11, mask=mask)
-    assert found.keys == 17 and found.queries == 11
-    with torch.no_grad():
-        shut = hook("dreamvideo2", tokens=11, mask=torch.zeros(6), least=1e-30)
-        q, k, v = (torch.randn(1, 1, n, 6, dtype=torch.float64) for n in (11, 17, 17))
-        out = as_core(shut.operator)(q, k, v, bias=shut.bias.double())
-        torch.testing.assert_close(out, weighed(q, k[:, :, 6:], v[:, :, 6:], torch.ones(11, 11, dtype=torch.float64)))
-    found = Hook(found.operator, found.heads, found.head_dim, length=17, queries=11, bias=found.bias)
-    compare(found, torch.exp(found.bias[0, 0].double()))
-    torch.testing.assert_close(torch.exp(found.bias[0, 0].double()), factors, rtol=1e-5, atol=1e-9)
+    factors = torch.ones(6, 5 + 6, dtype=torch.float64)
+    factors[:, :5] = mask.double().clamp_min(1e-4).unsqueeze(1)
+    found = hook("dreamvideo2", mask=mask, reference=5)
+    assert found.keys == 11 and found.queries == 6
+    compare(found, factors)
+
+
+@pytest.mark.paper("DreamVideo-2", "works_when")
+def test_outside_its_mask_a_frame_sees_nothing_of_the_reference() -> None:
+    shut = hook("dreamvideo2", mask=torch.zeros(6), reference=5, least=1e-30)
+    q, k, v = (torch.randn(1, 1, n, 6, dtype=torch.float64) for n in (6, 11, 11))
+    assert shut.bias is not None
+    out = as_core(shut.operator)(q, k, v, bias=shut.bias.double())
+    torch.testing.assert_close(out, weighed(q, k[:, :, 5:], v[:, :, 5:], torch.ones(6, 6, dtype=torch.float64)))

@@ -58,8 +58,16 @@ def test_until_something_is_dropped_it_is_the_dense_mask_of_sinks_and_window() -
     change = installed(model)
     cut = model(tokens).logits
     change.undo()
-    with replace_attention(model, f"sinks({SINKS}) | window({WINDOW - 1}) & causal"):
+    mask = f"sinks({SINKS}) | window({WINDOW - 1}) & causal"
+    with replace_attention(model, mask):
         torch.testing.assert_close(cut, model(tokens).logits)
+    longer = torch.randint(1, 50, (2, 41))
+    change = installed(model, in_cache=False)  # nothing is ever placed anew
+    apart = model(longer).logits
+    change.undo()
+    with replace_attention(model, mask):
+        torch.testing.assert_close(apart, model(longer).logits)
+    assert (apart - model(longer).logits).abs().max() > 0.1
 
 
 @pytest.mark.paper("StreamingLLM", "works_when")

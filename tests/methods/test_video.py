@@ -135,7 +135,7 @@ def carved(q: Tensor, k: Tensor, dims: tuple[int, int, int], text: int, block: i
     place = list(itertools.product(*map(range, dims)))
 
     def touch(one: list[int], other: list[int]) -> bool:
-        return any(sum(abs(a - b) for a, b in zip(place[i], place[j], strict=True)) <= 1 for i in one for j in other)
+        return any(max(abs(a - b) for a, b in zip(place[i], place[j], strict=True)) <= 1 for i in one for j in other)
 
     mask = torch.zeros(*q.shape[:2], video + text, video + text, dtype=torch.bool)
     mask[..., video:] = mask[:, :, video:] = True

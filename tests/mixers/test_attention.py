@@ -296,6 +296,17 @@ def test_mswa_layers_cost_less_than_one_window_for_all() -> None:
 # ---- static and chosen blocks -----------------------------------------------------------------------------
 
 
+@pytest.mark.paper("PowerAttention", "works_when")
+def test_power_attention_computes_few_tiles_of_a_prompt_and_reads_few_keys_a_step() -> None:
+    core, x = PowerAttention.as_core(), torch.empty(1, 1, 8192, 16, device="meta")
+    with count_operations() as whole:
+        core(x, x, x, within=causal)
+    assert whole.computed < 0.2 * 8192 * 8193 / 2
+    with count_operations() as step:
+        core(x[:, :, -1:], x, x, within=causal)
+    assert step.pairs < 600
+
+
 @pytest.mark.paper("PowerAttention", "definition")
 @pytest.mark.paper("PowerAttention", "works_when")
 @pytest.mark.parametrize(("near", "block", "first"), [(3, 2, 1), (5, 4, 0), (4, 3, 5)])

@@ -205,6 +205,7 @@ def test_a_dilated_neighborhood_as_wide_as_the_grid_is_attention() -> None:
     agree(model(x, layout=Grid(5, 7)), model.to_out(join(plain(q, k, v, bias=bias))), x, *model.parameters())
 
 
+@pytest.mark.paper("DiNAT (DiNA)", "works_when")
 def test_counted_work_of_dilated_neighborhoods_is_linear() -> None:
     model, counted = mixer("dilated_neighborhood_attention", 16, heads=2, kernel=3, dilation=2), []
     for grid in (Grid(32, 32), Grid(64, 32), Grid(128, 32)):

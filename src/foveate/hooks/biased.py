@@ -53,14 +53,16 @@ def makima_cross(labels: Tensor | None = None, words: Tensor | None = None, stre
     return Hook("full", heads=8, head_dim=40, length=len(words), queries=len(labels), bias=bias)
 
 
-@hook("dreamvideo2", papers=("DreamVideo-2",), tiny={"tokens": 11, "mask": torch.linspace(0, 1, 7)}, uses=("video",))
-def dreamvideo2(tokens: int = 1024, mask: Tensor | None = None, least: float = 1e-4) -> Hook:
-    """DreamVideo-2's masked reference attention: a frame sees itself and a reference image, by a weight of each place.
+@hook("dreamvideo2", papers=("DreamVideo-2",), tiny={"mask": torch.linspace(0, 1, 11), "reference": 7}, uses=("video",))
+def dreamvideo2(mask: Tensor | None = None, reference: int = 1024, least: float = 1e-4) -> Hook:
+    """DreamVideo-2's masked reference attention: a frame sees itself and a reference image, the more inside its mask.
 
-    ``mask`` (R,) are weights in [0, 1] of the reference's tokens, whose keys and values stand before the frame's own;
-    their logs, of ``least`` at least, are added to the logits, so that each weight of attention is multiplied by one.
+    ``mask`` (N,) are weights in [0, 1] of the frame's tokens, 1 where the subject shall be; the reference's ``reference``
+    keys and values stand before the frame's own. Logs of the weights, of ``least`` at least, are added to the logits of
+    the reference's keys, so that each of their weights is multiplied by that of the query's place.
     Wei et al., DreamVideo-2: Zero-Shot Subject-Driven Video Customization, arXiv 2410.13830.
     """
     mask = torch.linspace(0, 1, 1024) if mask is None else mask
-    bias = torch.cat([mask.clamp_min(least).log(), torch.zeros(tokens)]).view(1, 1, 1, -1).expand(-1, -1, tokens, -1)
-    return Hook("full", heads=8, head_dim=64, length=len(mask) + tokens, queries=tokens, bias=bias)
+    weight = mask.clamp_min(least).log().unsqueeze(1).expand(-1, reference)
+    bias = torch.cat([weight, torch.zeros(len(mask), len(mask))], 1)[None, None]
+    return Hook("full", heads=8, head_dim=64, length=reference + len(mask), queries=len(mask), bias=bias)

@@ -26,14 +26,16 @@ def seedvr2_window(frames: int, height: int, width: int) -> tuple[int, int, int]
 
 @hook("seedvr2", papers=("SeedVR2",), tiny={"frames": 3, "height": 7, "width": 9}, uses=("video",))
 def seedvr2(frames: int = 30, height: int = 45, width: int = 80, shifted: bool = False) -> Hook:
-    """SeedVR2's attention: 3D windows whose size follows from the grid at run time; every other layer shifts by half.
+    """SeedVR2's attention: 3D windows whose size follows from the grid at run time; every other layer shifts by half,
+    along the axes that have more than one.
 
     Windows at the borders hold what is left. Heads are those of a width of 2,560 with 20 heads (the 3B model), as far
     as was found; text tokens are left out. Wang et al., SeedVR2: One-Step Video Restoration via Diffusion Adversarial
     Post-Training, arXiv 2506.05301.
     """
     size = seedvr2_window(frames, height, width)
-    shift = tuple(side // 2 for side in size) if shifted else (0, 0, 0)
+    sides = (frames, height, width)
+    shift = tuple(side // 2 if shifted and side < length else 0 for side, length in zip(size, sides, strict=True))
     return Hook(f"window_partition({size}, shift={shift})", heads=20, head_dim=128, layout=Grid(frames, height, width))
 
 

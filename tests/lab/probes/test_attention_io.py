@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 
+from foveate import attend, full
+from foveate.attention.impl import tiles as implementation
 from foveate.catalogue.tiers import row
 from foveate.lab.probes.attention_io import Memory, Tiles, accesses, attend_counted, choose_tiles
 
@@ -83,3 +85,21 @@ def test_the_probe_confirms_it() -> None:
     assert found.figures["greatest difference from the model"] == 0
     with pytest.raises(ValueError, match="too small"):
         choose_tiles(16, 8, 5)
+
+
+@pytest.mark.paper("FlashAttention-IO-optimality", "works_when")
+@pytest.mark.parametrize(("tokens", "dim"), [(256, 8), (192, 32), (200, 16)])
+def test_the_tiles_of_attend_move_what_the_model_says(tokens: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved, gather = [], implementation._Work.gather
+
+    def noted(self, x, batch, head):
+        found = gather(self, x, batch, head)
+        moved.append(found.numel())
+        return found
+
+    monkeypatch.setattr(implementation._Work, "gather", noted)
+    q, k, v = torch.randn(3, 1, 1, tokens, dim)
+    with torch.no_grad():
+        out = attend(q, k, v, full, impl="tiles")
+    size = implementation.TILE
+    assert q.numel() + sum(moved) + out.numel() == accesses(tokens, dim, Tiles("flash", size, size))

@@ -30,7 +30,6 @@ def same(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
 
 
 @pytest.mark.paper("PrFlashAttention-note", "definition")
-@pytest.mark.paper("PrFlashAttention-note", "works_when")
 def test_blocks_sampled_by_distance_are_a_causal_mask_of_blocks(seed: int) -> None:
     pattern, inputs = sampled_blocks(4, 1.0, seed=3), heads(61)
     seen = pattern.mask(61)[0, 0]
@@ -60,7 +59,6 @@ def test_chances_are_terms_of_a_series_of_the_distance(decay: float) -> None:
 
 
 @pytest.mark.paper("PrFlashAttention-note", "definition")
-@pytest.mark.paper("PrFlashAttention-note", "works_when")
 def test_rotary_positions_and_a_harmonic_bias_at_once() -> None:
     inputs, length = heads(23), 23
     q, k, v = inputs
@@ -75,7 +73,6 @@ def test_rotary_positions_and_a_harmonic_bias_at_once() -> None:
 
 
 @pytest.mark.paper("PrFlashAttention-note", "definition")
-@pytest.mark.paper("PrFlashAttention-note", "works_when")
 @torch.no_grad()
 def test_a_cache_of_bits_by_age_is_dequantised_attention() -> None:
     """Token by token: the newest quarter at 8 bits, the next at 4, the rest at 2."""
@@ -97,7 +94,6 @@ def test_a_cache_of_bits_by_age_is_dequantised_attention() -> None:
     assert errors[18:].max() < errors[12:18].min() and errors[12:18].max() < errors[:12].min(), "by steps"
 
 
-@pytest.mark.paper("PrFlashAttention-note", "works_when")
 def test_near_blocks_deserve_more_and_new_tokens_not_surely() -> None:
     row: Any = tiers.row("near_and_new")
     found = row.run(0)

@@ -158,7 +158,7 @@ def test_it_was_measured_in_nearly_linear_time_with_its_error() -> None:
     for length in (8192, 16384, 32768, 65536):  # by n log n 2.4 times at most, dense 4 times
         assert own[2 * length]["seconds"]["sparse"] < 3 * own[length]["seconds"]["sparse"]
     assert own[131072]["seconds"]["dense"] > 5 * own[131072]["seconds"]["sparse"]
-    assert all(0 <= case["error"] < 1 for case in own.values())
+    assert all(0 <= case["error"] < 0.15 for case in own.values())
     assert own[4096]["error"] < 1e-5  # below 4096 queries all are seen
 
 

@@ -47,7 +47,6 @@ def formula(made: torch.nn.Module, x: Tensor, source: Tensor, keep: int, is_caus
 
 
 @pytest.mark.paper("Lasformer", "definition")
-@pytest.mark.paper("Lasformer", "works_when")
 @pytest.mark.parametrize(("kind", "random"), [("causal", True), ("both ways", True), ("cross", True), ("cross", False)])
 @pytest.mark.parametrize("keep", [4, 50])
 def test_each_query_attends_to_the_keys_that_the_selector_scores_best(kind: str, random: bool, keep: int) -> None:
@@ -65,7 +64,6 @@ def test_each_query_attends_to_the_keys_that_the_selector_scores_best(kind: str,
 
 
 @pytest.mark.paper("Lasformer", "definition")
-@pytest.mark.paper("Lasformer", "works_when")
 @pytest.mark.parametrize("kind", ["causal", "cross"])
 def test_the_selector_learns_by_its_divergence_from_full_attention(kind: str) -> None:
     made = model(causal=kind == "causal")
@@ -92,7 +90,6 @@ def test_the_selector_learns_by_its_divergence_from_full_attention(kind: str) ->
     assert all((p.grad is not None) == name.startswith("select") for name, p in made.named_parameters())
 
 
-@pytest.mark.paper("Lasformer", "works_when")
 def test_an_aligned_selector_chooses_what_full_attention_reads() -> None:
     """On texts that it was not trained on, by the share of full attention that 4 of 48 keys hold."""
     torch.manual_seed(0)

@@ -110,14 +110,12 @@ def squeeze(compressor: nn.Module, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.paper("NSA", "definition")
-@pytest.mark.paper("NSA", "works_when")
 @pytest.mark.parametrize("n", [3, 4, 29, 43])
 def test_nsa_is_its_formula(n: int) -> None:
     model, x = nsa(), heads(2, n, 32)
     agree(model(x), slow_nsa(model, x, COUNT), x, *model.parameters())
 
 
-@pytest.mark.paper("NSA", "works_when")
 def test_nsa_with_every_block_selected_attends_to_everything() -> None:
     model, x = nsa(select=100), torch.randn(2, 43, 32, dtype=torch.float64)
     with torch.no_grad():
@@ -158,7 +156,6 @@ def test_the_selector_counts_how_much_blocks_overlap() -> None:
         assert overlap[c, s] == len(shared) // STRIDE
 
 
-@pytest.mark.paper("NSA", "works_when")
 @torch.no_grad()
 def test_nsa_decodes_after_prompts_of_any_size_what_its_formula_says() -> None:
     model, x = nsa(), torch.randn(2, 43, 32, dtype=torch.float64)
@@ -171,7 +168,6 @@ def test_nsa_decodes_after_prompts_of_any_size_what_its_formula_says() -> None:
         torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.paper("NSA", "works_when")
 @torch.no_grad()
 def test_nsa_on_packed_and_padded_sequences_is_its_formula_on_each() -> None:
     model, x, lengths = nsa(), torch.randn(1, 43, 32, dtype=torch.float64), [3, 0, 29, 11]
@@ -183,7 +179,6 @@ def test_nsa_on_packed_and_padded_sequences_is_its_formula_on_each() -> None:
     torch.testing.assert_close(model(x, padding=padding), F.pad(inner, (0, 0, 7, 7)), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.paper("NSA", "works_when")
 def test_every_branch_its_compression_and_its_gate_learn() -> None:
     """Each gate alone open: gradients reach what its branch is made of, and the gates themselves, and nothing else."""
     x = torch.randn(1, 43, 32, dtype=torch.float64)
@@ -205,7 +200,6 @@ def test_every_branch_its_compression_and_its_gate_learn() -> None:
         assert reached == of_branch | shared | (compression if branch == 0 else set())
 
 
-@pytest.mark.paper("NSA", "works_when")
 @torch.no_grad()
 def test_heads_of_a_group_choose_together_by_the_sum_of_their_weights() -> None:
     """Other queries of one head change what its neighbour of the group reads, and nothing of the other group."""
@@ -240,7 +234,6 @@ def pairs_and_question(size: int, keys: int = 24, values: int = 8) -> tuple[Tens
     return torch.cat([order, order.gather(1, asked)], 1), torch.cat([said, question], 1), said.gather(1, asked)[:, 0]
 
 
-@pytest.mark.paper("NSA", "works_when")
 def test_nsa_learns_to_recall_as_full_attention_does() -> None:
     """Of 13 blocks it reads two besides the ends; a window and sinks of as many tokens answer half of the questions."""
     scores = {}
@@ -260,7 +253,6 @@ def test_nsa_learns_to_recall_as_full_attention_does() -> None:
     assert scores["flash_attention"] > 0.95 and scores["nsa"] > 0.85
 
 
-@pytest.mark.paper("NSA", "works_when")
 def test_it_was_measured_faster_than_dense_attention_at_64_thousand_tokens() -> None:
     """On a CPU; no figure is of a GPU."""
     cases = json.loads((RESULTS / "nsa_cpu.json").read_text(encoding="utf-8"))["cases"]

@@ -107,10 +107,15 @@ def test_trained_it_keeps_more_of_the_attention_than_when_it_began() -> None:
 
 @pytest.mark.paper("Sparsifiner", "works_when")
 def test_a_quarter_of_the_pairs_remains_and_the_time_is_on_record() -> None:
-    layer = mixer("sparsifiner", 32, heads=2, tokens=197)
+    """And of attention's operations two thirds, with the predictor's, at heads of 64 channels."""
+    layer = mixer("sparsifiner", 128, heads=2, tokens=197)
     with torch.no_grad(), count_operations() as counted:
-        layer(torch.randn(1, 197, 32))
+        layer(torch.randn(1, 197, 128))
     assert counted.pairs == 2 * (197 + 196 * 50)
+    predictor = 2 * (2 * 2 * 197 * 64 * 32 + 2 * 2 * 32 * 197 * 24 + 2 * 197 * 24 * 197)
+    sparse = predictor + 256 * counted.pairs
+    assert counted.flops == sparse + 4 * 2 * 197 * 128**2
+    assert sparse / (2 * 256 * 197**2) == pytest.approx(0.668, abs=0.01)
     lines = measured("sparsifiner")
     assert {line["task"] for line in lines} == {"forward", "forward + backward"}
     assert all(line["tokens"] == 196 and 0.24 < line["share_of_pairs"] < 0.26 for line in lines)

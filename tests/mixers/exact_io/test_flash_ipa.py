@@ -90,7 +90,7 @@ def test_a_stock_kernel_over_the_longer_tensors_gives_the_same() -> None:
 
 
 @pytest.mark.paper("FlashIPA", "works_when")
-def test_no_rigid_motion_changes_it_and_a_mirror_does() -> None:
+def test_no_rigid_motion_changes_it_and_a_stretch_does() -> None:
     layer = made()
     torch.nn.init.normal_(layer.to_out.weight)
     x, frames, pair = some(2, 9)

@@ -10,6 +10,7 @@ from foveate.cache.heads import HeadsCache
 from foveate.catalogue.registry import mixer
 from foveate.counting import count_operations
 from foveate.mixers.normalizer_sink.mswa import layer_windows
+from foveate.options import forced_impl
 
 HEADS, BASE = 8, 16
 WINDOWS = (4, 4, 8, 8, 16, 16, 32, 32)  # of a base of 16: a quarter, half, once, twice
@@ -51,6 +52,12 @@ def test_work_is_in_proportion_to_the_sum_of_windows() -> None:
     with torch.no_grad(), count_operations() as counted:
         mswa(torch.randn(1, length, 32, dtype=torch.float64))
     assert counted.pairs == sum(min(i + 1, width) for width in WINDOWS for i in range(length))
+    flops = []
+    for window in (64, 128, 256):
+        with torch.no_grad(), forced_impl("tiles"), count_operations(inside=True) as counted:
+            mixer("mswa", 32, heads=4, window=window)(torch.randn(1, 4096, 32))
+        flops.append(counted.flops)
+    assert 1.6 < (flops[2] - flops[1]) / (flops[1] - flops[0]) < 2.4
     layers = [sum(4 * layer_windows(base, 4)) for base in layer_windows(BASE, 4)]
     assert layer_windows(BASE, 4) == [4, 8, 16, 32] and layers == [60, 120, 240, 480]
 

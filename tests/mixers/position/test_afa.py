@@ -143,6 +143,14 @@ def test_without_dynamics_and_process_noise_it_converges_to_dot_product_attentio
     assert errors[1] < 0.2 * errors[0]
     assert errors[2] < 0.3 * errors[1]
     assert errors[2] < 2e-3
+    rotary, errors = 10_000.0 ** (-torch.arange(WIDTH // 2, dtype=torch.float64) / (WIDTH // 2)), []
+    for share in (0.1, 0.01, 0.001):  # of dynamics and noise as they may be
+        with torch.no_grad():
+            layer.rotary.copy_((share * rotary).expand(HEADS, -1))
+            layer.process.fill_(math.log(math.expm1(0.01 * share)))
+            layer.decay.fill_(math.log((1 - share) / share))
+            errors.append(float((layer(x)[0] - dense).abs().max()))
+    assert errors[1] < 0.25 * errors[0] and errors[2] < 0.3 * errors[1], errors
 
 
 def test_refusals_in_words() -> None:

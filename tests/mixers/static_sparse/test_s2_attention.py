@@ -83,7 +83,7 @@ def test_hidden_blocks_are_skipped() -> None:
 
 @pytest.mark.paper("S2-Attention", "works_when")
 def test_no_block_is_read_again_after_it_was_left_out() -> None:
-    table = seen_blocks(4, 31)
+    table = s2_core(block=1, local=LOCAL, stride=STRIDE, heads=4).pattern.mask(31)[0]
     for h, c in torch.cartesian_prod(torch.arange(4), torch.arange(31)).tolist():
         column = table[h, c:, c].tolist()
         assert column == sorted(column, reverse=True), "seen, then hidden for good"

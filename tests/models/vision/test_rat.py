@@ -114,6 +114,16 @@ def test_the_cost_is_the_sum_of_squared_sizes() -> None:
 
 
 @pytest.mark.paper("RAT (R-MSA)", "works_when")
+def test_tiles_of_other_regions_are_not_computed() -> None:
+    sizes = [64, 128, 192, 640]
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))[torch.randperm(1024)]
+    heads = [torch.randn(1, 2, 1024, 8) for _ in range(3)]
+    with count_operations() as counted:
+        region_attention(*heads, labels.unsqueeze(0))
+    assert counted.computed < 1.3 * 2 * sum(size**2 for size in sizes) < 1.3 * 0.5 * 2 * 1024**2
+
+
+@pytest.mark.paper("RAT (R-MSA)", "works_when")
 def test_who_knows_the_regions_restores_better_than_who_does_not() -> None:
     """Pixels of a region, scattered over the image, are of one brightness under noise: the same model, one region."""
 

@@ -35,7 +35,7 @@ def mswa_core(*, window: int = 1024, heads: int = 4) -> PatternCore:
     papers=("MSWA",),
     formula="o_i^h = Σ_{i-w_h<j≤i} softmax_j(q_i·k_j / √d) v_j, w_h ∈ {w/4, w/2, w, 2w}",
     core=mswa_core,
-    notes="layer_windows gives each layer's base window; a decoder keeps what its longest window sees.",
+    notes="layer_windows gives each layer's base window; a decoder keeps a cache for each window.",
 )
 class MSWA(AttentionMixer):
     """Sliding-window attention whose heads have windows of a quarter, half, once and twice a base size."""

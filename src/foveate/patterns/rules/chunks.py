@@ -153,8 +153,8 @@ def chunk_budget(keys: int, *, chunk: int = 64, starts: Sequence[int] | None = N
 
     A chunk stands for its tokens by their mean times the square root of their number. Chunks of keys are taken in the
     order of their scores, each from its first key on, until the budget of the chunk's last query is spent; no key after
-    a query is seen. Chunks begin at ``starts``, positions in the text, or are cut where keys change most, ``chunk``
-    long on average.
+    a query is seen, so that earlier queries of a chunk may see fewer (the paper has a budget for each). Chunks begin at
+    ``starts``, positions in the text, or are cut where keys change most, ``chunk`` long on average.
 
     Xiong et al., Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs, arXiv 2510.24606.
 
