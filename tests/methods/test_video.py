@@ -135,7 +135,7 @@ def carved(q: Tensor, k: Tensor, dims: tuple[int, int, int], text: int, block: i
     place = list(itertools.product(*map(range, dims)))
 
     def touch(one: list[int], other: list[int]) -> bool:
-        return any(max(abs(a - b) for a, b in zip(place[i], place[j], strict=True)) <= 1 for i in one for j in other)
+        return any(sum(abs(a - b) for a, b in zip(place[i], place[j], strict=True)) <= 1 for i in one for j in other)
 
     mask = torch.zeros(*q.shape[:2], video + text, video + text, dtype=torch.bool)
     mask[..., video:] = mask[:, :, video:] = True
@@ -155,7 +155,6 @@ def carved(q: Tensor, k: Tensor, dims: tuple[int, int, int], text: int, block: i
 
 
 @pytest.mark.paper("Jenga", "definition")
-@pytest.mark.paper("Jenga", "works_when")
 @pytest.mark.parametrize(
     ("dims", "text", "block", "mass"), [((3, 6, 6), 0, 6, 0.2), ((4, 5, 3), 5, 4, 0.4), ((2, 9, 7), 7, 8, 0.1)]
 )
@@ -175,7 +174,6 @@ def test_blocks_of_the_curve_see_likely_adjacent_and_text_blocks(
     torch.testing.assert_close(found[rows], within[rows], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.paper("Jenga", "works_when")
 def test_what_is_not_chosen_is_not_computed() -> None:
     core = Jenga((8, 16, 16), 32, 64, 0.1)
     q, k, v = torch.randn(3, 1, 2, 8 * 256 + 32, 16)
@@ -186,7 +184,6 @@ def test_what_is_not_chosen_is_not_computed() -> None:
     assert counted.pairs == seen
 
 
-@pytest.mark.paper("Jenga", "works_when")
 def test_the_most_likely_blocks_hold_more_of_the_weights_than_as_many_others() -> None:
     """Beside the adjacent blocks, those of the best means, or of the worst: the error of the output."""
     core = Jenga((4, 8, 8), 0, 8, 0.3)
@@ -221,7 +218,6 @@ def bert() -> Any:
 
 
 @pytest.mark.paper("SVG (Sparse VideoGen)", "works_when")
-@pytest.mark.paper("Jenga", "works_when")
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_in_a_model_it_is_exact_at_full_budget_and_undone_bit_for_bit(name: str) -> None:

@@ -57,9 +57,9 @@ def makima_cross(labels: Tensor | None = None, words: Tensor | None = None, stre
 def dreamvideo2(mask: Tensor | None = None, reference: int = 1024, least: float = 1e-4) -> Hook:
     """DreamVideo-2's masked reference attention: a frame sees itself and a reference image, the more inside its mask.
 
-    ``mask`` (N,) are weights in [0, 1] of the frame's tokens, 1 where the subject shall be; the reference's ``reference``
-    keys and values stand before the frame's own. Logs of the weights, of ``least`` at least, are added to the logits of
-    the reference's keys, so that each of their weights is multiplied by that of the query's place.
+    ``mask`` (N,) are weights in [0, 1] of the frame's tokens, 1 where the subject shall be; ``reference`` keys and
+    values of the reference stand before the frame's own. Logs of the weights, of ``least`` at least, are added to the
+    logits of the reference's keys, so that each of their weights is multiplied by that of the query's place.
     Wei et al., DreamVideo-2: Zero-Shot Subject-Driven Video Customization, arXiv 2410.13830.
     """
     mask = torch.linspace(0, 1, 1024) if mask is None else mask

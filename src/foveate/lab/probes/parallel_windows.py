@@ -54,9 +54,10 @@ def parallel_windows(
     """Whether a plain ensemble of the windows' predictions is as good as parallel context windows.
 
     The built-in model continues real code that it has not seen, with ``windows`` windows of what stands before: read
-    apart and seen all at once, their probabilities or their logits averaged, the last window alone, and all as one text. Bits of each
-    token; the paper compares on classification and reasoning with larger models, which this does not repeat. Here the
-    claim is refuted, narrowly: windows seen at once are worth some hundredths of a bit more than their ensemble.
+    apart and seen all at once, their probabilities or their logits averaged, the last window alone, and all as one
+    text. Bits of each token; the paper compares on classification and reasoning with larger models, which this does not
+    repeat. Here the claim is refuted, narrowly: windows seen at once are worth some hundredths of a bit more than their
+    ensemble.
 
     Yang, Liu, Men, et al., Revisiting Parallel Context Windows, arXiv 2305.15262.
     """

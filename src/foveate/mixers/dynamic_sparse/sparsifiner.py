@@ -36,7 +36,8 @@ class Sparsifiner(AttentionMixer):
     ``class_token=False``.
 
     Of 197 tokens, an image of 224 pixels, a quarter of the pairs remains and two thirds of attention's operations, the
-    predictor's among them, at heads of 64 channels; unstructured masks save no time there: see benchmarks/results/chosen_cpu.json. As in the authors' code the predictor's softmax is scaled by the root of the
+    predictor's among them, at heads of 64 channels; unstructured masks save no time there: see
+    benchmarks/results/chosen_cpu.json. As in the authors' code the predictor's softmax is scaled by the root of the
     number of heads.
 
     Paper: Wei et al., Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers,
