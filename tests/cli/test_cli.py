@@ -345,3 +345,12 @@ def test_an_error_from_elsewhere_says_how_to_see_more(monkeypatch: pytest.Monkey
     assert "[odd] reason" in said and "FOVEATE_DEBUG" in said
     monkeypatch.setenv("FOVEATE_DEBUG", "1")
     assert isinstance(foveate_command("list").exception, ValueError)
+
+
+def test_costs_that_take_long_to_count_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveate.cli import catalogue
+
+    monkeypatch.setattr(catalogue, "WAIT", 0.0)
+    shown = foveate_command("show", "gla").output.splitlines()
+    rows = [line.split() for line in shown if line.strip().startswith(("1,024", "4,096", "16,384"))]
+    assert [row[1:] == ["-", "-"] for row in rows] == [False, True, True]

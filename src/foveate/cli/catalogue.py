@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ SHOW_HELP = """Show a row of the catalogue, of whatever tier, or draw a pattern.
 """
 DIM, HEADS = 512, 8
 LENGTHS = (1024, 4096, 16384)
+WAIT = 2.0  # seconds for the costs of one length, beyond which those of longer ones are left out
 DRAWN_TOKENS = 32
 
 
@@ -363,8 +365,12 @@ def _costs(row: Row, options: dict[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("tokens", "GFLOP forward", "decoding state"):
         table.add_column(heading, justify="right")
+    patient = True  # where counting means computing, longer texts would keep one waiting
     for n in LENGTHS:
-        table.add_row(f"{n:,}", _cost(mixer.flops, n, _gflop), _cost(mixer.state_bytes, n, _bytes) if decodes else "-")
+        start = time.monotonic()
+        flops = _cost(mixer.flops, n, _gflop) if patient else "-"
+        table.add_row(f"{n:,}", flops, _cost(mixer.state_bytes, n, _bytes) if decodes and patient else "-")
+        patient = patient and time.monotonic() - start < WAIT
     return table
 
 
