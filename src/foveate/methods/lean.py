@@ -30,7 +30,7 @@ def lean_attention(workers: int | None = None, tile: int = 256, layers: Layers |
     >>> small = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     >>> model = LlamaForCausalLM(small).eval()
     >>> change = lean_attention(workers=4, tile=16).install(model)
-    >>> model.generate(torch.arange(90).view(1, 90) % 64, max_new_tokens=5, do_sample=False).shape
+    >>> model.generate(torch.arange(90).view(1, 90) % 64, max_new_tokens=5, min_new_tokens=5).shape
     torch.Size([1, 95])
     >>> change.undo()
     """
