@@ -28,7 +28,7 @@ from foveate import (
 )
 from foveate.mixers.core import PatternCore
 from foveate.mixers.exact_io.chunked import ChunkedCore
-from foveate.mixers.exact_io.dense import SigmoidAttention
+from foveate.mixers.exact_io.sigmoid_attention import SigmoidAttention
 from foveate.mixers.static_sparse.delta_attention import DeltaCore
 
 B, H, G, D = 2, 4, 2, 7

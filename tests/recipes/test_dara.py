@@ -11,7 +11,7 @@ from tests.support.formulas import follows
 from torch import Tensor, nn
 
 from foveate.catalogue.registry import mixer
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.recipes.dara import dara
 from foveate.recipes.small_lm import SmallLM
 

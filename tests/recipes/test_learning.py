@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from foveate.catalogue.contracts import Recipe
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.mixers.recurrent_ssm.rwkv7 import RWKV7
 from foveate.recipes.conversion import next_token_loss
 from foveate.recipes.linearise import linearise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveate.cache.ema_sink import EMASinkCache
 from foveate.catalogue.registry import mixer
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.recipes.reward_forcing import reward_forcing
 from foveate.recipes.small_lm import SmallLM
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from foveate.catalogue.contracts import Recipe
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.recipes.conversion import next_token_loss
 from foveate.recipes.small_lm import SmallLM
 from foveate.recipes.sparse_sparse import aligned, read_blocks, sparse_sparse_attention

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,14 @@ def follows(
         for x, mine, other in zip(wanted, ours, theirs, strict=True):
             pair = (torch.zeros_like(x) if gradient is None else gradient for gradient in (mine, other))
             assert_close(*pair, rtol=10 * rtol, atol=10 * atol)
+
+
+def shaken(module: nn.Module) -> Any:
+    """In float64, with no parameter at a special value."""
+    module.double()
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return module
 
 
 def agree(got: Tensor, expected: Tensor, x: Tensor, module: nn.Module, rtol: float = 1e-7, atol: float = 1e-8) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.formulas import shaken
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.testing import assert_close
@@ -17,14 +18,6 @@ from foveate.mixers.recurrent_ssm.audio_mamba import BidirectionalMamba
 from foveate.mixers.recurrent_ssm.mamba import Branch, Mamba, SelectiveScan
 
 DIM = 12
-
-
-def shaken(module: nn.Module) -> Any:
-    """In float64, with no parameter at a special value."""
-    module.double()
-    for parameter in module.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return module
 
 
 def tokens(length: int, batch: int = 2) -> Tensor:

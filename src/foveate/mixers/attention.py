@@ -18,6 +18,8 @@ from foveate.patterns import Layout, Pattern, causal, window
 from foveate.patterns.rules.dynamic import BlockChoice
 
 JUMPS = {"differences": "outputs jump where a small move changes which keys are chosen"}
+AHEAD = "its choice for early queries looks at later ones"
+EVERYTHING: set[Feature] = {"causal", "noncausal", "cross", "padding", "packed", "grid", "decode", "gqa"}
 
 
 class AttentionOptions(TypedDict, total=False):

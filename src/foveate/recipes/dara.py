@@ -10,7 +10,7 @@ from torch import nn
 from foveate.catalogue.contracts import Stage
 from foveate.catalogue.tiers import recipe
 from foveate.mixers.attention import AttentionMixer
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.mixers.normalizer_sink.group_scale import GroupScaledAttention, Spans
 from foveate.recipes.conversion import Conversion, next_token_loss
 from foveate.recipes.small_lm import SmallLM

@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 from foveate.catalogue.contracts import Stage
 from foveate.catalogue.tiers import recipe
 from foveate.mixers.attention import AttentionMixer
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.mixers.normalizer_sink.ema_sink import EMASinkAttention
 from foveate.recipes.conversion import Conversion, exchange
 from foveate.recipes.small_lm import SmallLM

@@ -16,7 +16,7 @@ from foveate.catalogue.tiers import recipe
 from foveate.mixers.attention import AttentionMixer
 from foveate.mixers.core import PatternCore
 from foveate.mixers.dynamic_sparse.moba import MoBA
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.patterns import Layout, Pattern, topk_blocks
 from foveate.recipes.conversion import Conversion, exchange, next_token_loss
 from foveate.recipes.small_lm import SmallLM

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from tests.support.heads import agree, plain, qkv
 from torch import Tensor
 
-from foveate import topk_blocks
+from foveate import causal, topk_blocks
 from foveate.attention.impl.native import KEYS_OF_VISIT
 from foveate.catalogue.registry import mixer
 from foveate.kernels.cpu.loader import library
+from foveate.mixers.dynamic_sparse.moba import MoBA
 from foveate.patterns.select import build
 
 HEADS, GROUPS, BLOCK, CHOSEN = 4, 2, 5, 3
@@ -91,3 +94,17 @@ def test_on_random_queries_kernels_form_a_fraction_of_the_pairs() -> None:
         formed[visit] = selection.computed * length**2
     assert formed[0] > 0.9 * causal_pairs
     assert formed[KEYS_OF_VISIT[torch.float32]] < 0.4 * causal_pairs
+
+
+@pytest.mark.paper("MoBA", "definition")
+def test_moba_is_its_formula() -> None:
+    block, count, n = 5, 3, 33
+    q, k, v = qkv(n)
+    means = torch.stack([part.mean(2) for part in k.detach().split(block, 2)], 2).repeat_interleave(2, 1)
+    seen = torch.zeros(2, 4, n, n, dtype=torch.bool)
+    for b, h, i in itertools.product(range(2), range(4), range(n)):
+        own = i // block
+        scores = [(float(q[b, h, i].detach() @ means[b, h, c]), c) for c in range(own)]
+        for chosen in [own, *(c for _, c in sorted(scores, reverse=True)[: count - 1])]:
+            seen[b, h, i, chosen * block : min((chosen + 1) * block, i + 1)] = True
+    agree(MoBA.as_core(block=block, k=count)(q, k, v, within=causal), plain(q, k, v, seen), q, k, v)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.support.heads import agree, heads, plain
 from torch import Tensor
 
+from foveate import causal
 from foveate.cache.heads import HeadsCache
 from foveate.catalogue.registry import mixer
 from foveate.counting import count_operations
-from foveate.mixers.normalizer_sink.mswa import layer_windows
+from foveate.mixers.normalizer_sink.mswa import layer_windows, mswa_core
 from foveate.options import forced_impl
 
 HEADS, BASE = 8, 16
@@ -81,3 +83,18 @@ def test_a_decoder_keeps_as_many_keys_of_a_head_as_its_window_holds() -> None:
     with count_operations() as counted, torch.no_grad():
         mswa.decode(x[:, :1], state)
     assert counted.pairs == sum(WINDOWS)
+
+
+@pytest.mark.paper("MSWA", "definition")
+@pytest.mark.parametrize("num_heads", [3, 4, 8])
+def test_mswa_gives_each_group_of_heads_its_window(num_heads: int) -> None:
+    q, k, v = heads(1, num_heads, 41, 8), heads(1, 1, 41, 8), heads(1, 1, 41, 8)
+    core = mswa_core(window=12, heads=num_heads)
+    distance = torch.arange(41).unsqueeze(1) - torch.arange(41)
+    sizes = torch.tensor([[3, 6, 12, 24][4 * head // num_heads] for head in range(num_heads)]).view(-1, 1, 1)
+    agree(core(q, k, v, within=causal), plain(q, k, v, (distance >= 0) & (distance < sizes)), q, k, v)
+
+
+def test_mswa_layers_cost_less_than_one_window_for_all() -> None:
+    windows = [size for base in layer_windows(64, 8) for size in layer_windows(base, 8)]
+    assert sum(windows) < 64 * len(windows) and max(windows) == 256 and min(windows) == 4

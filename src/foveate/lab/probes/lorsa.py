@@ -14,7 +14,7 @@ from foveate.catalogue.tiers import probe
 from foveate.lab.probes.picture import Curve, curves
 from foveate.layers.rotary import rotate
 from foveate.mixers.base import split_heads
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.patterns import causal
 
 

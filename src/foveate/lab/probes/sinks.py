@@ -13,7 +13,7 @@ from foveate.catalogue.contracts import Finding
 from foveate.catalogue.tiers import probe
 from foveate.lab.probes.picture import Curve, curves
 from foveate.mixers.base import join_heads
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.patterns import Pattern, boolean_mask, causal, full
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.attention import attend
 from foveate.mixers.core import joined
-from foveate.mixers.dynamic_sparse.minference import AShape
+from foveate.mixers.dynamic_sparse.a_shape import AShape
 from foveate.patterns import Pattern, causal
 from foveate.patterns.rules.dynamic import topk_blocks, vertical_slash
 

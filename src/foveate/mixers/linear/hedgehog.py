@@ -81,7 +81,7 @@ class Hedgehog(LinearTransformer, Positioned):
 def linearised(attention: AttentionMixer) -> Hedgehog:
     """A Hedgehog with the projections of plain softmax attention, its maps still to be trained by ``mimic``.
 
-    >>> from foveate.mixers.exact_io.dense import FlashAttention
+    >>> from foveate.mixers.exact_io.flash_attention import FlashAttention
     >>> attention = FlashAttention(64, heads=4, rotary=10_000.0)
     >>> linearised(attention)(torch.randn(2, 50, 64)).shape
     torch.Size([2, 50, 64])

@@ -1,4 +1,4 @@
-"""Local attention on grids of two or three axes."""
+"""Neighborhood attention on grids of one to three axes."""
 
 from __future__ import annotations
 
@@ -35,43 +35,3 @@ class NeighborhoodAttention(NeighborhoodMixer):
     @staticmethod
     def pattern(*, kernel: Size = 7) -> Pattern:
         return neighborhood(kernel)
-
-
-@register(
-    "dilated_neighborhood_attention",
-    papers=("DiNAT (DiNA)",),
-    formula="o_i = Σ_{j ∈ ρ_δ(i)} softmax_j(q_i·k_j / √d + b(i - j)) v_j, ρ_δ(i): k × k nearest, j ≡ i mod δ",
-    supports={"noncausal", "padding", "grid", "gqa"},
-)
-class DilatedNeighborhoodAttention(NeighborhoodMixer):
-    """Neighborhood attention with gaps: the k × k nearest tokens among every δ-th along each axis."""
-
-    tiny: ClassVar[dict[str, Any]] = {"kernel": 3, "dilation": 2}
-    grids: ClassVar[tuple[Layout, ...]] = (Grid(15, 14), Grid(14, 17))
-
-    @staticmethod
-    def pattern(*, kernel: Size = 7, dilation: Size = 2) -> Pattern:
-        return neighborhood(kernel, dilation=dilation)
-
-
-@register(
-    "generalized_neighborhood_attention",
-    papers=("GNA",),
-    formula="o_i = Σ_{j ∈ ρ(r(i))} softmax_j(q_i·k_j / √d) v_j, r(i): the one that stands for i's group",
-    supports={"noncausal", "padding", "grid", "gqa"},
-)
-class GeneralizedNeighborhoodAttention(NeighborhoodMixer):
-    """Neighborhood attention in which groups of queries share one window, from sliding to separate windows.
-
-    ``axis_causal`` lets queries see no later coordinate along an axis, such as time in a video.
-    """
-
-    tiny: ClassVar[dict[str, Any]] = {"kernel": 4, "stride": 2}
-    grids: ClassVar[tuple[Layout, ...]] = (Grid(8, 9), Grid(4, 5, 6))
-    biased: ClassVar[bool] = False
-
-    @staticmethod
-    def pattern(
-        *, kernel: Size = 8, stride: Size = 4, dilation: Size = 1, axis_causal: bool | tuple[bool, ...] = False
-    ) -> Pattern:
-        return neighborhood(kernel, dilation=dilation, stride=stride, causal=axis_causal)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foveate.catalogue.registry import register
 from foveate.mixers.base import Mixer
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.mixers.recurrent_ssm.ttt import TTTMLP
 from foveate.patterns import Layout, blocks
 

@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from foveate.catalogue.tiers import Preset, model
 from foveate.mixers.attention import recent
 from foveate.mixers.base import StepOutput
-from foveate.mixers.exact_io.dense import FlashAttention
+from foveate.mixers.exact_io.flash_attention import FlashAttention
 from foveate.patterns import full
 
 

@@ -7,19 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.mamba_inputs import assert_same, normal
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from foveate.compat import mamba
 from foveate.compat.mamba import mamba_chunk_scan_combined, mamba_inner_fn, mamba_split_conv1d_scan_combined
-
-
-def normal(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def assert_same(got: Any, wanted: Any) -> None:
-    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 def same_gradients(got: Tensor, wanted: Tensor, tensors: list[Tensor]) -> None:
