@@ -44,11 +44,10 @@ def bands(dims: tuple[int, int, int], text: int, width: int, sink: bool) -> list
     return masks
 
 
-def by_error(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], rows: list[int]) -> Tensor:
-    """The mask (B, H, N, N) of the smaller error of the sampled rows, head by head."""
+def by_error(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], rows: list[int], whole: Tensor) -> Tensor:
+    """The mask (B, H, N, N) of the smaller error of the sampled rows, head by head, of what the whole lets see."""
     q, k, v = (x.detach() for x in (q, k, v))
-    whole = torch.ones_like(masks[0])
-    exact, *thinned = (masked(q, k, v, mask)[:, :, rows] for mask in (whole, *masks))
+    exact, *thinned = (masked(q, k, v, mask & whole)[:, :, rows] for mask in (torch.ones_like(whole), *masks))
     found = torch.empty(*q.shape[:2], *masks[0].shape, dtype=torch.bool)
     for b, h in itertools.product(*map(range, q.shape[:2])):
         errors = [float(((each[b, h] - exact[b, h]) ** 2).mean()) for each in thinned]
@@ -70,12 +69,13 @@ def test_each_head_attends_to_the_band_that_suits_it(dims: tuple[int, int, int],
         k[:, head, :video] += codes
     heads = [x.requires_grad_() for x in (q, k, v)]
     rows = torch.linspace(0, video - 1, 7).long().tolist()
-    mask = by_error(*heads, bands(dims, text, core.width, sink), rows)
-    spatial, temporal = bands(dims, text, core.width, sink)
+    both, whole = bands(dims, text, core.width, sink), torch.ones(video + text, video + text, dtype=torch.bool)
+    mask = by_error(*heads, both, rows, whole)
+    spatial, temporal = both
     kinds = [[bool((mask[b, h] == temporal).all()) for h in range(4)] for b in range(2)]
     assert any(map(any, kinds)) and not all(map(all, kinds)) and not torch.equal(spatial, temporal)
     follows(nn.Module(), lambda: core(*heads), lambda: masked(*heads, mask), *heads)
-    seen = mask & torch.ones_like(mask[0, 0]).tril()
+    seen = by_error(*heads, both, rows, whole.tril()) & whole.tril()
     torch.testing.assert_close(core(*heads, within=causal), masked(*heads, seen), rtol=1e-9, atol=1e-9)
 
 

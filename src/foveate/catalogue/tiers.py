@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made", bound=Callable[..., Any])
 Input = Literal["tokens", "vectors", "image", "video", "points", "audio"]
 ModelFeature = Literal["decode", "features"]
+MethodInput = Literal["tokens", "video"]
 USE_OF: dict[str, tuple[Use, ...]] = {
     "image": ("image",),
     "video": ("video",),
@@ -88,7 +89,7 @@ class ModelRow(FunctionRow):
 
 @dataclass(frozen=True)
 class MethodRow(FunctionRow):
-    """A method: ``function(**options)`` returns a `Method`.
+    """A method: ``function(**options)`` returns a `Method`, for models of ``inputs``: tokens of text, or video.
 
     ``full_budget`` are options with which, added to ``tiny``, it changes nothing that a model computes; ``keeps`` says
     how many tokens its cache holds at most after n tokens with the options of ``tiny``, where that is bounded.
@@ -97,6 +98,7 @@ class MethodRow(FunctionRow):
     tier: ClassVar[str] = "inference"
     full_budget: Mapping[str, Any] | None = None
     keeps: Callable[[int], int] | None = None
+    inputs: MethodInput = "tokens"
 
     def make(self, **options: Any) -> Method:
         return super().make(**options)
@@ -220,6 +222,7 @@ def method(
     tiny: Mapping[str, Any],
     full_budget: Mapping[str, Any] | None,
     keeps: Callable[[int], int] | None = None,
+    inputs: MethodInput | None = None,
     **more: Any,
 ) -> Callable[[Made], Made]:
     """Add an inference method to the catalogue: a function of options that returns a `Method`.
@@ -233,8 +236,14 @@ def method(
         full_budget: options that, added to ``tiny``, let the model compute what it would without the method; None where
             none do.
         keeps: of a number of tokens: how many of them the cache holds at most, with the options of ``tiny``.
+        inputs: what the models read that it is for: "tokens" of text, or "video", as is assumed of one with a ``grid``
+            in ``tiny``. `foveate.testing.check_method` tries it on clips of that grid then, with tokens of text behind
+            them where it has an option ``text``, their number.
     """
-    return _adding(MethodRow, name, papers, more | {"tiny": tiny}, full_budget=full_budget, keeps=keeps)
+    read = inputs or ("video" if "grid" in tiny else "tokens")
+    if read not in get_args(MethodInput):
+        raise ValueError(f"inputs of {name} are one of {', '.join(get_args(MethodInput))}; got {inputs!r}")
+    return _adding(MethodRow, name, papers, more | {"tiny": tiny}, full_budget=full_budget, keeps=keeps, inputs=read)
 
 
 def recipe(

@@ -13,16 +13,12 @@ from foveate.mixers.dynamic_sparse.sparse_videogen import SparseVideoGen
 if TYPE_CHECKING:
     from foveate.adapt.hf.layers import Layers
 
-ONE_GRID = "it is for videos of one size, whose tokens see later ones: no text is read, padded or written with it"
-EXEMPT = dict.fromkeys(("full budget", "padding", "causality", "decoding", "generation"), ONE_GRID)
-
 
 @method(
     "sparse_videogen",
     papers=("SVG (Sparse VideoGen)",),
     tiny={"grid": (5, 3, 3), "keep": 0.3},
     full_budget={"keep": 1.0},
-    exempt=EXEMPT,
     uses=("video",),
 )
 def sparse_videogen(
@@ -53,7 +49,6 @@ def sparse_videogen(
     papers=("Jenga",),
     tiny={"grid": (5, 3, 3), "block": 4, "mass": 0.3},
     full_budget={"mass": 1.0},
-    exempt=EXEMPT,
     uses=("video",),
 )
 def jenga(

@@ -12,7 +12,7 @@ from foveate.layouts.hilbert import hilbert
 from foveate.layouts.kinds import Grid
 from foveate.layouts.orders import Order
 from foveate.mixers.dynamic_sparse.on_video import VideoCore, positions
-from foveate.patterns import Pattern, block_mask, global_tokens
+from foveate.patterns import Pattern, block_mask, full, global_tokens
 from foveate.patterns.rules.choose import fewest, pool
 from foveate.plain import remembered
 
@@ -66,7 +66,7 @@ class Jenga(VideoCore):
         q, k, v = (self.order.apply(x, 2) for x in (q, k, v))
         return self.order.undo(attend(q, k, v, self.pattern_of(self.chosen(q, k, scale)), scale=scale), 2)
 
-    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float, within: Pattern = full) -> Tensor:
         pattern = self.pattern_of(self.chosen(self.order.apply(q, 2), self.order.apply(k, 2), scale))
         along = pattern.mask(self.length).expand(q.shape[0], q.shape[1], -1, -1)
         rank = self.order.inverse.to(along.device)

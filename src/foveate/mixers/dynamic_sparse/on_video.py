@@ -62,7 +62,7 @@ class VideoCore(ABC):
         scale = q.shape[3] ** -0.5 if scale is None else scale
         if within == full and bias is None and softcap is None and weights == "softmax":
             return self.run(q, k, v, scale)
-        seen = boolean_mask(self.mask(q, k, v, scale))
+        seen = boolean_mask(self.mask(q, k, v, scale, within))
         pattern = seen if within == full else seen & within
         options: dict[str, Any] = {"bias": bias, "weights": weights, "scale": scale, "softcap": softcap}
         return attend(q, k, v, pattern, **options)
@@ -72,8 +72,8 @@ class VideoCore(ABC):
         """Attention (B, H, N, D) over what is chosen."""
 
     @abstractmethod
-    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """What is chosen, (B, H, N, N)."""
+    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float, within: Pattern = full) -> Tensor:
+        """What is chosen, (B, H, N, N), by what ``within`` lets see: padding decides nothing."""
 
 
 def positions(rank: Tensor, text: int) -> Tensor:

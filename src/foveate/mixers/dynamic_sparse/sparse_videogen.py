@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.attention import attend
 from foveate.layouts.orders import Order, axes_order, raster
 from foveate.mixers.dynamic_sparse.on_video import VideoCore, positions
-from foveate.patterns import Pattern, global_tokens, window
+from foveate.patterns import Pattern, full, global_tokens, window
 from foveate.patterns.rules.decided import Columns
 
 
@@ -71,16 +71,19 @@ class SparseVideoGen(VideoCore):
         return torch.stack(found)
 
     @torch.no_grad()
-    def is_temporal(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Which heads (B, H) the mask of places suits better."""
+    def is_temporal(self, q: Tensor, k: Tensor, v: Tensor, scale: float, within: Pattern = full) -> Tensor:
+        """Which heads (B, H) the mask of places suits better, of the keys that ``within`` lets see."""
         video = self.video.length
         rows = torch.linspace(0, video - 1, min(self.samples, video), device=q.device).long()
         logits = q[:, :, rows] @ k.mT * scale
+        if within != full:
+            seen = within.mask(self.length)[:, :, rows.cpu()].to(q.device)
+            logits = logits.masked_fill(~seen, torch.finfo(q.dtype).min)
         exact = logits.softmax(-1) @ v
         errors = []
         for order in self.orders:
             hidden = ~self._rows(order, rows).to(q.device)
-            masked = logits.masked_fill(hidden, float("-inf")).softmax(-1) @ v
+            masked = logits.masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1) @ v
             errors.append((masked - exact).square().mean((2, 3)))
         return errors[1] < errors[0]
 
@@ -89,8 +92,8 @@ class SparseVideoGen(VideoCore):
         rank = positions(order.inverse, self.text)
         return self.pattern_in(order).allows(rank[rows.cpu()].unsqueeze(1), rank.unsqueeze(0))
 
-    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return self.masks().to(q.device)[self.is_temporal(q, k, v, scale).long()]
+    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float, within: Pattern = full) -> Tensor:
+        return self.masks().to(q.device)[self.is_temporal(q, k, v, scale, within).long()]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         temporal = self.is_temporal(q, k, v, scale)

@@ -1,0 +1,191 @@
+"""What every method for text holds to, on a small causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.testing.installed import Installed, MethodSubject
+from foveate.testing.report import Skip
+from foveate.testing.suite import EXACT, Property, assert_equal, same_bits
+
+LENGTH, PROMPT, NEW = 45, 29, 9
+
+
+@dataclass(frozen=True)
+class TextSubject(MethodSubject):
+    """A method for texts."""
+
+    ahead: str = ""  # why later tokens may change earlier outputs; empty where they may not
+    decodes: bool = True
+    keeps: Callable[[int], int] | None = None
+
+    def tokens(self, batch: int = 2, length: int = LENGTH) -> Tensor:
+        return torch.randint(self.model.config.vocab_size, (batch, length))
+
+
+def small_llama() -> nn.Module:
+    """Llama of two layers, four query heads on two key heads, with weights large enough for attention to matter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.25,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def full_budget(subject: TextSubject) -> None:
+    """With all of the budget, the model computes what it did; with little, it does not."""
+    if subject.full_budget is None:
+        raise Skip("no options make it plain attention")
+    x = subject.tokens()
+    plain = subject.model(x).logits
+    with Installed(subject, subject.full_budget) as model:
+        assert_equal(model(x).logits, plain, "logits at full budget")
+        if subject.decodes and not subject.ahead:
+            assert_equal(_from_prompt(model, x), plain[:, PROMPT - 1 :], "logits at full budget, decoded")
+    if subject.full_budget != subject.tiny:
+        with Installed(subject) as model:
+            apart = (model(x).logits - plain).abs().max()
+            if apart <= EXACT and subject.decodes:  # some let go of tokens only once a prompt is read
+                apart = (_from_prompt(model, x) - plain[:, PROMPT - 1 :]).abs().max()
+        assert apart > EXACT, "with a small budget nothing changes: the method is not at work"
+
+
+def _from_prompt(model: Any, x: Tensor) -> Tensor:
+    """Logits of the prompt's last token and of every token after it, decoded one by one."""
+    return torch.cat([out.logits[:, -1:] for _, out in _decoded(model, x)], 1)
+
+
+@torch.no_grad()
+def undo(subject: TextSubject) -> None:
+    """Undone, the model has every bit, and computes every bit, as before; undoing again does nothing."""
+    model, x = subject.model, subject.tokens()
+    before, weights = model(x).logits, {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    change = subject.make(**subject.tiny).install(model)
+    model(x)
+    change.undo()
+    change.undo()
+    after = model.state_dict()
+    assert list(after) == list(weights), "the model has other parameters than before"
+    changed = [name for name, value in weights.items() if not same_bits(after[name], value)]
+    assert not changed, f"parameters changed: {', '.join(changed)}"
+    assert same_bits(model(x).logits, before), "the model computes other numbers than before"
+    assert model.config.to_dict() == config, "the model's configuration changed"
+
+
+@torch.no_grad()
+def neighbours(subject: TextSubject) -> None:
+    """A sequence in a batch is what it would be alone."""
+    x = subject.tokens(3)
+    with Installed(subject) as model:
+        together = model(x).logits
+        for entry in range(3):
+            assert_equal(together[entry : entry + 1], model(x[entry : entry + 1]).logits, f"entry {entry} alone")
+
+
+@torch.no_grad()
+def padding(subject: TextSubject) -> None:
+    """Padding, before a sequence or after it, changes nothing of it."""
+    x, short = subject.tokens(), LENGTH - 13
+    with Installed(subject) as model:
+        alone = model(x[1:, :short]).logits
+        for side, real in (("left", slice(LENGTH - short, None)), ("right", slice(short))):
+            padded, mask = x.clone(), torch.ones_like(x)
+            padded[1], mask[1] = 0, 0
+            padded[1, real], mask[1, real] = x[1, :short], 1
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            out = model(padded, attention_mask=mask, position_ids=positions).logits
+            assert_equal(out[1:, real], alone, f"the sequence with padding on its {side}")
+            assert_equal(out[:1], model(x[:1]).logits, f"the sequence beside one with padding on its {side}")
+
+
+@torch.no_grad()
+def causality(subject: TextSubject) -> None:
+    """No later token reaches an output."""
+    if subject.ahead:
+        raise Skip(subject.ahead)
+    x, other = subject.tokens(), subject.tokens()
+    changed = torch.cat((x[:, :PROMPT], other[:, PROMPT:]), 1)
+    with Installed(subject) as model:
+        early = model(changed).logits[:, :PROMPT]
+        assert_equal(early, model(x).logits[:, :PROMPT], "outputs before the tokens that change")
+
+
+@torch.no_grad()
+def decoding(subject: TextSubject) -> None:
+    """A prompt and then token by token, with the model's own cache, gives what the whole gives."""
+    if subject.ahead or not subject.decodes:
+        raise Skip(subject.ahead or "it is for prompts: tokens decoded see what the model lets them see")
+    x = subject.tokens()
+    with Installed(subject) as model:
+        whole = model(x).logits
+        for at, out in _decoded(model, x):
+            assert_equal(out.logits[:, -1], whole[:, at], f"token {at}")
+
+
+@torch.no_grad()
+def generation(subject: TextSubject) -> None:
+    """``generate`` writes for each prompt of a padded batch what it writes for that prompt alone."""
+    x, short = subject.tokens(2, PROMPT).clamp(min=1), PROMPT - 8
+    mask = torch.ones_like(x)
+    mask[1, : PROMPT - short] = 0
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    with Installed(subject) as model:
+        written = model.generate(x.masked_fill(mask == 0, 0), attention_mask=mask, **options)[:, PROMPT:]
+        for entry, prompt in ((0, x[:1]), (1, x[1:, PROMPT - short :])):
+            alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, prompt.shape[1] :]
+            assert alone.shape == (1, NEW), f"{NEW} tokens were asked for; got {tuple(alone.shape)}"
+            assert torch.equal(written[entry : entry + 1], alone), f"prompt {entry} goes on otherwise alone"
+
+
+@torch.no_grad()
+def memory(subject: TextSubject) -> None:
+    """The cache holds no more tokens than the method says, and no more memory than these take."""
+    if subject.keeps is None:
+        raise Skip("it claims no bound on what its cache holds")
+    x = subject.tokens()
+    with Installed(subject) as model:
+        for at, out in _decoded(model, x):
+            allowed = subject.keeps(at + 1)
+            for layer in out.past_key_values.layers:
+                kept = layer.keys.shape[2]
+                assert kept <= allowed, f"{kept} keys are kept after {at + 1} tokens, not {allowed}"
+                size = max(one.untyped_storage().nbytes() / one[:, :, 0].nbytes for one in (layer.keys, layer.values))
+                assert size <= 2 * allowed, f"the memory of {size:.0f} keys is held after {at + 1} tokens"
+
+
+def _decoded(model: Any, x: Tensor) -> Any:
+    """Position and output of the prompt's last token, and of every token after it."""
+    out = model(x[:, :PROMPT], use_cache=True)
+    yield PROMPT - 1, out
+    for at in range(PROMPT, x.shape[1]):
+        out = model(x[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+        yield at, out
+
+
+PROPERTIES = (
+    Property("full budget", full_budget),
+    Property("undo", undo),
+    Property("neighbours", neighbours),
+    Property("padding", padding),
+    Property("causality", causality),
+    Property("decoding", decoding),
+    Property("generation", generation),
+    Property("memory", memory),
+)
