@@ -12,8 +12,8 @@ class SmallVideoModel(nn.Module):
     """Two layers in which the tokens of a clip, and those of a text behind them, all see one another.
 
     It takes noisy latents (B, 4, T, H, W), the time of denoising (B,) and a text (B, L, 6), of which ``text_mask``
-    (B, L) says what is no padding, and returns the latents' velocity (B, 4, T, H, W). With ``joint=False`` the text's mean is
-    added to every token instead, as models do whose attention is of the clip alone.
+    (B, L) says what is no padding, and returns the latents' velocity (B, 4, T, H, W). With ``joint=False`` the text's
+    mean is added to every token instead, as models do whose attention is of the clip alone.
     """
 
     def __init__(self, joint: bool = True) -> None:
