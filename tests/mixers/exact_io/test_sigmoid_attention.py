@@ -45,6 +45,23 @@ def test_sigmoid_attention_is_its_formula(length: int | None, slanted: bool, kv_
     follows(model, lambda: model(x, padding=real), formula, x)
 
 
+def test_norm_and_scale_follow_attention_in_reading_and_in_decoding() -> None:
+    plain, x = mixer("sigmoid_attention", 32, heads=4).double(), heads(2, 13, 32)
+    tamed = mixer("sigmoid_attention", 32, heads=4, hybrid_norm=True, layer_scale=1e-4).double()
+    assert tamed.layer_scale.tolist() == pytest.approx([1e-4] * 32)
+    plain.to_q, plain.to_k, plain.to_v, plain.to_out = tamed.to_q, tamed.to_k, tamed.to_v, tamed.to_out
+
+    def formula() -> Tensor:
+        return (standard(plain(x)) * tamed.norm_out.weight + tamed.norm_out.bias) * tamed.layer_scale
+
+    follows(tamed, lambda: tamed(x), formula, x)
+    state, outs = tamed.init_state(2), []
+    for token in x.split(1, dim=1):
+        out, state = tamed.decode(token, state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), formula())
+
+
 @pytest.mark.paper("Sigmoid-Attention", "works_when")
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_tiled_sigmoid_attention_is_dense(is_causal: bool) -> None:

@@ -22,8 +22,8 @@ def test_swat_is_its_formula(half: int, rotary: float | None) -> None:
     model = mixer("swat", 16 * half, heads=2 * half, window=6, rotary=rotary).double()
     x, places = heads(2, 23, 16 * half), torch.arange(23)
     distance = places.unsqueeze(1) - places
-    steep = [2.0 ** (-8 * number / half) for number in range(1, half + 1)]
-    slopes = torch.tensor([*steep, *(-slope for slope in steep)], dtype=torch.float64).view(-1, 1, 1)
+    literal = {2: [0.5, 0.25, -0.5, -0.25], 3: [0.5, 0.25, 0.125, -0.5, -0.25, -0.125]}[half]
+    slopes = torch.tensor(literal, dtype=torch.float64).view(-1, 1, 1)
 
     def formula() -> Tensor:
         q, k, v = (split_heads(layer(x), 2 * half) for layer in (model.to_q, model.to_k, model.to_v))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from foveate.attention import Bias, alibi, alibi_slopes, attend
-from foveate.cache import KVCache
+from foveate.cache import HeadsCache, KVCache
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import AttentionMixer, RotaryOptions
-from foveate.mixers.base import join_heads
+from foveate.mixers.base import StepOutput, join_heads
 from foveate.patterns import Layout, Packed, causal
 from foveate.precision import accum_dtype
 
@@ -26,8 +26,11 @@ class SigmoidAttention(AttentionMixer):
     """Attention whose weights are sigmoids of the logits, each on its own: rows are not normalised.
 
     ``length`` is the n of the bias -log n; None counts the keys that each query may see, so that decoding and
-    training agree at every length. ``qk_norm`` normalises each head's queries and keys, which the paper
-    recommends for stable training; ``alibi`` adds ALiBi's slopes times the distance, as in its language models.
+    training agree at every length. ``alibi`` adds ALiBi's slopes times the distance, as in the paper's language
+    models. Rows that are not normalised make attention's norms large early in training; the paper tames them by
+    ``qk_norm``, a LayerNorm of each head's queries and keys; ``hybrid_norm``, a LayerNorm of what attention returns
+    beside the one that a block applies to its input; or ``layer_scale``, a learned factor per channel of what
+    attention returns, of this size at first (1e-4 in its vision models).
     """
 
     def __init__(
@@ -38,6 +41,8 @@ class SigmoidAttention(AttentionMixer):
         length: int | None = None,
         qk_norm: bool = False,
         alibi: bool = False,
+        hybrid_norm: bool = False,
+        layer_scale: float | None = None,
         **options: Unpack[RotaryOptions],
     ) -> None:
         super().__init__(dim, heads, **options)
@@ -46,6 +51,8 @@ class SigmoidAttention(AttentionMixer):
         self.length, self.alibi = length, alibi
         self.norm_q = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.norm_k = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.norm_out = nn.LayerNorm(dim) if hybrid_norm else nn.Identity()
+        self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
 
     def heads_of(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads_of(x, context)
@@ -55,7 +62,15 @@ class SigmoidAttention(AttentionMixer):
         q, k, v = self.project(x, x)
         bias = self.biases(self.count_keys(x, layout, padding), q)
         out = attend(q, k, v, self.within(padding), bias=bias, weights="sigmoid", layout=layout)
-        return self.to_out(join_heads(out))
+        return self.tamed(self.to_out(join_heads(out)))
+
+    def mix_after(self, x: Tensor, state: KVCache | HeadsCache) -> StepOutput:
+        out, state = super().mix_after(x, state)
+        return StepOutput(self.tamed(out), state)
+
+    def tamed(self, out: Tensor) -> Tensor:
+        out = self.norm_out(out)
+        return out if self.layer_scale is None else out * self.layer_scale
 
     def attend_kept(self, q: Tensor, cache: KVCache) -> Tensor:
         counts = torch.arange(cache.seen - q.shape[2], cache.seen, device=q.device) + 1

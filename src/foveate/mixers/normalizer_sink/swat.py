@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from foveate.attention import Bias, Weights, alibi, alibi_slopes
+from foveate.attention import Bias, Weights, alibi
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import AttentionMixer, AttentionOptions, recent
 from foveate.mixers.core import PatternCore
@@ -22,7 +22,8 @@ from foveate.precision import accum_dtype
 class SWAT(AttentionMixer):
     """Sliding-window attention with sigmoid weights, half of the heads favouring old keys.
 
-    The balanced ALiBi slopes s_h of the two halves are opposite; queries and keys carry rotary positions.
+    The balanced ALiBi slopes s_h of the two halves are opposite, ±2^-k for the k-th head of a half, whatever their
+    number; queries and keys carry rotary positions.
     """
 
     tiny: ClassVar[dict[str, Any]] = {"window": 6}
@@ -46,10 +47,13 @@ class SWAT(AttentionMixer):
 
 
 def balanced_slopes(heads: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    """ALiBi slopes, positive for the first half of the heads and their opposites for the rest.
+    """2^-k for the k-th head of the first half, and their opposites for the rest.
 
-    >>> balanced_slopes(4)
-    tensor([ 0.0625,  0.0039, -0.0625, -0.0039])
+    These are the paper's. ALiBi's own, which the authors' later code takes for all heads, depend on how many
+    heads there are.
+
+    >>> balanced_slopes(5)
+    tensor([ 0.5000,  0.2500,  0.1250, -0.5000, -0.2500])
     """
-    slopes = alibi_slopes(-(-heads // 2), dtype=dtype, device=device)
+    slopes = torch.exp2(-torch.arange(1, -(-heads // 2) + 1, dtype=dtype, device=device))
     return torch.cat([slopes, -slopes])[:heads]
