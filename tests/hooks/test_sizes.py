@@ -1,0 +1,44 @@
+"""The sizes that hooks have unless told otherwise: what an application that takes them as they are gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from foveate.catalogue import tiers
+
+SIZES = {  # heads, head_dim, queries where they are not the keys, keys, batch
+    "audio_mae_decoder": (16, 32, None, 512, 1),
+    "avis": (8, 32, 60 * 20, 60 * 21, 1),
+    "dfir_detr": (8, 32, None, 20 * 20, 1),
+    "dome_detr": (8, 32, None, 100 * 100, 1),
+    "dreamvideo2": (8, 64, 1024, 2048, 1),
+    "dsta_space": (8, 4, None, 16, 3),
+    "dsta_time": (8, 4, None, 3, 16),
+    "dualfreq_rswa": (4, 32, None, 56 * 56, 1),
+    "g2v2former_space": (12, 64, None, 14 * 14, 8),
+    "g2v2former_time": (12, 64, None, 8, 14 * 14),
+    "gano": (8, 64, 20, 1568, 2),
+    "guided_attention_sta": (8, 64, 1568, 20, 2),
+    "hbformer": (3, 32, None, 56 * 56, 1),
+    "lovecon": (8, 40, None, 32 * 256, 1),
+    "makima_cross": (8, 40, 1024, 77, 1),
+    "makima_self": (8, 40, None, 1024, 1),
+    "mocha_speech": (16, 64, 32 * 240, 128, 1),
+    "motion_i2v": (8, 40, 16, 2 * 16, 1024),
+    "poster_v2": (2, 32, None, 28 * 28, 1),
+    "saits": (4, 64, None, 48, 1),
+    "seedvr2": (20, 128, None, 108_000, 1),
+    "through_the_mask": (8, 64, None, 16 * 256, 1),
+    "through_the_mask_prompts": (8, 64, 4096, 64, 1),
+    "vi_mistral_x": (32, 128, None, 8192, 1),
+    "videobooth": (8, 40, 16 * 256, 17 * 256, 1),
+    "vsformer": (8, 16, None, 100, 1),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_hook_has_the_sizes_of_its_application(name: str) -> None:
+    row = tiers.row(name)
+    assert isinstance(row, tiers.HookRow)
+    hook = row.make()
+    assert (hook.heads, hook.head_dim, hook.queries, hook.keys, hook.batch) == SIZES[name]
