@@ -36,6 +36,7 @@ def by_hand(scores: bool):
 
 
 @pytest.mark.paper("PoD", "definition")
+@pytest.mark.paper("PoD", "works_when")
 @pytest.mark.parametrize("scores", [False, True], ids=["keys", "scores"])
 @pytest.mark.parametrize("cuts", [[LENGTH], [23] + [1] * 24, [9, 20, 1, 12, 5]])
 def test_near_tokens_by_own_keys_and_distant_ones_by_the_groups(cuts: list[int], scores: bool) -> None:
@@ -58,15 +59,42 @@ def test_near_tokens_by_own_keys_and_distant_ones_by_the_groups(cuts: list[int],
 
 
 @pytest.mark.paper("PoD", "definition")
+@pytest.mark.paper("PoD", "works_when")
 @pytest.mark.parametrize("groups", [[], [[0], [1]]])
-def test_groups_of_one_layer_are_full_attention(groups: list[list[int]]) -> None:
+@pytest.mark.parametrize("cuts", [[LENGTH], [23] + [1] * 24])
+def test_groups_of_one_layer_are_full_attention(groups: list[list[int]], cuts: list[int]) -> None:
+    """However near ends (here at a query's own token), the whole text and token by token."""
     model, tokens = small_model("llama"), torch.randint(1, 50, (2, LENGTH))
     want = model(tokens).logits
     change = tiers.row("pod").make(groups=groups, sinks=0, window=1).install(model)
     try:
-        torch.testing.assert_close(model(tokens).logits, want)
+        cache, got = None, []
+        for part in tokens.split(cuts, dim=1):
+            out = model(part, past_key_values=cache)
+            cache = out.past_key_values
+            got.append(out.logits)
     finally:
         change.undo()
+    torch.testing.assert_close(torch.cat(got, 1), want)
+
+
+@pytest.mark.paper("PoD", "works_when")
+def test_a_group_saves_the_distant_keys_of_all_layers_but_its_lowest() -> None:
+    model, tokens = small_model("llama"), torch.randint(1, 50, (1, 200))
+    change = tiers.row("pod").make(groups=[[0, 1]], sinks=SINKS, window=WINDOW).install(model)
+    try:
+        cache = None
+        for part in tokens.split([150] + [1] * 50, dim=1):
+            cache = model(part, past_key_values=cache).past_key_values
+    finally:
+        change.undo()
+    lower, upper = cache.layers
+    assert lower.keys.shape[2] == lower.values.shape[2] == 200
+    room = upper.keys.untyped_storage().nbytes() // upper.keys[:, :, 0].nbytes
+    assert upper.keys.shape[2] <= room <= SINKS + WINDOW + 1
+    values = upper.memory.values.tensors[0]
+    assert values.shape[2] == 200
+    assert not torch.equal(values, lower.values)
 
 
 def test_a_layer_is_in_one_group() -> None:
