@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.decoders import gated, louder, rms, turned
 from tests.support.formulas import follows
 from torch import Tensor, nn
 
@@ -17,19 +18,6 @@ from foveate.models.lm.decoder import LayerKind
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 SWAN = {"dim": 12, "depth": 5, "heads": 3, "kv_heads": 1, "hidden": 20, "window": 4, "trained": 6}
 GEB = {"dim": 12, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 20}
-
-
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5) * weight
-
-
-def turned(x: Tensor, base: float) -> Tensor:
-    """Channels (c, c + D / 2) of x (..., N, D) turned by n · base^(-2c / D)."""
-    width, length = x.shape[-1], x.shape[-2]
-    angles = torch.arange(length).unsqueeze(1) * base ** (-2 * torch.arange(width // 2, dtype=torch.float64) / width)
-    turns = torch.polar(torch.ones_like(angles), angles)
-    made = torch.complex(x[..., : width // 2], x[..., width // 2 : width // 2 * 2]) * turns
-    return torch.cat([made.real, made.imag, x[..., width // 2 * 2 :]], -1)
 
 
 def attention(mixer: nn.Module, x: Tensor, kind: LayerKind, heads: int, kv_heads: int) -> Tensor:
@@ -54,19 +42,8 @@ def formula(model: nn.Module, tokens: Tensor, kinds: list[LayerKind], heads: int
     x = model.embed.weight[tokens]
     for layer, kind in zip(model.layers, kinds, strict=True):
         x = x + attention(layer.mixer, rms(x, layer.norm.weight), kind, heads, kv_heads)
-        y, channels = rms(x, layer.channels_norm.weight), layer.channels
-        gate = y @ channels.gate.weight.T
-        x = x + (gate / (1 + torch.exp(-gate)) * (y @ channels.value.weight.T)) @ channels.to_out.weight.T
+        x = x + gated(layer.channels, rms(x, layer.channels_norm.weight))
     return rms(x, model.norm.weight) @ model.head.weight.T
-
-
-def louder(model: nn.Module) -> nn.Module:
-    """Weights at which attention matters."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(20)
-    return model
 
 
 WIDE, NEAR = LayerKind(None, None, 6), LayerKind(4, 10_000.0)

@@ -2,6 +2,7 @@
 
 from foveate.models.lm.decoder import geb, swan_gpt
 from foveate.models.lm.longcoder import longcoder
+from foveate.models.lm.mix_attention import mix_attention
 from foveate.models.lm.transnormer import transnormer
 
-__all__ = ["geb", "longcoder", "swan_gpt", "transnormer"]
+__all__ = ["geb", "longcoder", "mix_attention", "swan_gpt", "transnormer"]

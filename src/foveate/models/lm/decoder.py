@@ -1,4 +1,4 @@
-"""A decoder whose layers differ in what they see, in their positions and in the scale of logits; SWAN-GPT, GEB."""
+"""A decoder whose layers differ in what they see, whose keys they read, in positions and logits; SWAN-GPT, GEB."""
 
 from __future__ import annotations
 
@@ -10,46 +10,88 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from foveate.attention import attend
+from foveate.attention.ranges import attend_ranges
+from foveate.cache import KVCache
 from foveate.catalogue.tiers import Preset, model
+from foveate.layers.rotary import rotate
 from foveate.mixers.attention import recent
-from foveate.mixers.base import StepOutput
-from foveate.mixers.exact_io.flash_attention import FlashAttention
-from foveate.patterns import full
+from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
+from foveate.mixers.core import joined
+from foveate.patterns import Pattern, causal, full
 
 
 class LayerKind(NamedTuple):
     """One layer's switches.
 
     ``window`` is how many keys a query sees, None for all before it; ``rotary`` the base of rotary positions, None for
-    no positions; ``trained`` the length from which on logits are scaled with the logarithm of a query's position.
+    no positions; ``trained`` the length from which on logits are scaled with the logarithm of a query's position;
+    ``reuses`` the number of an earlier layer whose keys and values it reads instead of its own.
     """
 
     window: int | None = None
     rotary: float | None = 10_000.0
     trained: int | None = None
+    reuses: int | None = None
+
+    @property
+    def pattern(self) -> Pattern:
+        return full if self.window is None else recent(self.window)
 
 
-class SwitchedAttention(FlashAttention):
+class SwitchedAttention(nn.Module):
     """Causal attention of one layer's kind: a window or all keys, rotary positions or none, logits scaled or not.
 
-    >>> SwitchedAttention(16, 2, kind=LayerKind(window=4))(torch.randn(1, 9, 16)).shape
+    What it reads is a cache, into which it writes its own keys and values first, unless it reuses another layer's.
+
+    >>> layer = SwitchedAttention(16, 2, kind=LayerKind(window=4))
+    >>> x = torch.randn(1, 9, 16)
+    >>> layer.read(x, layer.write(x, KVCache(1))).shape
     torch.Size([1, 9, 16])
     """
 
-    def __init__(self, dim: int, heads: int, *, kind: LayerKind, **options: Any) -> None:
-        pattern = full if kind.window is None else recent(kind.window)
-        super().__init__(dim, heads, pattern=pattern, rotary=kind.rotary, **options)
+    def __init__(
+        self, dim: int, heads: int, *, kind: LayerKind, kv_heads: int | None = None, head_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        self.dim, self.kind, self.heads, self.kv_heads = dim, kind, heads, kv_heads or heads
+        if heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide heads; got {self.kv_heads} and {heads}")
         if kind.trained is not None and kind.trained < 2:
             raise ValueError(f"trained is a length whose logarithm divides others, at least 2; got {kind.trained}")
-        self.trained = kind.trained
+        width = head_dim or divided(dim, heads)
+        self.pattern = kind.pattern
+        self.to_q = nn.Linear(dim, heads * width, bias=False)
+        if kind.reuses is None:
+            self.to_k, self.to_v = (nn.Linear(dim, self.kv_heads * width, bias=False) for _ in range(2))
+        self.to_out = nn.Linear(heads * width, dim, bias=False)
 
-    def project(self, x: Tensor, context: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().project(x, context, first)
-        if self.trained is None:
-            return q, k, v
-        seen = torch.arange(first + 1, first + 1 + x.shape[1], device=x.device, dtype=torch.float64)
-        scale = (seen.log() / math.log(self.trained)).clamp_min(1)
-        return (q * scale.unsqueeze(1)).to(q.dtype), k, v
+    def write(self, x: Tensor, cache: KVCache) -> KVCache:
+        """The cache with the keys and values of the next tokens x (B, N, C); as it was where it is another layer's."""
+        if self.kind.reuses is not None:
+            return cache
+        k, v = (split_heads(layer(x), self.kv_heads) for layer in (self.to_k, self.to_v))
+        return cache.append(self.turned(k, cache.seen), v)
+
+    def read(self, x: Tensor, cache: KVCache) -> Tensor:
+        """What the tokens x (B, N, C), the last that the cache has seen, make of it."""
+        first = cache.seen - x.shape[1]
+        q = self.turned(split_heads(self.to_q(x), self.heads), first)
+        if self.kind.trained is not None:
+            seen = torch.arange(first + 1, cache.seen + 1, device=x.device, dtype=torch.float64)
+            scale = (seen.log() / math.log(self.kind.trained)).clamp_min(1)
+            q = (q * scale.unsqueeze(1)).to(q.dtype)
+        if x.shape[1] == 1 and self.kind.window is not None:
+            out = attend_ranges(q, cache.k, cache.v, cache.last_under(self.pattern))
+        else:
+            out = attend(q, cache.k, cache.v, joined(self.pattern, cache.within))
+        return self.to_out(join_heads(out))
+
+    def turned(self, x: Tensor, first: int) -> Tensor:
+        """Heads (B, H, N, D) of tokens from position ``first`` on, turned to their positions if those are rotary."""
+        if self.kind.rotary is None:
+            return x
+        return rotate(x, torch.arange(first, first + x.shape[2], device=x.device), self.kind.rotary)
 
 
 class GatedLinear(nn.Module):
@@ -72,16 +114,19 @@ class DecoderLayer(nn.Module):
         self.norm, self.mixer = nn.RMSNorm(mixer.dim, eps=1e-5), mixer
         self.channels_norm, self.channels = nn.RMSNorm(mixer.dim, eps=1e-5), GatedLinear(mixer.dim, hidden)
 
-    def forward(self, x: Tensor, state: Any = None) -> StepOutput:
-        """Tokens x (B, N, C), after those that ``state`` has seen if one is given."""
+    def forward(self, x: Tensor, cache: KVCache) -> StepOutput:
+        """Tokens x (B, N, C), and the cache that it reads with them in it."""
         normed = self.norm(x)
-        mixed, after = (self.mixer(normed), None) if state is None else self.mixer.prefill(normed, state)
-        x = x + mixed
-        return StepOutput(x + self.channels(self.channels_norm(x)), after)
+        cache = self.mixer.write(normed, cache)
+        x = x + self.mixer.read(normed, cache)
+        return StepOutput(x + self.channels(self.channels_norm(x)), cache)
 
 
 class Decoder(nn.Module):
-    """Tokens (B, N) to logits of the next one (B, N, vocabulary); a cache for each layer, as long as it needs."""
+    """Tokens (B, N) to logits of the next one (B, N, vocabulary); a cache for each layer that has keys of its own.
+
+    A cache is as long as the layers that read it need it. ``homes`` are the numbers of the caches that layers read.
+    """
 
     def __init__(
         self,
@@ -95,37 +140,66 @@ class Decoder(nn.Module):
         head_dim: int | None = None,
     ) -> None:
         super().__init__()
+        self.homes = homes_of(kinds)
         self.embed = nn.Embedding(vocabulary, dim)
         options: dict[str, Any] = {"kv_heads": kv_heads, "head_dim": head_dim}
         self.layers = nn.ModuleList(
             DecoderLayer(SwitchedAttention(dim, heads, kind=kind, **options), hidden) for kind in kinds
         )
+        self.patterns = [widest(kinds, self.homes, number) for number in range(max(self.homes) + 1)]
         self.norm, self.head = nn.RMSNorm(dim, eps=1e-5), nn.Linear(dim, vocabulary, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self._through(tokens, [None] * len(self.layers)).out
+        return self.prefill(tokens, self.init_state(*tokens.shape)).out
 
-    def init_state(self, batch: int, capacity: int | None = None) -> list[Any]:
-        """Caches before the first token: layers with windows keep their windows, others all."""
-        return [layer.mixer.init_state(batch, capacity) for layer in self.layers]  # type: ignore[operator, union-attr]
+    def init_state(self, batch: int, capacity: int | None = None) -> list[KVCache]:
+        """Caches before the first token: those that only layers with windows read keep windows, others all."""
+        return [KVCache(batch, capacity, pattern) for pattern in self.patterns]
 
-    def prefill(self, tokens: Tensor, state: list[Any]) -> StepOutput:
+    def prefill(self, tokens: Tensor, state: list[KVCache]) -> StepOutput:
         """Logits of the next tokens (B, N), and the caches after them."""
-        return self._through(tokens, state)
+        x, caches = self.embed(tokens), list(state)
+        for layer, home in zip(self.layers, self.homes, strict=True):
+            x, caches[home] = layer(x, caches[home])
+        return StepOutput(self.head(self.norm(x)), [cache.trimmed() for cache in caches])
 
-    def decode(self, tokens: Tensor, state: list[Any]) -> StepOutput:
+    def decode(self, tokens: Tensor, state: list[KVCache]) -> StepOutput:
         """Logits of one more token (B, 1)."""
-        return self._through(tokens, state)
+        return self.prefill(tokens, state)
 
-    def _through(self, tokens: Tensor, states: Sequence[Any]) -> StepOutput:
-        x, after = self.embed(tokens), []
-        for layer, state in zip(self.layers, states, strict=True):
-            x, reached = layer(x, state)
-            after.append(reached)
-        return StepOutput(self.head(self.norm(x)), after)
+
+def homes_of(kinds: Sequence[LayerKind]) -> list[int]:
+    """Number of the cache that each layer reads; caches are counted in the order of the layers that fill them.
+
+    >>> homes_of([LayerKind(), LayerKind(window=4), LayerKind(reuses=0), LayerKind(), LayerKind(window=4, reuses=1)])
+    [0, 1, 0, 2, 1]
+    """
+    if not kinds:
+        raise ValueError("a decoder has at least one layer; got no kinds")
+    homes: list[int] = []
+    for number, kind in enumerate(kinds):
+        if kind.reuses is None:
+            homes.append(max(homes, default=-1) + 1)
+            continue
+        if not 0 <= kind.reuses < number:
+            raise ValueError(f"layer {number} reuses the keys of an earlier one, 0 to {number - 1}; got {kind.reuses}")
+        if kinds[kind.reuses].rotary != kind.rotary:
+            raise ValueError(
+                f"layer {number} reuses the keys of layer {kind.reuses}, turned by base {kinds[kind.reuses].rotary}; "
+                f"give it the same rotary, not {kind.rotary}"
+            )
+        homes.append(homes[kind.reuses])
+    return homes
+
+
+def widest(kinds: Sequence[LayerKind], homes: Sequence[int], number: int) -> Pattern | None:
+    """What is kept in a cache: the widest window of those who read it, None for everything."""
+    windows = [kind.window for kind, home in zip(kinds, homes, strict=True) if home == number]
+    sizes = [size for size in windows if size is not None]
+    return recent(max(sizes)) & causal if len(sizes) == len(windows) else None
 
 
 @model(
