@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate import attend, causal
+from foveate import attend, causal, window
 from foveate.counting import count_operations
-from foveate.patterns import Pattern
+from foveate.patterns import Pattern, Scene
 from foveate.patterns.rules.chunks import chunk_budget
 from foveate.patterns.rules.hierarchical import halved_ranges
 from foveate.patterns.rules.proxies import proxy_blocks
 from foveate.patterns.rules.stripes import sampled_columns, stripes
 
 SHAPES = [(53, 53), (29, 77), (1, 40)]  # queries and keys
+reaches = pytest.mark.parametrize("reach", [None, 11], ids=lambda reach: f"reach={reach}")  # of the model's own window
 
 
 def inputs(shape: tuple[int, int], spread: float = 1.5) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,30 +25,38 @@ def inputs(shape: tuple[int, int], spread: float = 1.5) -> tuple[Tensor, Tensor,
     return q, k, v
 
 
-def scores_of(q: Tensor, k: Tensor) -> Tensor:
+def hidden(n: int, m: int, reach: int | None = None) -> Tensor:
+    """Keys after a query, or further back than the model's own window reaches, (N, M)."""
+    age = torch.arange(n)[:, None] + m - n - torch.arange(m)
+    return age < 0 if reach is None else (age < 0) | (age > reach)
+
+
+def scores_of(q: Tensor, k: Tensor, reach: int | None = None) -> Tensor:
     """Causal logits (B, H, N, M)."""
     scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5
-    place = torch.arange(q.shape[2]) + k.shape[2] - q.shape[2]
-    return scores.masked_fill(torch.arange(k.shape[2]) > place[:, None], float("-inf"))
+    return scores.masked_fill(hidden(q.shape[2], k.shape[2], reach), float("-inf"))
 
 
-def check(pattern: Pattern, seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check(pattern: Pattern, seen: Tensor, q: Tensor, k: Tensor, v: Tensor, reach: int | None = None) -> None:
     """The pattern chooses these pairs, and attention to it is softmax over them."""
+    if reach is not None:
+        pattern, seen = pattern & window(reach, 0), seen & ~hidden(q.shape[2], k.shape[2], reach)
     assert torch.equal(pattern.select(q, k).to_dense().expand_as(seen), seen)
     want = scores_of(q, k).masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(2, 1)
     torch.testing.assert_close(attend(q, k, v, pattern), want)
 
 
 @pytest.mark.paper("SampleAttention", "definition")
+@reaches
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("mass", "stride", "width"), [(0.4, 5, 0.1), (0.9, 3, 0.02), (0.7, 1, 0.3)])
 def test_sampled_columns_are_the_fewest_that_hold_the_mass_of_sampled_queries(
-    shape: tuple[int, int], mass: float, stride: int, width: float
+    shape: tuple[int, int], mass: float, stride: int, width: float, reach: int | None
 ) -> None:
     q, k, v = inputs(shape)
-    scores = scores_of(q, k)
+    scores = scores_of(q, k, reach)
     sampled = [i for i in range(shape[0]) if (shape[0] - 1 - i) % stride == 0]
-    window = max(round(width * shape[1]), 1)
+    near = max(round(width * shape[1]), 1)
     seen = torch.zeros_like(scores, dtype=torch.bool)
     for b in range(2):
         for h in range(4):
@@ -59,18 +68,19 @@ def test_sampled_columns_are_the_fewest_that_hold_the_mass_of_sampled_queries(
             for i in range(shape[0]):
                 place = i + shape[1] - shape[0]
                 for j in range(place + 1):
-                    seen[b, h, i, j] = j in columns or place - j < window
-    check(sampled_columns(mass, rows=1 / stride, width=width), seen, q, k, v)
+                    seen[b, h, i, j] = j in columns or place - j < near
+    check(sampled_columns(mass, rows=1 / stride, width=width), seen, q, k, v, reach)
 
 
 @pytest.mark.paper("AnchorAttention", "definition")
+@reaches
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("theta", "block", "step"), [(0.5, 3, 2), (2.0, 4, 3), (1.0, 1, 1), (0.0, 16, 1)])
 def test_stripes_are_keys_near_the_anchor_of_a_block_of_queries(
-    shape: tuple[int, int], theta: float, block: int, step: int
+    shape: tuple[int, int], theta: float, block: int, step: int, reach: int | None
 ) -> None:
     q, k, v = inputs(shape)
-    scores, group = scores_of(q, k), block * step
+    scores, group = scores_of(q, k, reach), block * step
     offset = shape[1] - shape[0]
     seen = torch.zeros_like(scores, dtype=torch.bool)
     for b in range(2):
@@ -90,7 +100,7 @@ def test_stripes_are_keys_near_the_anchor_of_a_block_of_queries(
                 own = (i + offset) // group
                 for j in range(i + offset + 1):
                     seen[b, h, i, j] = j < block or j // group == own or j in chosen[own]
-    check(stripes(theta, block=block, step=step), seen, q, k, v)
+    check(stripes(theta, block=block, step=step), seen, q, k, v, reach)
 
 
 def chunks_by_hand(k: Tensor, chunk: int) -> list[int]:
@@ -151,19 +161,18 @@ def test_attention_to_chosen_chunks_forms_few_pairs_besides() -> None:
 
 
 @pytest.mark.paper("ProxyAttn", "definition")
+@reaches
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("mass", "block", "proxies"), [(0.3, 4, 1), (0.6, 7, 2), (0.8, 3, 4)])
 def test_blocks_are_judged_by_mean_heads_and_counted_by_each_head(
-    shape: tuple[int, int], mass: float, block: int, proxies: int
+    shape: tuple[int, int], mass: float, block: int, proxies: int, reach: int | None
 ) -> None:
     q, k, v = inputs(shape)
     offset, last = shape[1] - shape[0], min(block, shape[0])
     every = k.repeat_interleave(2, 1)
     mean_q, mean_k = (x.view(2, proxies, 4 // proxies, -1, 8).mean(2) for x in (q, every))
-    place = torch.arange(shape[0]) + offset
-    hidden = torch.arange(shape[1]) > place[:, None]
-    proxy = (mean_q @ mean_k.mT * 8**-0.5).masked_fill(hidden, float("-inf")).softmax(-1)
-    exact = scores_of(q, k).softmax(-1)[:, :, -last:].mean(2)
+    proxy = (mean_q @ mean_k.mT * 8**-0.5).masked_fill(hidden(*shape, reach), float("-inf")).softmax(-1)
+    exact = scores_of(q, k, reach).softmax(-1)[:, :, -last:].mean(2)
     blocks = -(-shape[1] // block)
     seen = torch.zeros(2, 4, *shape, dtype=torch.bool)
     for b in range(2):
@@ -179,7 +188,7 @@ def test_blocks_are_judged_by_mean_heads_and_counted_by_each_head(
                 for i in mine:
                     for j in range(i + offset + 1):
                         seen[b, h, i, j] = j // block in kept
-    check(proxy_blocks(mass, block=block, proxies=proxies), seen, q, k, v)
+    check(proxy_blocks(mass, block=block, proxies=proxies), seen, q, k, v, reach)
 
 
 @pytest.mark.paper("HiP", "definition")
@@ -234,6 +243,19 @@ def test_ranges_are_halved_and_the_best_kept(shape: tuple[int, int], keys: int, 
 def test_all_of_the_budget_is_causal_attention(pattern: Pattern) -> None:
     q, k, v = inputs((77, 90))
     torch.testing.assert_close(attend(q, k, v, pattern), attend(q, k, v, causal))
+
+
+@pytest.mark.parametrize("pattern", [sampled_columns(1.0), proxy_blocks(1.0)], ids=str)
+def test_all_of_the_mass_is_causal_without_a_choice(pattern: Pattern) -> None:
+    q, k, _ = inputs((9, 21))
+    assert pattern.resolve(Scene(9, 21, q=q, k=k)) == causal
+
+
+@pytest.mark.parametrize("proxies", [3, 8])
+def test_proxies_divide_the_heads(proxies: int) -> None:
+    q, k, v = inputs((9, 21))
+    with pytest.raises(ValueError, match=rf"heads in {proxies} groups; got 4 heads on 2 of keys"):
+        attend(q, k, v, proxy_blocks(0.5, block=4, proxies=proxies))
 
 
 @pytest.mark.paper("HiP", "works_when")

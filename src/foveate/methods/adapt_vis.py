@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from foveate.adapt.swap import Swap, use
-from foveate.attention import Weights, attend
-from foveate.attention.biases import BiasLike
+from foveate.attention import attend
 from foveate.catalogue.tiers import method
-from foveate.mixers.core import one_by_one
-from foveate.patterns import Layout, Pattern, full
+from foveate.mixers.core import CoreOptions, one_by_one
+from foveate.patterns import Pattern, full
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,33 +35,22 @@ class ScaledKeys:
     pattern: Pattern = full
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor:
-        options: dict[str, Any] = {"bias": bias, "weights": weights, "scale": scale, "softcap": softcap}
-        if self.weight != 1 and softcap is not None:
+        if self.weight != 1 and options.get("softcap") is not None:
             raise ValueError("logits under a soft cap cannot be scaled through their keys")
         if self.weight == 1:
-            return attend(q, k, v, within, layout=layout, **options)
-        alone = one_by_one(self, q, k, v, within=within, layout=layout, **options)
+            return attend(q, k, v, within, **options)
+        alone = one_by_one(self, q, k, v, within=within, **options)
         if alone is not None:
             return alone
         marked = torch.ones(k.shape[2], dtype=k.dtype, device=k.device)
         marked[self.first : self.end] = self.weight
         before = self.end - (k.shape[2] - q.shape[2])  # queries that stand before the marked keys' end
-        whole = None if before <= 0 else attend(q, k, v, within, layout=layout, **options)
+        whole = None if before <= 0 else attend(q, k, v, within, **options)
         if whole is not None and before >= q.shape[2]:
             return whole
-        scaled = attend(q, k * marked.unsqueeze(1), v, within, layout=layout, **options)
+        scaled = attend(q, k * marked.unsqueeze(1), v, within, **options)
         if whole is None:
             return scaled
         later = torch.arange(q.shape[2], device=q.device) >= before

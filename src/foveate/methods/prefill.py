@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from torch import Tensor
 
 from foveate.catalogue.contracts import Method
 from foveate.catalogue.tiers import method
 from foveate.methods.core import CoreMethod
-from foveate.mixers.core import Core, PatternCore
+from foveate.mixers.core import Core, CoreOptions, PatternCore
 from foveate.patterns import Pattern, full, sinks, window
 from foveate.patterns.rules.chunks import chunk_budget
 from foveate.patterns.rules.hierarchical import halved_ranges
@@ -43,14 +43,11 @@ class PromptCore:
     def pattern(self) -> Pattern:
         return self.prompt.pattern
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Any) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
+    ) -> Tensor:
         core = PatternCore() if q.shape[2] == 1 else self.prompt
         return core(q, k, v, within=within, **options)
-
-
-def for_prompts(pattern: Pattern, layers: Layers | None = None) -> Method:
-    """The method that lets prompts see a pattern alone."""
-    return CoreMethod(PromptCore(PatternCore(pattern)), layers)
 
 
 @method(
@@ -72,7 +69,7 @@ def sample_attention(
     >>> sample_attention(mass=0.9).core.pattern
     sampled_columns(0.9, rows=0.05, width=0.08)
     """
-    return for_prompts(sampled_columns(mass, rows=rows, width=width), layers)
+    return CoreMethod(PromptCore(PatternCore(sampled_columns(mass, rows=rows, width=width))), layers)
 
 
 @method(
@@ -92,7 +89,7 @@ def anchor_attention(theta: float = 12.0, block: int = 128, step: int = 16, laye
     >>> anchor_attention(theta=8.0).core.pattern
     stripes(8.0, block=128, step=16)
     """
-    return for_prompts(stripes(theta, block=block, step=step), layers)
+    return CoreMethod(PromptCore(PatternCore(stripes(theta, block=block, step=step))), layers)
 
 
 @method(
@@ -111,7 +108,7 @@ def proxy_attention(mass: float = 0.95, block: int = 64, proxies: int = 1, layer
     >>> proxy_attention(mass=0.9).core.pattern
     proxy_blocks(0.9, block=64, proxies=1)
     """
-    return for_prompts(proxy_blocks(mass, block=block, proxies=proxies), layers)
+    return CoreMethod(PromptCore(PatternCore(proxy_blocks(mass, block=block, proxies=proxies))), layers)
 
 
 @method(

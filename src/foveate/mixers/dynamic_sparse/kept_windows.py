@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
 
-from foveate.attention import Weights, attend
-from foveate.attention.biases import BiasLike
+from foveate.attention import attend
 from foveate.catalogue.registry import register
 from foveate.layouts.regions import Regions, regions_of
 from foveate.mixers.attention import JUMPS
-from foveate.mixers.core import joined
+from foveate.mixers.core import CoreOptions, joined
 from foveate.mixers.dynamic_sparse.on_regions import RegionMixer
 from foveate.patterns import Grid, Layout, Pattern, full, key_padding, window_partition
 from foveate.patterns.rules.choose import best
@@ -64,28 +63,19 @@ class KeptWindows:
         return window_partition(self.window) & key_padding(self.kept[:, self.windows.region_of])
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor:
+        layout = options.get("layout")
         if not isinstance(layout, Grid) or layout.dims != tuple(self.foreground.shape[-2:]):
             raise ValueError(f"foreground is of Grid{tuple(self.foreground.shape[-2:])}; got layout={layout}")
-        options: dict[str, Any] = {"weights": weights, "scale": scale, "softcap": softcap}
-        if within != full or bias is not None:
-            return attend(q, k, v, joined(self.pattern, within), bias=bias, layout=layout, **options)
+        if within != full or options.get("bias") is not None:
+            return attend(q, k, v, joined(self.pattern, within), **options)
+        options.pop("layout")
         kept = self.kept.to(q.device).expand(len(q), -1)
         return in_windows(q, k, v, kept, self.windows, options)
 
 
-def in_windows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, windows: Regions, options: dict[str, Any]) -> Tensor:
+def in_windows(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, windows: Regions, options: CoreOptions) -> Tensor:
     """Attention (B, H, N, D) inside the windows ``kept`` (B, W), zeros elsewhere."""
     entry, window = torch.nonzero(kept, as_tuple=True)
     tokens = windows.slots.to(q.device)[window]  # (P, L)

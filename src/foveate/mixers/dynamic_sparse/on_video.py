@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from foveate.attention import Weights, attend
-from foveate.attention.biases import BiasLike
-from foveate.patterns import Grid, Layout, Pattern, boolean_mask, full
+from foveate.attention import attend
+from foveate.mixers.core import CoreOptions
+from foveate.patterns import Grid, Pattern, boolean_mask, full
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +39,7 @@ class VideoCore(ABC):
         return self.video.length + self.text
 
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        within: Pattern = full,
-        bias: BiasLike = None,
-        weights: Weights | str = "softmax",
-        scale: float | None = None,
-        softcap: float | None = None,
-        layout: Layout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor:
         if q.shape[2] != self.length or k.shape[2] != self.length:
             words = f"{self.video} and {self.text} tokens of text are {self.length}"
@@ -59,12 +49,15 @@ class VideoCore(ABC):
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        if within == full and bias is None and softcap is None and weights == "softmax":
+        options.pop("layout", None)
+        given = options.get("scale")
+        scale = q.shape[3] ** -0.5 if given is None else given
+        options["scale"] = scale
+        plain = options.get("bias") is None and options.get("softcap") is None
+        if within == full and plain and options.get("weights", "softmax") == "softmax":
             return self.run(q, k, v, scale)
         seen = boolean_mask(self.mask(q, k, v, scale, within))
         pattern = seen if within == full else seen & within
-        options: dict[str, Any] = {"bias": bias, "weights": weights, "scale": scale, "softcap": softcap}
         return attend(q, k, v, pattern, **options)
 
     @abstractmethod

@@ -14,41 +14,33 @@ from torch.nn.functional import normalize, pad
 from foveate.counts import whole_numbers
 from foveate.patterns.algebra import Bounds, Boxes, Index, Interval, Pattern, Scene
 from foveate.patterns.rules.bits import Cells
+from foveate.patterns.rules.choice import PromptChoice, counted_from
 from foveate.patterns.rules.choose import NEVER, score
 from foveate.patterns.rules.decided import Decided
-from foveate.patterns.rules.dynamic import _looked_at, counted_from
-from foveate.patterns.rules.sequence import causal, positive
+from foveate.patterns.rules.sequence import positive
 from foveate.precision import to_accum
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ChunkBudget(Pattern):
+class ChunkBudget(PromptChoice):
     keys: int
     chunk: int
     starts: tuple[int, ...] | None
-
-    is_dynamic = True
-    sees_future = False
-    chooses_ahead = True
 
     @property
     def text(self) -> str:  # type: ignore[override]
         how = f"chunk={self.chunk}" if self.starts is None else f"starts={list(self.starts)}"
         return f"chunk_budget({self.keys}, {how})"
 
-    @torch.no_grad()
-    def resolve(self, scene: Scene) -> Pattern:
-        q, k, scale = _looked_at(self, scene)
-        if not q.shape[2]:
-            return causal
-        numbers = [self._chunks(k[entry : entry + 1], scene.first) for entry in range(len(k))]
+    def chosen(self, q: Tensor, keys: Tensor, scene: Scene) -> Pattern:
+        numbers = [self._chunks(keys[entry : entry + 1], scene.first) for entry in range(len(keys))]
         count = max(int(number[-1]) + 1 for number in numbers)
         tables = [
-            self._taken(q[entry : entry + 1], k[entry : entry + 1] * scale, number, count, scene)
+            self._taken(q[entry : entry + 1], keys[entry : entry + 1], number, count, scene)
             for entry, number in enumerate(numbers)
         ]
         table = ChunkTable(torch.cat(tables), torch.stack(numbers))
-        return counted_from(scene.first, table & causal)
+        return counted_from(scene.first, table)
 
     def _taken(self, q: Tensor, k: Tensor, number: Tensor, count: int, scene: Scene) -> Tensor:
         """How many of its first keys each chunk of queries sees of each chunk of keys, (1, H, count, count)."""
@@ -61,7 +53,7 @@ class ChunkBudget(Pattern):
         if scene.reach is not None:  # chunks compete of which some query of the row sees some key
             visible = visible.where(last >= start.unsqueeze(1) - scene.reach, 0)
         visible = visible.clamp_min(0).where(own <= own.unsqueeze(1), 0)  # (count, count)
-        scores = score(pooled(q, of_queries, count), pooled(to_accum(k), number, count))
+        scores = score(pooled(q, of_queries, count), pooled(k, number, count))
         scores = scores.masked_fill(visible == 0, NEVER)
         order = scores.sort(dim=3, descending=True, stable=True).indices
         counts = visible.expand_as(order).gather(3, order)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Pattern, Scene
-from foveate.patterns.part import Part
+from foveate.patterns.rules.choice import PromptChoice, counted_from, looked_at
 from foveate.patterns.rules.choose import (
     NEVER,
     Sought,
@@ -78,7 +78,7 @@ class BlockChoice(Pattern):
 
     @torch.no_grad()
     def resolve(self, scene: Scene) -> Pattern:
-        q, k, scale = _looked_at(self, scene)
+        q, k, scale = looked_at(self, scene)
         q_block = self.block if self.per == "block" else 1
         lead = scene.first % self.block  # keys that block 0 lacks; positions count from its start here
         offset = scene.offset + lead
@@ -192,16 +192,12 @@ def mass_blocks(block: int, mass: float, *, per: Per = "query", shared: bool = F
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VerticalSlash(Pattern):
+class VerticalSlash(PromptChoice):
     vertical: int
     slash: int
     last: int
     first: int = 0
     near: int = 1
-
-    is_dynamic = True
-    sees_future = False
-    chooses_ahead = True
 
     @property
     def text(self) -> str:  # type: ignore[override]
@@ -209,14 +205,12 @@ class VerticalSlash(Pattern):
         more = "".join(f", {name}={getattr(self, name)}" for name, value in usual if getattr(self, name) != value)
         return f"vertical_slash({self.vertical}, {self.slash}{more})"
 
-    @torch.no_grad()
-    def resolve(self, scene: Scene) -> Pattern:
-        q, k, scale = _looked_at(self, scene)
-        last = min(self.last, q.shape[2], k.shape[2])
-        keys, distances = looked_back(to_accum(q[:, :, q.shape[2] - last :]) * scale, k, scene.reach)
-        keys[..., : self.first] = float("inf")
-        distances[..., : self.near] = float("inf")  # every query sees itself
-        lines = (Columns.of(best(keys, self.vertical)) | Distances.of(best(distances, self.slash))) & not_after
+    def chosen(self, q: Tensor, keys: Tensor, scene: Scene) -> Pattern:
+        last = min(self.last, q.shape[2], keys.shape[2])
+        by_key, by_distance = looked_back(to_accum(q[:, :, q.shape[2] - last :]), keys, scene.reach)
+        by_key[..., : self.first] = float("inf")
+        by_distance[..., : self.near] = float("inf")  # every query sees itself
+        lines = Columns.of(best(by_key, self.vertical)) | Distances.of(best(by_distance, self.slash))
         return counted_from(scene.first, lines)
 
 
@@ -280,7 +274,7 @@ class TopKeys(Pattern):
 
     @torch.no_grad()
     def resolve(self, scene: Scene) -> Pattern:
-        q, k, scale = _looked_at(self, scene)
+        q, k, scale = looked_at(self, scene)
         keys, (batch, heads, num_queries, _) = to_accum(k) * scale, q.shape
         key = torch.arange(scene.num_keys, device=q.device)
         picks = []
@@ -315,23 +309,6 @@ def topk_keys(count: int, *, causal: bool = True) -> Pattern:
     Raises ValueError unless ``count`` is at least 1.
     """
     return TopKeys(positive("topk_keys", "count", count), bool(causal))
-
-
-def counted_from(first: int, pattern: Pattern) -> Pattern:
-    """A pattern asked with positions that itself counts from ``first``."""
-    return Part(pattern, str(pattern), -first, 1, -first, 0) if first else pattern
-
-
-def _looked_at(pattern: Pattern, scene: Scene) -> tuple[Tensor, Tensor, float]:
-    """The queries, the keys and the scale a pattern chooses by."""
-    q, k = scene.q, scene.k
-    if q is None or k is None:
-        raise ValueError(f"{pattern} chooses from q and k: use pattern.select(q, k), or resolve(Scene(n, m, q=q, k=k))")
-    fit = q.dim() == k.dim() == 4 and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
-    if not fit or q.shape[1] % k.shape[1]:
-        shapes = f"got {tuple(q.shape)} and {tuple(k.shape)}"
-        raise ValueError(f"{pattern} takes q (B, H, N, D) and k (B, G, M, D), G dividing H; {shapes}")
-    return q, k, q.shape[3] ** -0.5 if scene.scale is None else scene.scale
 
 
 def _per(pattern: str, per: str) -> str:

@@ -8,21 +8,17 @@ import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Pattern, Scene
+from foveate.patterns.rules.choice import PromptChoice, counted_from
 from foveate.patterns.rules.choose import NEVER, slices
 from foveate.patterns.rules.decided import block_table, pack_rows
-from foveate.patterns.rules.dynamic import _looked_at, counted_from
-from foveate.patterns.rules.sequence import causal, positive
-from foveate.precision import to_accum
+from foveate.patterns.rules.sequence import positive
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HalvedRanges(Pattern):
+class HalvedRanges(PromptChoice):
     keys: int
     q_block: int
     k_block: int
-
-    is_dynamic = True
-    sees_future = False
 
     @property
     def text(self) -> str:  # type: ignore[override]
@@ -32,11 +28,7 @@ class HalvedRanges(Pattern):
     def chooses_ahead(self) -> bool:  # type: ignore[override]
         return self.q_block > 1
 
-    @torch.no_grad()
-    def resolve(self, scene: Scene) -> Pattern:
-        q, k, scale = _looked_at(self, scene)
-        if not q.shape[2]:
-            return causal
+    def chosen(self, q: Tensor, keys: Tensor, scene: Scene) -> Pattern:
         lead = scene.first % self.k_block  # positions count from the start of the first key's block here
         offset = scene.offset + lead
         start = offset // self.q_block * self.q_block
@@ -51,7 +43,6 @@ class HalvedRanges(Pattern):
             None if scene.reach is None else ((place.clamp_min(offset) - scene.reach).clamp_min(0) // self.k_block)
         )
         table = torch.zeros(*q.shape[:2], len(place), int(blocks[-1]) + 1, dtype=torch.bool, device=q.device)
-        keys = to_accum(k) * scale
         for part in slices(len(place), 4 * q.shape[0] * q.shape[1] * self.q_block * min(count, int(blocks[-1]))):
             first = torch.zeros_like(blocks[part]) if nearest is None else nearest[part]
             found = self._search(rows[:, :, part], keys, first, blocks[part], ends[part] - 1 - lead, lead, count)
@@ -63,7 +54,7 @@ class HalvedRanges(Pattern):
             k_block=self.k_block,
             q_start=start,
         )
-        return counted_from(scene.first - lead, words & causal)
+        return counted_from(scene.first - lead, words)
 
     def _search(
         self, rows: Tensor, keys: Tensor, first: Tensor, end: Tensor, last: Tensor, lead: int, count: int

@@ -9,38 +9,35 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.patterns.algebra import Pattern, Scene
+from foveate.patterns.rules.choice import PromptChoice, counted_from
 from foveate.patterns.rules.choose import NEVER, fewest, score
 from foveate.patterns.rules.decided import block_table, pack_rows
-from foveate.patterns.rules.dynamic import _looked_at, counted_from
-from foveate.patterns.rules.sequence import causal, positive
+from foveate.patterns.rules.sequence import positive
 from foveate.precision import to_accum
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ProxyBlocks(Pattern):
+class ProxyBlocks(PromptChoice):
     mass: float
     block: int
     proxies: int
 
-    is_dynamic = True
-    sees_future = False
-    chooses_ahead = True
+    @property
+    def sees_all(self) -> bool:  # type: ignore[override]
+        return self.mass >= 1
 
     @property
     def text(self) -> str:  # type: ignore[override]
         return f"proxy_blocks({self.mass}, block={self.block}, proxies={self.proxies})"
 
-    @torch.no_grad()
-    def resolve(self, scene: Scene) -> Pattern:
-        q, k, scale = _looked_at(self, scene)
-        if not q.shape[2] or self.mass >= 1:
-            return causal
+    def chosen(self, q: Tensor, keys: Tensor, scene: Scene) -> Pattern:
         heads, block = q.shape[1], self.block
-        if heads % self.proxies or (k.shape[1] % self.proxies and self.proxies % k.shape[1]):
-            raise ValueError(f"{self} takes heads in {self.proxies} groups; got {heads} heads on {k.shape[1]} of keys")
+        if heads % self.proxies or (keys.shape[1] % self.proxies and self.proxies % keys.shape[1]):
+            raise ValueError(
+                f"{self} takes heads in {self.proxies} groups; got {heads} heads on {keys.shape[1]} of keys"
+            )
         lead = scene.first % block
         offset = scene.offset + lead
-        keys = to_accum(k) * scale
         judged = self._importance(q, keys, scene, offset, lead)  # (B, proxies, R, C)
         own = torch.arange(judged.shape[2], device=q.device) + offset // block
         budget = (self._budgets(q, keys, scene, lead) * (own + 1) - 1e-9).ceil()  # (B, H, R)
@@ -51,7 +48,7 @@ class ProxyBlocks(Pattern):
         chosen |= torch.arange(judged.shape[3], device=q.device) == own.unsqueeze(1)
         start = offset // block * block
         table = block_table(pack_rows(chosen, block), chosen.shape[2], q_block=block, k_block=block, q_start=start)
-        return counted_from(scene.first - lead, table & causal)
+        return counted_from(scene.first - lead, table)
 
     def _importance(self, q: Tensor, keys: Tensor, scene: Scene, offset: int, lead: int) -> Tensor:
         """The greatest softmax weight of the mean heads in each block before the own; NEVER from there on."""

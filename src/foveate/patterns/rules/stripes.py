@@ -8,38 +8,33 @@ import torch
 from torch import Tensor
 
 from foveate.patterns.algebra import Pattern, Scene
+from foveate.patterns.rules.choice import PromptChoice, counted_from
 from foveate.patterns.rules.choose import NEVER, fewest, pool, score, slices
 from foveate.patterns.rules.decided import Columns, block_table, pack_rows
-from foveate.patterns.rules.dynamic import _looked_at, counted_from
-from foveate.patterns.rules.sequence import blocks, causal, positive, sinks, window
-from foveate.precision import to_accum
+from foveate.patterns.rules.sequence import blocks, positive, sinks, window
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SampledColumns(Pattern):
+class SampledColumns(PromptChoice):
     mass: float
     rows: float
     width: float
 
-    is_dynamic = True
-    sees_future = False
-    chooses_ahead = True
+    @property
+    def sees_all(self) -> bool:  # type: ignore[override]
+        return self.mass >= 1
 
     @property
     def text(self) -> str:  # type: ignore[override]
         return f"sampled_columns({self.mass}, rows={self.rows}, width={self.width})"
 
-    @torch.no_grad()
-    def resolve(self, scene: Scene) -> Pattern:
-        q, k, scale = _looked_at(self, scene)
+    def chosen(self, q: Tensor, keys: Tensor, scene: Scene) -> Pattern:
         width = max(round(self.width * scene.num_keys), 1)
         near = window(width - 1, 0) if width > 1 else blocks(1)
-        if self.mass >= 1 or not q.shape[2]:
-            return causal
         sampled = torch.arange(q.shape[2] - 1, -1, -max(round(1 / self.rows), 1), device=q.device).flip(0)
-        total = column_mass(q[:, :, sampled], to_accum(k) * scale, sampled + scene.offset, scene.reach)
+        total = column_mass(q[:, :, sampled], keys, sampled + scene.offset, scene.reach)
         share = total / total.sum(-1, keepdim=True).clamp_min(torch.finfo(total.dtype).tiny)
-        return counted_from(scene.first, (Columns.of(fewest(share, self.mass)) | near) & causal)
+        return counted_from(scene.first, Columns.of(fewest(share, self.mass))) | near
 
 
 def column_mass(q: Tensor, keys: Tensor, position: Tensor, reach: int | None = None) -> Tensor:
@@ -83,28 +78,19 @@ def sampled_columns(mass: float, *, rows: float = 0.05, width: float = 0.08) -> 
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Stripes(Pattern):
+class Stripes(PromptChoice):
     theta: float
     block: int
     step: int
-
-    is_dynamic = True
-    sees_future = False
-    chooses_ahead = True
 
     @property
     def text(self) -> str:  # type: ignore[override]
         return f"stripes({self.theta}, block={self.block}, step={self.step})"
 
-    @torch.no_grad()
-    def resolve(self, scene: Scene) -> Pattern:
-        q, k, scale = _looked_at(self, scene)
-        if not q.shape[2]:
-            return causal
+    def chosen(self, q: Tensor, keys: Tensor, scene: Scene) -> Pattern:
         group = self.block * self.step
         offset = scene.offset + scene.first  # of the first query
         start = offset // group * group  # groups are counted from the text's first token
-        keys = to_accum(k) * scale
         anchors = self._anchors(q, keys, scene)
         lead = offset % self.block
         pooled, mean = pool(q, self.block, lead=lead), pool(anchors.unsqueeze(-1), self.block, lead=lead).squeeze(-1)
@@ -116,7 +102,7 @@ class Stripes(Pattern):
             kept.append(near_enough.any(2))
         words = pack_rows(torch.stack(kept, 2), group)
         table = block_table(words, len(kept), q_block=group, k_block=1, q_start=start - scene.first)
-        return (counted_from(scene.first, table) | sinks(self.block) | blocks(group)) & causal
+        return counted_from(scene.first, table) | sinks(self.block) | blocks(group)
 
     def _anchors(self, q: Tensor, keys: Tensor, scene: Scene) -> Tensor:
         """The greatest score (B, H, N) of each query among the first block of keys and those of its own group."""
