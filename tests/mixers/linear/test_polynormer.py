@@ -15,7 +15,7 @@ from foveate import Grid
 from foveate.layouts.graph import Graph, edge_attention, edges_of
 from foveate.mixers.base import join_heads, split_heads
 from foveate.mixers.costs import count_forward
-from foveate.mixers.linear.polynormer import Polynormer
+from foveate.mixers.linear.polynormer import EdgeAttention, Polynormer
 
 DIM, HEADS, NODES = 24, 3, 19
 
@@ -93,6 +93,14 @@ def test_beta_starts_as_the_authors_start_it() -> None:
     for layers, number in ((mixer.local_layers, 7), (mixer.global_layers, 2)):
         found = torch.stack([layer.beta for layer in layers]).std()
         assert 0.85 < found / (2 / (number + 512)) ** 0.5 < 1.15
+
+
+def test_edge_attention_starts_from_glorots_distribution() -> None:
+    layer = EdgeAttention(960, heads=40)
+    for part, fans in ((layer.to_v.weight, 960 + 960), (layer.as_source, 40 + 24), (layer.as_target, 40 + 24)):
+        bound = (6 / fans) ** 0.5
+        assert 0.95 * bound < part.abs().max() <= bound
+        assert 0.9 < part.std() / (bound / 3**0.5) < 1.1
 
 
 @pytest.mark.paper("Polynormer", "works_when")

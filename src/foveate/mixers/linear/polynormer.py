@@ -20,6 +20,8 @@ from foveate.recurrence import recur
 class EdgeAttention(nn.Module):
     """Attention along edges as in GAT: the score of an edge is leaky_relu(a·W x_source + b·W x_target).
 
+    W, a and b, the latter as tables of heads by channels, start from Glorot's uniform distribution.
+
     >>> EdgeAttention(8, heads=2)(torch.randn(1, 3, 8), torch.tensor([[0, 1], [2, 2]])).shape
     torch.Size([1, 3, 8])
     """
@@ -28,8 +30,9 @@ class EdgeAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_v = nn.Linear(dim, dim, bias=False)
-        self.as_source = nn.Parameter(torch.randn(heads, 1, dim // heads) * (heads / dim) ** 0.5)
-        self.as_target = nn.Parameter(torch.randn(heads, 1, dim // heads) * (heads / dim) ** 0.5)
+        self.as_source, self.as_target = (nn.Parameter(torch.empty(heads, 1, dim // heads)) for _ in range(2))
+        for part in (self.to_v.weight, self.as_source.data[:, 0], self.as_target.data[:, 0]):
+            nn.init.xavier_uniform_(part)
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         v = split_heads(self.to_v(x), self.heads)
