@@ -12,7 +12,7 @@ from foveate.cache.slots import FREE
 from foveate.cache.streaming import StreamingMemory
 
 SINKS, WINDOW, LENGTH = 3, 7, 41
-CUTS = [[1] * LENGTH, [29] + [1] * 12, [4, 1, 15, 2, 19], [LENGTH]]
+CUTS = [[1] * LENGTH, [29] + [1] * 12, [4, 1, 15, 2, 19], [13, 1, 1, 5, 1, 1, 1, 18], [LENGTH]]
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, first: int, slopes: Tensor | None, rotary: bool, in_cache: bool) -> Tensor:
@@ -65,7 +65,7 @@ def run(
 @pytest.mark.paper("StreamingLLM", "definition")
 @pytest.mark.parametrize("in_cache", [True, False], ids=["in_cache", "in_text"])
 @pytest.mark.parametrize("kind", ["rotary", "alibi", "neither"])
-@pytest.mark.parametrize("cuts", CUTS, ids=["one by one", "prompt", "pieces", "whole"])
+@pytest.mark.parametrize("cuts", CUTS, ids=["one by one", "prompt", "pieces", "mixed", "whole"])
 def test_each_query_meets_its_sinks_and_window_at_places_in_the_cache(
     cuts: list[int], kind: str, in_cache: bool
 ) -> None:
@@ -129,3 +129,22 @@ def test_tokens_taken_back_leave_nothing_behind() -> None:
     torch.testing.assert_close(torch.cat(out, 2)[0], want)
     with pytest.raises(ValueError, match="record the past"):
         memory.crop(3)
+
+
+def test_a_token_is_not_taken_back_when_an_older_one_has_been_chosen_to_make_room() -> None:
+    """With one token more than is kept, the next one takes a slot that is chosen already."""
+
+    def filled(count: int) -> StreamingMemory:
+        memory = StreamingMemory(2, 4)  # keeps 5
+        for at in range(count):
+            new = torch.randn(1, 1, 1, 8)
+            memory.attend(new, new, new, Look(torch.tensor([[at]]), {}, padded=False))
+        return memory
+
+    with torch.no_grad():
+        whole, full = filled(5), filled(6)
+    whole.crop(1)
+    assert whole.kept[0, 0].tolist() == [0, 1, 2, 3] and whole.seen == 4
+    with pytest.raises(ValueError, match="record the past"):
+        full.crop(1)
+    assert sorted(full.kept[0, 0].tolist()) == [FREE, 0, 1, 3, 4, 5] and full.seen == 6

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.attention import attend
 from foveate.cache.slots import FREE, Slots
-from foveate.patterns import Pattern, boolean_mask, causal, full
+from foveate.patterns import Pattern, boolean_mask, causal, full, window
 from foveate.patterns.rules.listed import document_numbers
 
 Turn = Callable[[Tensor, Tensor], Tensor]
@@ -38,8 +38,6 @@ class Look:
     @property
     def rule(self) -> Pattern:
         """What the model lets a query see of a text."""
-        from foveate.patterns import window
-
         return causal if self.width is None else window(self.width - 1) & causal
 
     def options_at(self, position: Tensor) -> dict[str, Any]:
@@ -190,6 +188,10 @@ class BoundedMemory(LayerMemory):
         super().__init__()
         self.budget, self.most = budget, budget + 1
         self.free: Tensor | None = None  # the slot (B, G) that went last, while all others are in use
+
+    @property
+    def is_whole(self) -> bool:
+        return self.free is None and super().is_whole
 
     def rank(self, position: Tensor) -> Tensor:
         """Of kept tokens at positions (B, G, S): the lowest go first."""
