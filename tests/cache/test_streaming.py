@@ -12,7 +12,7 @@ from foveate.cache.slots import FREE
 from foveate.cache.streaming import StreamingMemory
 
 SINKS, WINDOW, LENGTH = 3, 7, 41
-CUTS = [[1] * LENGTH, [29] + [1] * 12, [4, 1, 15, 2, 19], [13, 1, 1, 5, 1, 1, 1, 18], [LENGTH]]
+CUTS = [[1] * LENGTH, [29] + [1] * 12, [4, 1, 15, 2, 19], [10, 3, 1, 1, 5, 1, 1, 19], [LENGTH]]
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, first: int, slopes: Tensor | None, rotary: bool, in_cache: bool) -> Tensor:

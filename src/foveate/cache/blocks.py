@@ -51,7 +51,7 @@ class BlockCache(KVCache):
         own, block = (self.seen - 1) // self.chooser.block, self.chooser.block
         if own == 0:
             return KeyRanges.of([((0, self.seen),)])
-        means, sought = self.means.tensors[0][:, :, :own], self.chooser.sought
+        means, sought = self.means[0][:, :, :own], self.chooser.sought
         weights = self.chooser.weighed(score(q, means), means.shape[1], None)[:, :, 0]
         if not sought.by_share and 0 < sought.number < own:
             return KeyRanges.of_best(weights, int(sought.number), block, self.seen, own=own)

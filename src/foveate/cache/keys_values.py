@@ -53,11 +53,11 @@ class KVCache:
 
     @property
     def k(self) -> Tensor:
-        return self.tokens.tensors[0]
+        return self.tokens[0]
 
     @property
     def v(self) -> Tensor:
-        return self.tokens.tensors[1]
+        return self.tokens[1]
 
     @property
     def nbytes(self) -> int:

@@ -34,15 +34,15 @@ class Slots:
 
     @property
     def k(self) -> Tensor:
-        return self.tokens.tensors[0]
+        return self.tokens[0]
 
     @property
     def v(self) -> Tensor:
-        return self.tokens.tensors[1]
+        return self.tokens[1]
 
     @property
     def position(self) -> Tensor:
-        return self.tokens.tensors[2][..., 0]
+        return self.tokens[2][..., 0]
 
     @property
     def count(self) -> int:

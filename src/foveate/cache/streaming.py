@@ -106,9 +106,10 @@ class StreamingMemory(BoundedMemory):
             self.first = (slots, _gathered(self.slots.k, slots).clone())
         slots, keys = self.first
         turned = look.turn(keys, shift.unsqueeze(1).expand(-1, keys.shape[2]))
-        is_sink = self.slots.position.gather(2, slots)[..., None] < self.sinks
-        here = _gathered(self.slots.k, slots)
-        self.slots = self.slots.with_keys(slots, torch.where(is_sink, turned, here))
+        if look.padded:  # a text may be shorter than its sinks
+            is_sink = self.slots.position.gather(2, slots)[..., None] < self.sinks
+            turned = torch.where(is_sink, turned, _gathered(self.slots.k, slots))
+        self.slots = self.slots.with_keys(slots, turned)
 
     def _sink_slots(self) -> Tensor:
         assert self.slots is not None

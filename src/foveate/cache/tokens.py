@@ -66,7 +66,13 @@ class Tokens:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Views of what was appended, (B, heads, length, channels) each; none before the first."""
-        return () if self._room is None else tuple(x.narrow(2, 0, self.length) for x in self._room.tensors)
+        return () if self._room is None else tuple(self[number] for number in range(len(self._room.tensors)))
+
+    def __getitem__(self, number: int) -> Tensor:
+        """One of the tensors, without views of the others."""
+        assert self._room is not None
+        whole = self._room.tensors[number]
+        return whole if whole.shape[2] == self.length else whole.narrow(2, 0, self.length)
 
     @property
     def room(self) -> int:

@@ -154,10 +154,12 @@ class Keeper:
 
     def __init__(self, make: MakeMemory, numbers: tuple[int, ...], config: Any) -> None:
         self.make, self.numbers, self.config = make, numbers, config
+        self.signatures: dict[Any, inspect.Signature] = {}  # of the forward functions seen so far
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """A pre-hook of a model: its cache becomes one of ours, and its tokens' positions are noted."""
-        given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        signature = self.signature_of(module.forward)
+        given = signature.bind_partial(*args, **kwargs).arguments
         cache = given.get("past_key_values")
         at_work = _call.get()
         if at_work is not None and cache is at_work.cache:
@@ -167,7 +169,7 @@ class Keeper:
             raise ValueError("this method is one of inference: call model.eval() first, or undo it for training")
         if cache is None:
             cache = DynamicCache(config=self.config)
-            if len(args) > list(inspect.signature(module.forward).parameters).index("past_key_values"):
+            if len(args) > list(signature.parameters).index("past_key_values"):
                 raise TypeError("pass past_key_values by its name")
             kwargs = kwargs | {"past_key_values": cache}
         self.adopt(cache)
@@ -175,6 +177,13 @@ class Keeper:
         hidden = given.get("past_key_values") is None and not (self.config.use_cache if wanted is None else wanted)
         _stack.set((*_stack.get(), (_call.set(_call_of(cache, given)), hidden)))
         return args, kwargs
+
+    def signature_of(self, forward: Callable[..., Any]) -> inspect.Signature:
+        """Found once a function, since looking takes as long as a small layer does."""
+        function = getattr(forward, "__func__", forward)
+        if function not in self.signatures:
+            self.signatures[function] = inspect.signature(forward)
+        return self.signatures[function]
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """A hook that ends what `before` began, also where the model raised; only who asked gets the cache."""
