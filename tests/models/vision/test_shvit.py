@@ -128,3 +128,13 @@ def test_latency_of_s1_was_measured_beside_heads_on_all_channels() -> None:
 def test_refusals_in_words() -> None:
     with pytest.raises(ValueError, match="some of the 8 channels"):
         SingleHeadAttention(8, 9)
+
+
+def test_patches_double_their_channels_four_times_and_blocks_start_as_the_identity() -> None:
+    model = shvit(5, dims=(16, 24, 40), depths=(2, 1, 2), parts=(4, 6, 8)).eval()
+    convs = [part for part in model.stages[0].modules() if isinstance(part, nn.Conv2d) and part.stride == (2, 2)]
+    assert [conv.out_channels for conv in convs] == [2, 4, 8, 16]
+    for stage, (dim, depth) in enumerate(zip((16, 24, 40), (2, 1, 2), strict=True)):
+        x = torch.randn(1, dim, 5, 7)
+        for block in model.stages[stage][-depth:]:
+            torch.testing.assert_close(block(x), x)
