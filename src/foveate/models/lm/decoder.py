@@ -70,16 +70,14 @@ class SwitchedAttention(nn.Module):
         """The cache with the keys and values of the next tokens x (B, N, C); as it was where it is another layer's."""
         if self.kind.reuses is not None:
             return cache
-        k, v = (split_heads(layer(x), self.kv_heads) for layer in (self.to_k, self.to_v))
-        return cache.append(self.turned(k, cache.seen), v)
+        return cache.append(*self.keys(x, torch.arange(cache.seen, cache.seen + x.shape[1], device=x.device)))
 
     def read(self, x: Tensor, cache: KVCache) -> Tensor:
         """What the tokens x (B, N, C), the last that the cache has seen, make of it."""
-        first = cache.seen - x.shape[1]
-        q = self.turned(split_heads(self.to_q(x), self.heads), first)
+        at = torch.arange(cache.seen - x.shape[1], cache.seen, device=x.device)
+        q = self.turned(split_heads(self.to_q(x), self.heads), at)
         if self.kind.trained is not None:
-            seen = torch.arange(first + 1, cache.seen + 1, device=x.device, dtype=torch.float64)
-            scale = (seen.log() / math.log(self.kind.trained)).clamp_min(1)
+            scale = ((at + 1).double().log() / math.log(self.kind.trained)).clamp_min(1)
             q = (q * scale.unsqueeze(1)).to(q.dtype)
         if x.shape[1] == 1 and self.kind.window is not None:
             out = attend_ranges(q, cache.k, cache.v, cache.last_under(self.pattern))
@@ -87,11 +85,17 @@ class SwitchedAttention(nn.Module):
             out = attend(q, cache.k, cache.v, joined(self.pattern, cache.within))
         return self.to_out(join_heads(out))
 
-    def turned(self, x: Tensor, first: int) -> Tensor:
-        """Heads (B, H, N, D) of tokens from position ``first`` on, turned to their positions if those are rotary."""
-        if self.kind.rotary is None:
-            return x
-        return rotate(x, torch.arange(first, first + x.shape[2], device=x.device), self.kind.rotary)
+    def heads_of(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens x (B, N, C) at positions (N,)."""
+        return self.turned(split_heads(self.to_q(x), self.heads), at), *self.keys(x, at)
+
+    def keys(self, x: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (split_heads(layer(x), self.kv_heads) for layer in (self.to_k, self.to_v))
+        return self.turned(k, at), v
+
+    def turned(self, x: Tensor, at: Tensor) -> Tensor:
+        """Heads (B, H, N, D) of tokens at positions (N,), turned to these if positions are rotary."""
+        return x if self.kind.rotary is None else rotate(x, at, self.kind.rotary)
 
 
 class GatedLinear(nn.Module):
@@ -118,8 +122,12 @@ class DecoderLayer(nn.Module):
         """Tokens x (B, N, C), and the cache that it reads with them in it."""
         normed = self.norm(x)
         cache = self.mixer.write(normed, cache)
-        x = x + self.mixer.read(normed, cache)
-        return StepOutput(x + self.channels(self.channels_norm(x)), cache)
+        return StepOutput(self.after(x, self.mixer.read(normed, cache)), cache)
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Tokens x with what attention made of them, and what the gated layer makes of that."""
+        x = x + mixed
+        return x + self.channels(self.channels_norm(x))
 
 
 class Decoder(nn.Module):
@@ -148,9 +156,7 @@ class Decoder(nn.Module):
         )
         self.patterns = [widest(kinds, self.homes, number) for number in range(max(self.homes) + 1)]
         self.norm, self.head = nn.RMSNorm(dim, eps=1e-5), nn.Linear(dim, vocabulary, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        begin(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.prefill(tokens, self.init_state(*tokens.shape)).out
@@ -169,6 +175,13 @@ class Decoder(nn.Module):
     def decode(self, tokens: Tensor, state: list[KVCache]) -> StepOutput:
         """Logits of one more token (B, 1)."""
         return self.prefill(tokens, state)
+
+
+def begin(model: nn.Module) -> None:
+    """Weights of linear layers and embeddings as GPT-2 has them."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
 
 
 def homes_of(kinds: Sequence[LayerKind]) -> list[int]:
