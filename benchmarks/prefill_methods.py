@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from rich.console import Console
@@ -38,7 +39,7 @@ from foveate.patterns.rules.proxies import proxy_blocks
 from foveate.patterns.rules.similar import similar_blocks
 from foveate.patterns.rules.stripes import sampled_columns, stripes
 
-Contender = Pattern | Callable[[Tensor, Tensor, Tensor], Pattern]
+Contender: TypeAlias = Pattern | Callable[[Tensor, Tensor, Tensor], Pattern]
 
 
 def tuned_sparge(q: Tensor, k: Tensor, v: Tensor) -> Pattern:
@@ -100,9 +101,9 @@ def main() -> None:
         for line in track(measured(layer, q, k, v, given.repeats, asked), f"layer {layer}", total=len(asked))
     ]
     show(lines)
+    others = [line for line in known["lines"] if line["method"] not in asked]
     found = {"machine": machine.describe(), "length": given.length, "repeats": given.repeats, "rows": ROWS,
-             "load": os.getloadavg()[0],
-             "lines": [line for line in known["lines"] if line["method"] not in asked] + [asdict(one) for one in lines]}  # fmt: skip
+             "load": os.getloadavg()[0], "lines": others + [asdict(line) for line in lines]}  # fmt: skip
     write_json(PATH, found)
 
 

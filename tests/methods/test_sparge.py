@@ -65,7 +65,7 @@ def first_stage(q: Tensor, k: Tensor, tau: float, theta: float, size: tuple[int,
 def online(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, lam: float, size: tuple[int, int], slice_rows: int
 ) -> tuple[Tensor, int, int]:
-    """The paper's loop over tiles with running maxima and sums; how many slices of tiles there are, how many skipped."""
+    """The paper's loop over tiles with running maxima and sums; how many slices of tiles, and how many skipped."""
     (_, k_block), offset, out, tiles, skipped = size, len(k) - len(q), [], 0, 0
     plain, shown = (q @ k.T * q.shape[1] ** -0.5).tolist(), seen.tolist()
     for row in range(len(q)):

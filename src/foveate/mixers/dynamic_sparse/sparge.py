@@ -22,7 +22,7 @@ from foveate.precision import to_accum
 
 
 class Skipped(NamedTuple):
-    """Shares by head (H,), counted in slices of tiles: what the first stage skips, and what the second does of the rest."""
+    """Shares by head (H,) of slices of tiles: what the first stage skips, and what of the rest the second does."""
 
     tiles: Tensor
     values: Tensor
@@ -79,8 +79,8 @@ class SpargeCore:
     @property
     def pattern(self) -> Pattern:
         """What the first stage sees where nothing hides later keys."""
-        blocks = {"q_block": self.q_block, "k_block": self.k_block, "sink": self.sink}
-        return similar_blocks(self.tau, self.theta, **blocks, causal=False)
+        q_block, k_block = self.q_block, self.k_block
+        return similar_blocks(self.tau, self.theta, q_block=q_block, k_block=k_block, sink=self.sink, causal=False)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
@@ -151,7 +151,7 @@ class SpargeCore:
 
 
 def of_slices(below: Tensor, rows: int, into: int) -> Tensor:
-    """The greatest of each slice of rows (B, H, slices, J); the first rows come after ``into`` others of their block."""
+    """The greatest of each slice of rows (B, H, slices, J), the first of which lacks ``into`` rows."""
     return (
         pad(below, (0, 0, into % rows, (-into - below.shape[2]) % rows), value=NEVER).unflatten(2, (-1, rows)).amax(3)
     )

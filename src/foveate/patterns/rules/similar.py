@@ -127,7 +127,7 @@ def similar_blocks(
     sink: bool = True,
     causal: bool = True,
 ) -> Pattern:
-    """Blocks of keys that hold at most ``tau`` of a block of queries' softmax over mean keys, if their tokens are alike.
+    """Blocks of keys that hold at most ``tau`` of mean queries' softmax over mean keys, where their tokens are alike.
 
     A block is judged by its mean where the mean cosine of its tokens is above ``theta`` (of keys less the mean key);
     blocks of keys that are not alike are seen by all, and blocks of queries that are not see all. The best block of a
@@ -148,12 +148,13 @@ def similar_blocks(
 
     Raises ValueError unless 0 < tau <= 1, -1 <= theta <= 1 and blocks have at least one token.
     """
-    by_head = {"tau": _numbers(tau), "theta": _numbers(theta)}
-    if any(not 0 < one <= 1 for one in by_head["tau"]) or any(not -1 <= one <= 1 for one in by_head["theta"]):
+    taus, thetas = _numbers(tau), _numbers(theta)
+    if any(not 0 < one <= 1 for one in taus) or any(not -1 <= one <= 1 for one in thetas):
         raise ValueError(f"similar_blocks takes 0 < tau <= 1 and -1 <= theta <= 1; got {tau!r} and {theta!r}")
-    blocks = {"q_block": q_block, "k_block": k_block}
-    sizes = {name: positive("similar_blocks", name, size) for name, size in blocks.items()}
-    return SimilarBlocks(**by_head, **sizes, sink=bool(sink), causal=bool(causal))
+    rows, blocks = (
+        positive("similar_blocks", name, size) for name, size in (("q_block", q_block), ("k_block", k_block))
+    )
+    return SimilarBlocks(taus, thetas, rows, blocks, bool(sink), bool(causal))
 
 
 def _numbers(given: ByHead) -> tuple[float, ...]:
