@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from foveate.patterns.algebra import Pattern, Scene
 from foveate.patterns.rules.choose import NEVER, pool, score
 from foveate.patterns.rules.decided import block_table, pack_rows
-from foveate.patterns.rules.dynamic import _looked_at, counted_from
+from foveate.patterns.rules.dynamic import looked_at, counted_from
 from foveate.patterns.rules.sequence import causal as not_after
 from foveate.patterns.rules.sequence import full, positive
 from foveate.precision import to_accum
@@ -48,7 +48,7 @@ class SimilarBlocks(Pattern):
 
     @torch.no_grad()
     def resolve(self, scene: Scene) -> Pattern:
-        q, k, scale = _looked_at(self, scene)
+        q, k, scale = looked_at(self, scene)
         within = not_after if self.causal else full
         if not q.shape[2] or not k.shape[2]:
             return within
