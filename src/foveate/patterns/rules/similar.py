@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.patterns.algebra import Pattern, Scene
+from foveate.patterns.rules.choice import counted_from, looked_at
 from foveate.patterns.rules.choose import NEVER, pool, score
 from foveate.patterns.rules.decided import block_table, pack_rows
-from foveate.patterns.rules.dynamic import looked_at, counted_from
 from foveate.patterns.rules.sequence import causal as not_after
 from foveate.patterns.rules.sequence import full, positive
 from foveate.precision import to_accum
