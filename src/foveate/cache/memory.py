@@ -34,6 +34,7 @@ class Look:
     turn: Turn | None = None
     padded: bool = True  # whether position may be FREE somewhere
     slopes: Tensor | None = None  # (B or 1, H) of the model's bias by distance, if that is what its bias is
+    tokens: Tensor | None = None  # (B, N) ids of the new tokens, where the model was called by these
 
     @property
     def rule(self) -> Pattern:

@@ -81,6 +81,11 @@ class Slots:
         taken = tuple(x.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, x.shape[3])) for x in self._all)
         return self._with(Tokens(index.shape[0], None, most).append(*taken))
 
+    def freed(self, hidden: Tensor) -> Slots:
+        """Without tokens where ``hidden`` (B, G, S) is True; their slots stay."""
+        position = self.position.masked_fill(hidden, FREE).unsqueeze(-1)
+        return self._with(self.tokens.changed((self.k, self.v, position)))
+
     def first(self, count: int) -> Slots:
         """Without those behind the first ``count``."""
         return self._with(self.tokens.keep([(0, count)]))

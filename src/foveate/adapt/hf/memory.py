@@ -135,6 +135,7 @@ class Call:
     cache: Cache
     position: Tensor  # (B, N), FREE for padding
     padded: bool
+    tokens: Tensor | None = None  # (B, N) ids, where the model was called by these
 
 
 _call: ContextVar[Call | None] = ContextVar("foveate_memory_call", default=None)
@@ -236,17 +237,19 @@ def _call_of(cache: Cache, given: dict[str, Any]) -> Call:
     tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
     if tokens is None:
         raise ValueError("pass input_ids or inputs_embeds by name")
+    ids = tokens if given.get("inputs_embeds") is None else None
     (batch, count), seen = tokens.shape[:2], cache.get_seq_length()
     mask = given.get("attention_mask")
     if mask is None:
         _check_one_text(given.get("position_ids"))
-        return Call(cache, torch.arange(seen, seen + count, device=tokens.device).expand(batch, -1), padded=False)
+        position = torch.arange(seen, seen + count, device=tokens.device).expand(batch, -1)
+        return Call(cache, position, padded=False, tokens=ids)
     if not isinstance(mask, Tensor) or mask.shape != (batch, seen + count):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"this method takes the 2-D mask of all tokens so far, {(batch, seen + count)}; got {shape}")
     mask = mask.bool()
     position = (mask.cumsum(1) - 1).masked_fill(~mask, FREE)[:, seen:]
-    return Call(cache, position, padded=not bool(mask.all()))
+    return Call(cache, position, padded=not bool(mask.all()), tokens=ids)
 
 
 def _check_one_text(positions: Any) -> None:
@@ -276,7 +279,7 @@ def attend_remembered(
     def attend_whole(q: Tensor, k: Tensor, v: Tensor, within: Pattern, **given: Any) -> Tensor:
         return run(q, k, v, given | {"within": within})
 
-    look = Look(call.position, options, width, attend_whole, kept.turn, call.padded, slopes)
+    look = Look(call.position, options, width, attend_whole, kept.turn, call.padded, slopes, call.tokens)
     return layer.memory.attend(q, k, v, look)
 
 
@@ -300,6 +303,13 @@ def _slopes(bias: Any) -> Tensor | None:
     if not isinstance(bias, Tensor) or bias.shape[-1] < 2:
         return None
     return bias[:, :, -1, -1] - bias[:, :, -1, -2]
+
+
+def call_at_work() -> Call:
+    """The forward pass that a model is in; its hooks ask for it."""
+    call = _call.get()
+    assert call is not None
+    return call
 
 
 def keep(model: nn.Module, make: MakeMemory, core: Core, layers: Layers | None = None) -> Swap:

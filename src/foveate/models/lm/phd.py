@@ -48,7 +48,7 @@ class CopiesAttention(SwitchedAttention):
         copies = q.unflatten(2, y.shape[1:3]).transpose(2, 3).flatten(1, 2)  # (B, H copies, n, D)
         far = attend_partial(copies, original.k, original.v, original.within)
         assert far.lse is not None
-        apart = (one.unflatten(1, (self.heads, y.shape[2])).transpose(2, 3).flatten(2, 3) for one in far)
+        apart = (one.unflatten(1, (self.heads, y.shape[2])).transpose(2, 3).flatten(2, 3) for one in (far.out, far.lse))
         found = self.to_out(join_heads(merge([of_hidden, type(far)(*apart)]).out))
         return out, found.view_as(y), CopiesState(original, hidden)
 
