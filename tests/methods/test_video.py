@@ -13,14 +13,14 @@ from tests.support.on_grids import masked
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from foveate import Grid, attend, causal, key_padding
+from foveate import Grid, attend, block_mask, causal, key_padding
 from foveate.catalogue import tiers
 from foveate.counting import count_operations
 from foveate.layouts.hilbert import hilbert
 from foveate.mixers.dynamic_sparse.jenga import Jenga
 from foveate.mixers.dynamic_sparse.sparse_videogen import SparseVideoGen
 
-OPTIONS = {"sparse_videogen": {"keep": 0.3}, "jenga": {"block": 6, "mass": 0.3}}
+OPTIONS = {"sparse_videogen": {"keep": 0.3}, "jenga": {"block": 6, "mass": 0.3, "least": 0.0}}
 FULL = {"sparse_videogen": {"keep": 1.0}, "jenga": {"mass": 1.0}}
 
 
@@ -127,15 +127,17 @@ def test_spatial_and_temporal_heads_are_told_apart_and_cost_less_error_than_one_
 # ---- Jenga -------------------------------------------------------------------------------------------------
 
 
-def carved(q: Tensor, k: Tensor, dims: tuple[int, int, int], text: int, block: int, mass: float) -> Tensor:
-    """Pairs (B, H, N, N): likely blocks, those that touch, text."""
+def carved(
+    q: Tensor, k: Tensor, dims: tuple[int, int, int], text: int, block: int, mass: float, least: float
+) -> Tensor:
+    """Pairs (B, H, N, N): likely blocks, at least a share of all; those that touch at sides, edges, corners; text."""
     video = math.prod(dims)
     curve = hilbert(Grid(*dims)).index.tolist()
     cut = [curve[first : first + block] for first in range(0, video, block)]
     place = list(itertools.product(*map(range, dims)))
 
     def touch(one: list[int], other: list[int]) -> bool:
-        return any(sum(abs(a - b) for a, b in zip(place[i], place[j], strict=True)) <= 1 for i in one for j in other)
+        return any(max(abs(a - b) for a, b in zip(place[i], place[j], strict=True)) <= 1 for i in one for j in other)
 
     mask = torch.zeros(*q.shape[:2], video + text, video + text, dtype=torch.bool)
     mask[..., video:] = mask[:, :, video:] = True
@@ -144,8 +146,8 @@ def carved(q: Tensor, k: Tensor, dims: tuple[int, int, int], text: int, block: i
         shares = torch.softmax(means[0] @ means[1].T / q.shape[3] ** 0.5, -1).tolist()
         for r, row in enumerate(shares):
             held, seen = 0.0, {c for c in range(len(cut)) if touch(cut[r], cut[c])}
-            for c in sorted(range(len(cut)), key=lambda c: -row[c]):
-                if held >= mass:
+            for count, c in enumerate(sorted(range(len(cut)), key=lambda c: -row[c])):
+                if held >= mass and count >= int(least * len(cut)):
                     break
                 held += row[c]
                 seen.add(c)
@@ -154,16 +156,17 @@ def carved(q: Tensor, k: Tensor, dims: tuple[int, int, int], text: int, block: i
     return mask
 
 
+CARVED = [((3, 6, 6), 0, 6, 0.2, 0.0), ((7, 5, 3), 5, 4, 0.2, 0.1), ((2, 11, 9), 7, 8, 0.1, 0.4)]
+
+
 @pytest.mark.paper("Jenga", "definition")
-@pytest.mark.parametrize(
-    ("dims", "text", "block", "mass"), [((3, 6, 6), 0, 6, 0.2), ((4, 5, 3), 5, 4, 0.4), ((2, 9, 7), 7, 8, 0.1)]
-)
+@pytest.mark.parametrize(("dims", "text", "block", "mass", "least"), CARVED)
 def test_blocks_of_the_curve_see_likely_adjacent_and_text_blocks(
-    dims: tuple[int, int, int], text: int, block: int, mass: float
+    dims: tuple[int, int, int], text: int, block: int, mass: float, least: float
 ) -> None:
-    core = Jenga(dims, text, block, mass)
+    core = Jenga(dims, text, block, mass, least)
     heads = heads_of(math.prod(dims) + text)
-    mask = carved(heads[0], heads[1], dims, text, block, mass)
+    mask = carved(heads[0], heads[1], dims, text, block, mass, least)
     assert 0.2 < mask.float().mean() < 0.95
     follows(nn.Module(), lambda: core(*heads), lambda: masked(*heads, mask), *heads)
     seen = torch.rand(2, mask.shape[3]) < 0.8
@@ -174,8 +177,32 @@ def test_blocks_of_the_curve_see_likely_adjacent_and_text_blocks(
     torch.testing.assert_close(found[rows], within[rows], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.paper("Jenga", "definition")
+def test_text_weighs_more_beside_a_video_of_fewer_tokens() -> None:
+    """At a share a of the tokens of a frame, text's weights are times a^(-amplitude/2) for the video's queries."""
+    dims, text, block = (4, 5, 5), 6, 8
+    core = Jenga(dims, text, block, 0.2, 0.1, area=0.3, amplitude=1.5)
+    heads = heads_of(106)
+    mask = carved(heads[0], heads[1], dims, text, block, 0.2, 0.1)
+    factor = torch.ones(106, 106, dtype=torch.float64)
+    factor[:100, 100:] = 0.3 ** (-1.5 / 2)
+
+    def formula(seen: Tensor = mask) -> Tensor:
+        weights = torch.exp(heads[0] @ heads[1].mT / 2) * factor * seen
+        return weights / weights.sum(-1, keepdim=True) @ heads[2]
+
+    follows(nn.Module(), lambda: core(*heads), formula, *heads)
+    lower = torch.ones(106, 106, dtype=torch.bool).tril()
+    torch.testing.assert_close(core(*heads, within=causal), formula(mask & lower), rtol=1e-9, atol=1e-9)
+    bias = torch.randn(1, 1, 106, 106, dtype=torch.float64)
+    expected = torch.exp(heads[0] @ heads[1].mT / 2 + bias) * factor * mask
+    expected = expected / expected.sum(-1, keepdim=True) @ heads[2]
+    torch.testing.assert_close(core(*heads, bias=bias), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.paper("Jenga", "works_when")
 def test_what_is_not_chosen_is_not_computed() -> None:
-    core = Jenga((8, 16, 16), 32, 64, 0.1)
+    core = Jenga((8, 16, 16), 32, 64, 0.1, 0.0)
     q, k, v = torch.randn(3, 1, 2, 8 * 256 + 32, 16)
     with count_operations() as counted:
         core(q, k, v)
@@ -184,9 +211,27 @@ def test_what_is_not_chosen_is_not_computed() -> None:
     assert counted.pairs == seen
 
 
+@pytest.mark.paper("Jenga", "works_when")
+def test_the_curve_visits_neighbours_and_its_blocks_are_lumps() -> None:
+    """A generalised Hilbert order of a 3D grid: nearly every step is to a neighbour, and a block's box is small."""
+    dims = (6, 10, 14)
+    index = hilbert(Grid(*dims)).index
+    assert index.sort().values.tolist() == list(range(math.prod(dims)))
+    place = torch.tensor(list(itertools.product(*map(range, dims))))[index]
+    assert (place.diff(dim=0).abs().sum(1) == 1).all()  # even sides: no jumps
+    raster = torch.tensor(list(itertools.product(*map(range, dims))))
+
+    def widest(order: Tensor) -> float:
+        cut = order.unflatten(0, (-1, 28))
+        return float((cut.amax(1) - cut.amin(1)).amax(1).float().mean())
+
+    assert widest(place) < 0.6 * widest(raster)
+
+
+@pytest.mark.paper("Jenga", "works_when")
 def test_the_most_likely_blocks_hold_more_of_the_weights_than_as_many_others() -> None:
     """Beside the adjacent blocks, those of the best means, or of the worst: the error of the output."""
-    core = Jenga((4, 8, 8), 0, 8, 0.3)
+    core = Jenga((4, 8, 8), 0, 8, 0.3, 0.0)
     base = torch.randn(24, 4, 256, 1).cumsum(2) / 4
     q = k = base * torch.randn(24, 4, 1, 16) + 0.5 * torch.randn(24, 4, 256, 16)
     v = torch.randn(24, 4, 256, 16)
@@ -196,7 +241,7 @@ def test_the_most_likely_blocks_hold_more_of_the_weights_than_as_many_others() -
     worst = core.chosen(core.order.apply(-q, 2), core.order.apply(k, 2), 0.25)
     count = chosen.sum(-1).float().mean() / worst.sum(-1).float().mean()
     q2, k2, v2 = (core.order.apply(x, 2) for x in (q, k, v))
-    other = core.order.undo(attend(q2, k2, v2, core.pattern_of(worst)), 2)
+    other = core.order.undo(attend(q2, k2, v2, block_mask(worst, 8)), 2)
     assert count < 1.2 and error < 0.95 * float((other - exact).square().mean())
 
 
@@ -218,16 +263,17 @@ def bert() -> Any:
 
 
 @pytest.mark.paper("SVG (Sparse VideoGen)", "works_when")
+@pytest.mark.paper("Jenga", "works_when")
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_in_a_model_it_is_exact_at_full_budget_and_undone_bit_for_bit(name: str) -> None:
     model, tokens, row = bert(), torch.randint(40, (3, 39)), tiers.row(name)
     assert isinstance(row, tiers.MethodRow)
     plain = model(tokens).last_hidden_state
-    full = row.make(grid=(4, 3, 3), text=3, **OPTIONS[name] | FULL[name]).install(model)
+    full = row.make(grid=(9, 2, 2), text=3, **OPTIONS[name] | FULL[name]).install(model)
     torch.testing.assert_close(model(tokens).last_hidden_state, plain, rtol=1e-9, atol=1e-9)
     full.undo()
-    sparse = row.make(grid=(4, 3, 3), text=3, **OPTIONS[name]).install(model)
+    sparse = row.make(grid=(9, 2, 2), text=3, **OPTIONS[name]).install(model)
     together = model(tokens).last_hidden_state
     assert sparse.calls == 2 and (together - plain).abs().max() > 1e-4
     for entry in range(3):
@@ -235,7 +281,7 @@ def test_in_a_model_it_is_exact_at_full_budget_and_undone_bit_for_bit(name: str)
         torch.testing.assert_close(together[entry : entry + 1], alone, rtol=1e-9, atol=1e-9)
     sparse.undo()
     assert torch.equal(model(tokens).last_hidden_state, plain)
-    change = row.make(grid=(4, 3, 3), **OPTIONS[name]).install(model)
+    change = row.make(grid=(9, 2, 2), **OPTIONS[name]).install(model)
     with pytest.raises(ValueError, match="tokens of text are 36; got 39"):
         model(tokens)
     change.undo()
@@ -246,3 +292,5 @@ def test_options_that_cannot_be_are_refused() -> None:
         SparseVideoGen((2, 2, 2), keep=0.0)
     with pytest.raises(ValueError, match="mass is above 0"):
         Jenga((2, 2, 2), mass=0.0)
+    with pytest.raises(ValueError, match="area above 0"):
+        Jenga((2, 2, 2), area=0.0)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from foveate.attention import attend
+from foveate.attention import attend, attend_partial, merge
+from foveate.attention.partial import Partial
 from foveate.layouts.hilbert import hilbert
 from foveate.layouts.kinds import Grid
 from foveate.layouts.orders import Order
-from foveate.mixers.dynamic_sparse.on_video import VideoCore, positions
-from foveate.patterns import Pattern, block_mask, full, global_tokens
-from foveate.patterns.rules.choose import fewest, pool
+from foveate.mixers.dynamic_sparse.on_video import VideoCore, blocks_and_text, positions
+from foveate.patterns import Pattern, block_mask, full
+from foveate.patterns.rules.choose import best, fewest, pool
 from foveate.plain import remembered
 
 
@@ -22,10 +25,12 @@ class Jenga(VideoCore):
     """Blocks of ``block`` tokens along the curve see the fewest blocks that hold ``mass``, adjacent ones, and text.
 
     Tokens of the video are laid along a generalised Hilbert curve, so that a block is a lump of space and time. For
-    each head the softmax between the blocks' mean queries and mean keys says which blocks together hold ``mass``; added
-    are the blocks that touch a block in the video, itself among them. All see the text, and the text sees all. The
-    authors take blocks that touch at edges and corners too, add something to the logits of text keys, and keep a least
-    number of blocks.
+    each head the softmax between the blocks' mean queries and mean keys says which blocks together hold ``mass``, at
+    least the share ``least`` of all; added are the blocks that touch a block in the video, at sides, edges or corners,
+    itself among them. All see the text, and the text sees all.
+
+    ``area`` is the share of a frame's tokens at full resolution that the grid has: a video begun at a lower one gives
+    text, of which there is no less, the weight ``area ** (-amplitude / 2)`` beside it. Text's own queries do not.
 
     >>> core = Jenga((4, 3, 3), text=2, block=4)
     >>> q = k = v = torch.randn(1, 2, 38, 8)
@@ -35,51 +40,73 @@ class Jenga(VideoCore):
 
     block: int = 128
     mass: float = 0.3
+    least: float = 0.25
+    area: float = 1.0
+    amplitude: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.mass <= 1 or self.block < 1:
             raise ValueError(f"mass is above 0 and at most 1, a block at least a token; got {self.mass}, {self.block}")
+        if not 0 <= self.least <= 1 or not 0 < self.area <= 1:
+            raise ValueError(f"least and area are shares, area above 0; got {self.least} and {self.area}")
 
     @property
     def order(self) -> Order:
         """Tokens along the curve, text behind them."""
         return Order(positions(hilbert(self.video).index, self.text))
 
+    @property
+    def text_bias(self) -> float:
+        """What is added to the logits of text keys for queries of the video."""
+        return -self.amplitude / 2 * math.log(self.area)
+
     @torch.no_grad()
     def chosen(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """The blocks (B, H, R, R) that blocks of the video see, of queries and keys along the curve."""
         video = self.video.length
         of_q, of_k = (pool(x[:, :, :video], self.block) for x in (q, k))
-        found = fewest((of_q @ of_k.mT * scale).softmax(-1), self.mass)
+        shares = (of_q @ of_k.mT * scale).softmax(-1)
+        found = fewest(shares, self.mass) | best(shares, int(self.least * shares.shape[-1]))
         return found | adjacent(self.video, self.block).to(q.device)
-
-    def pattern_of(self, chosen: Tensor) -> Pattern:
-        """The pattern along the curve of blocks chosen: those behind the video hold text, which all see."""
-        if not self.text:
-            return block_mask(chosen, self.block)
-        blocks, rows = -(-self.length // self.block), chosen.shape[2]
-        table = chosen.new_zeros(*chosen.shape[:2], blocks, blocks)
-        table[:, :, :rows, :rows] = chosen
-        return block_mask(table, self.block) | global_tokens(range(self.video.length, self.length))
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = (self.order.apply(x, 2) for x in (q, k, v))
-        return self.order.undo(attend(q, k, v, self.pattern_of(self.chosen(q, k, scale)), scale=scale), 2)
+        chosen, video = self.chosen(q, k, scale), self.video.length
+        if not self.text or not self.text_bias:
+            pattern = blocks_and_text(chosen, self.block, video, self.text)
+            return self.order.undo(attend(q, k, v, pattern, scale=scale), 2)
+        of_video = attend_partial(*(x[:, :, :video] for x in (q, k, v)), block_mask(chosen, self.block), scale=scale)
+        upon_text = attend_partial(q[:, :, :video], k[:, :, video:], v[:, :, video:], scale=scale)
+        assert upon_text.lse is not None
+        whole = merge([of_video, Partial(upon_text.out, upon_text.lse + self.text_bias)]).out
+        of_text = attend(q[:, :, video:], k, v, scale=scale)
+        return self.order.undo(torch.cat((whole, of_text), 2), 2)
 
     def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float, within: Pattern = full) -> Tensor:
-        pattern = self.pattern_of(self.chosen(self.order.apply(q, 2), self.order.apply(k, 2), scale))
+        chosen = self.chosen(self.order.apply(q, 2), self.order.apply(k, 2), scale)
+        pattern = blocks_and_text(chosen, self.block, self.video.length, self.text)
         along = pattern.mask(self.length).expand(q.shape[0], q.shape[1], -1, -1)
         rank = self.order.inverse.to(along.device)
         return along[:, :, rank][:, :, :, rank]
 
+    def added(self, q: Tensor) -> Tensor | None:
+        """The bias on text keys, written out, (1, 1, N, N)."""
+        if not self.text or not self.text_bias:
+            return None
+        bias = q.new_zeros(1, 1, self.length, self.length)
+        bias[..., : self.video.length, self.video.length :] = self.text_bias
+        return bias
+
 
 @remembered(16)
 def adjacent(grid: Grid, block: int) -> Tensor:
-    """Blocks (R, R) of the curve of which some tokens touch: neighbours along an axis, or of the same block."""
+    """Blocks (R, R) of the curve of which some tokens touch: at most one apart along each axis."""
     block_of = (hilbert(grid).inverse // block).view(grid.dims)
-    count = -(-grid.length // block)
-    found = torch.eye(count, dtype=torch.bool)
-    for axis, size in enumerate(grid.dims):
-        one, other = block_of.narrow(axis, 0, size - 1).flatten(), block_of.narrow(axis, 1, size - 1).flatten()
-        found[one, other] = found[other, one] = True
+    found = torch.eye(-(-grid.length // block), dtype=torch.bool)
+    for step in itertools.product((0, 1), (-1, 0, 1), (-1, 0, 1)):
+        here, there = block_of, block_of
+        for axis, (move, size) in enumerate(zip(step, grid.dims, strict=True)):
+            count = max(size - abs(move), 0)
+            here, there = here.narrow(axis, max(-move, 0), count), there.narrow(axis, max(move, 0), count)
+        found[here.flatten(), there.flatten()] = found[there.flatten(), here.flatten()] = True
     return found

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from foveate.attention import attend
+from foveate.attention.biases import as_tuple
 from foveate.mixers.core import CoreOptions
-from foveate.patterns import Grid, Pattern, boolean_mask, full
+from foveate.patterns import Grid, Pattern, block_mask, boolean_mask, full, global_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +57,16 @@ class VideoCore(ABC):
         plain = options.get("bias") is None and options.get("softcap") is None
         if within == full and plain and options.get("weights", "softmax") == "softmax":
             return self.run(q, k, v, scale)
+        own = self.added(q)
+        if own is not None:
+            options["bias"] = (*as_tuple(options.get("bias")), own)
         seen = boolean_mask(self.mask(q, k, v, scale, within))
         pattern = seen if within == full else seen & within
         return attend(q, k, v, pattern, **options)
+
+    def added(self, q: Tensor) -> Tensor | None:
+        """A bias of the core's own, written out (B or 1, H or 1, N, N), that :meth:`run` adds too."""
+        return None
 
     @abstractmethod
     def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -72,3 +80,13 @@ class VideoCore(ABC):
 def positions(rank: Tensor, text: int) -> Tensor:
     """Ranks of a video's tokens, and of text tokens behind them."""
     return torch.cat((rank, torch.arange(text, device=rank.device) + rank.numel()))
+
+
+def blocks_and_text(chosen: Tensor, block: int, video: int, text: int) -> Pattern:
+    """Blocks of a video that see one another, a table (B, H, R, R), and text behind it: seen by all, seeing all."""
+    if not text:
+        return block_mask(chosen, block)
+    blocks, rows = -(-(video + text) // block), chosen.shape[2]
+    table = chosen.new_zeros(*chosen.shape[:2], blocks, blocks)
+    table[:, :, :rows, :rows] = chosen
+    return block_mask(table, block) | global_tokens(range(video, video + text))

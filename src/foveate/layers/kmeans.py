@@ -1,0 +1,67 @@
+"""Lloyd's k-means, a clustering for each batch entry and head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveate.precision import to_accum
+
+
+class KMeans(NamedTuple):
+    """Labels (..., N) of points, and centroids (..., K, D): the means of those that carry each label."""
+
+    labels: Tensor
+    centroids: Tensor
+
+    @property
+    def sizes(self) -> Tensor:
+        """How many points each cluster has, (..., K)."""
+        sizes = self.labels.new_zeros(self.centroids.shape[:-1])
+        return sizes.scatter_add_(-1, self.labels, torch.ones_like(self.labels))
+
+
+def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> KMeans:
+    """Points (..., N, D) clustered by their squared distances from centroids (..., K, D), which move to the means.
+
+    Each iteration gives points to their nearest centroid, the first of equal ones, and moves centroids to the means of
+    their points; one without any stays. It ends early where no point changes its cluster any more.
+
+    Lloyd, Least Squares Quantization in PCM, IEEE Transactions on Information Theory 28(2), 1982.
+
+    >>> x = torch.tensor([0.0, 1.0, 10.0, 11.0]).unsqueeze(1)
+    >>> kmeans(x, x[:2], iterations=4)
+    KMeans(labels=tensor([0, 0, 1, 1]), centroids=tensor([[ 0.5000],
+            [10.5000]]))
+
+    Raises ValueError for less than one iteration.
+    """
+    if iterations < 1:
+        raise ValueError(f"k-means takes at least one iteration; got {iterations}")
+    x, centroids = to_accum(x), to_accum(centroids)
+    labels = None
+    for _ in range(iterations):
+        nearest = (centroids.square().sum(-1).unsqueeze(-2) / 2 - x @ centroids.mT).argmin(-1)
+        if labels is not None and torch.equal(nearest, labels):
+            break
+        labels = nearest
+        centroids = _means(x, labels, centroids)
+    assert labels is not None
+    return KMeans(labels, centroids)
+
+
+def _means(x: Tensor, labels: Tensor, before: Tensor) -> Tensor:
+    """The means of the points of each label; what was there before where there are none."""
+    spread = labels.unsqueeze(-1).expand_as(x)
+    sums = torch.zeros_like(before).scatter_add_(-2, spread, x)
+    sizes = torch.zeros_like(before[..., :1]).scatter_add_(-2, spread[..., :1], torch.ones_like(x[..., :1]))
+    return torch.where(sizes > 0, sums / sizes.clamp_min(1), before)
+
+
+def drawn(x: Tensor, count: int, seed: int) -> Tensor:
+    """Points (..., count, D) of (..., N, D) to begin with: the same places everywhere, drawn by a seed, none twice."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(x.shape[-2], generator=generator, device="cpu")[:count]
+    return to_accum(x).index_select(-2, places.to(x.device))
