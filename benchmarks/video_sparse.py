@@ -23,7 +23,10 @@ from torch import Tensor
 from benchmarks.contest import RESULTS, write_json
 from foveate import attend
 from foveate.lab.measure import machine
+from foveate.methods.paro import PARO
+from foveate.methods.paro_plan import ORDERS, heaviest, statistics
 from foveate.mixers.dynamic_sparse.adaspa import AdaSpa
+from foveate.mixers.dynamic_sparse.denoising import Clock
 from foveate.mixers.dynamic_sparse.jenga import Jenga
 from foveate.mixers.dynamic_sparse.on_video import VideoCore
 from foveate.mixers.dynamic_sparse.svg2 import SVG2
@@ -32,9 +35,10 @@ FILE = RESULTS / "video_sparse.json"
 GRIDS = ((6, 20, 32), (9, 30, 32))
 HEADS, DIM, SCALE = 4, 64, 0.125
 Case = dict[str, Any]
+Heads = tuple[Tensor, Tensor, Tensor]
 
 
-def clip(grid: tuple[int, int, int], steps: int, *, objects: int = 24, seed: int = 0) -> list[tuple[Tensor, ...]]:
+def clip(grid: tuple[int, int, int], steps: int, *, objects: int = 24, seed: int = 0) -> list[Heads]:
     """Queries, keys and values (1, H, N, D) of each step."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -93,7 +97,7 @@ def least_seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[s
     return best
 
 
-def checked(core: VideoCore, heads: tuple[Tensor, ...], seen: Seen) -> None:
+def checked(core: VideoCore, heads: Heads, seen: Seen) -> None:
     """AssertionError unless some rows are masked dense attention."""
     rows = slice(None, None, max(heads[0].shape[2] // 64, 1))
     logits = (heads[0][:, :, rows] @ heads[1].mT * SCALE).masked_fill(~seen(rows), -math.inf)
@@ -101,9 +105,7 @@ def checked(core: VideoCore, heads: tuple[Tensor, ...], seen: Seen) -> None:
     torch.testing.assert_close(found, logits.softmax(-1) @ heads[2], rtol=1e-3, atol=1e-3)
 
 
-def case(
-    grid: tuple[int, int, int], core: VideoCore, heads: tuple[Tensor, ...], seen: Seen, **more: Callable[[], Any]
-) -> Case:
+def case(grid: tuple[int, int, int], core: VideoCore, heads: Heads, seen: Seen, **more: Callable[[], Any]) -> Case:
     checked(core, heads, seen)
     recall, density = shares(heads[0], heads[1], seen)
     runs = {"dense": lambda: attend(*heads), "sparse step": lambda: core.run(*heads, SCALE)} | more
@@ -150,7 +152,7 @@ def adaspa(grid: tuple[int, int, int], repeats: int) -> Case:
         core.run(*step, SCALE)
     search = core.kept[0].choice
     of = (torch.arange(math.prod(grid)) // core.block)[None, None]
-    sums = {"search by the old lse": lambda: core.masses(*heads[:2], search.lse, SCALE)}
+    sums = {"search by the old lse": lambda: core.masses(heads[0], heads[1], search.lse, SCALE)}
     found = case(grid, core, heads, by_table(search.chosen, of, of), **sums)
     random = by_table(at_random(search.chosen, found["density"]), of, of)
     found["recall of as many blocks at random"] = shares(heads[0], heads[1], random)[0]
@@ -161,7 +163,7 @@ def jenga(grid: tuple[int, int, int], repeats: int) -> Case:
     """Means, choice and reordering are in a step's time."""
     (heads,) = clip(grid, 1)
     core = Jenga(grid, least=0.1)
-    q, k = (core.order.apply(x, 2) for x in heads[:2])
+    q, k = (core.order.apply(x, 2) for x in (heads[0], heads[1]))
     chosen, of = core.chosen(q, k, SCALE), (core.order.inverse // core.block)[None, None]
     found = case(grid, core, heads, by_table(chosen, of, of))
     random = by_table(at_random(chosen, found["density"]), of, of)
@@ -169,7 +171,40 @@ def jenga(grid: tuple[int, int, int], repeats: int) -> Case:
     return timed(found, repeats)
 
 
-SECTIONS: dict[str, Callable[[tuple[int, int, int], int], Case]] = {"svg2": svg2, "adaspa": adaspa, "jenga": jenga}
+def paro(grid: tuple[int, int, int], repeats: int) -> Case:
+    """Orders and blocks of two steps before, reordering in a step's time; beside the order of frames, rows, columns.
+
+    ``error`` is the root mean square error to dense attention over the root mean square of the latter: of blocks
+    dropped alone, and with four factors rounded.
+    """
+    first, second, heads = clip(grid, 3)
+    cores = {bits: PARO(grid, bits=bits, clock=Clock(steps=1)) for bits in (None, 8, 4)}
+    core = cores[None]
+    for step in (first, second, heads):
+        core.clock.advance()
+        core.run(*step, SCALE)
+    plan = core.calibration.plan
+    assert plan is not None
+    of = core._index(plan.orders, heads[0].device).argsort(1).unsqueeze(0) // core.block
+    found = case(grid, core, heads, by_table(core.table(plan).unsqueeze(0), of, of))
+    measured = statistics(second[0], second[1], math.prod(grid), core.block, scale=SCALE)
+    plain = (torch.arange(math.prod(grid)) // core.block)[None, None]
+    frames = by_table(heaviest(measured.sums, core.density).unsqueeze(0), plain, plain)
+    found["recall in the order of frames"] = shares(heads[0], heads[1], frames)[0]
+    found["orders"] = [ORDERS[number] for number in plan.orders.tolist()]
+    exact, found["error"] = attend(*heads), {}
+    for bits, one in cores.items():
+        if bits is not None:
+            one.clock.advance()
+            one.calibration.plan, one.calibration.ready = plan, True
+        out = one.run(*heads, SCALE)
+        name = "not rounded" if bits is None else f"{bits} bits"
+        found["error"][name] = float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    return timed(found, repeats)
+
+
+Section = Callable[[tuple[int, int, int], int], Case]
+SECTIONS: dict[str, Section] = {"svg2": svg2, "adaspa": adaspa, "jenga": jenga, "paro": paro}
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def rows_of(sums: Tensor, sparsity: float) -> Tensor:
 
 
 def searched(weights: Tensor, video: int, block: int, sparsity: float) -> tuple[Tensor, list[float]]:
-    """Pairs (H, N, N) that an entry's heads see by weights (H, N, N), and what each head's plain share of them holds."""
+    """Pairs (H, N, N) that an entry's heads see by weights (H, N, N), and what a plain share of each holds."""
     sums = [block_sums(head, video, block) for head in weights]
     held = []
     for head, own in zip(weights, sums, strict=True):
@@ -79,7 +79,7 @@ def test_blocks_are_searched_in_a_dense_step_and_seen_in_later_ones(text: int, a
                         of = torch.arange(video) // block
                         one[head, :video, :video] = table[of][:, of]
             mask = torch.stack([one for one, _ in found])
-            assert any(0 < sum(h > 0.8 for h in held) for _, held in found)
+            assert any(sum(h > 0.8 for h in held) > 0 for _, held in found)
         seen = mask if step > 2 else torch.ones(2, 4, video + text, video + text, dtype=torch.bool)
         follows(nn.Module(), lambda: core(*heads), lambda: masked(*heads, seen), *heads)  # noqa: B023
         lower = seen & torch.ones_like(seen[0, 0]).tril()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from foveate.adapt.hf.install import pretrained
 from foveate.adapt.hf.layers import attention_layers, chosen
 from foveate.adapt.swap import Change, Swap, use
-from foveate.mixers.dynamic_sparse.denoising import Clock, SteppedCore
+from foveate.mixers.dynamic_sparse.denoising import Clock
+from foveate.mixers.dynamic_sparse.on_video import VideoCore
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +50,7 @@ class SteppedMethod:
     pass; `Denoising.restart` begins another before its time.
     """
 
-    make: Callable[[Clock], SteppedCore]
+    make: Callable[[Clock, int], VideoCore]  # by the layer's number
     steps: int = 50
     passes: int = 1
     layers: Layers | None = None
@@ -64,7 +65,7 @@ class SteppedMethod:
             raise ValueError(f"{type(model).__name__} has no numbered layers of attention, of which each goes on alone")
         try:
             for number in numbers:
-                swap = use(model, self.make(change.clock), layers=[number], heads=self.heads)
+                swap = use(model, self.make(change.clock, number), layers=[number], heads=self.heads)
                 change.on_undo(swap.undo)
                 change.swaps[number] = swap
         except BaseException:

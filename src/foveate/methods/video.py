@@ -116,7 +116,7 @@ def svg2(
     arXiv 2505.18875.
     """
 
-    def make(clock: Clock) -> SteppedCore:
+    def make(clock: Clock, _: int) -> SteppedCore:
         sizes = (q_clusters, k_clusters, mass, least, first_iterations, iterations, dense_steps, seed)
         return SVG2(grid, text, *sizes, clock=clock)
 
@@ -153,7 +153,7 @@ def adaspa(
     Xia et al., Training-free and Adaptive Sparse Attention for Efficient Long Video Generation, arXiv 2502.21079.
     """
 
-    def make(clock: Clock) -> SteppedCore:
+    def make(clock: Clock, _: int) -> SteppedCore:
         return AdaSpa(grid, text, sparsity, block, searches, adaptive, clock=clock)
 
     return SteppedMethod(make, steps, passes, layers, heads)

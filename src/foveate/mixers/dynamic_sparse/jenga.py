@@ -75,7 +75,8 @@ class Jenga(VideoCore):
         if not self.text or not self.text_bias:
             pattern = blocks_and_text(chosen, self.block, video, self.text)
             return self.order.undo(attend(q, k, v, pattern, scale=scale), 2)
-        of_video = attend_partial(*(x[:, :, :video] for x in (q, k, v)), block_mask(chosen, self.block), scale=scale)
+        own = [x[:, :, :video] for x in (q, k, v)]
+        of_video = attend_partial(own[0], own[1], own[2], block_mask(chosen, self.block), scale=scale)
         upon_text = attend_partial(q[:, :, :video], k[:, :, video:], v[:, :, video:], scale=scale)
         assert upon_text.lse is not None
         whole = merge([of_video, Partial(upon_text.out, upon_text.lse + self.text_bias)]).out

@@ -13,6 +13,8 @@ from foveate.layers.kmeans import KMeans, drawn, kmeans
 from foveate.mixers.dynamic_sparse.denoising import SteppedCore
 from foveate.patterns.rules.choose import best, fewest
 
+Head = tuple[Tensor, Tensor, Tensor]
+
 
 class Clusters(NamedTuple):
     """Clusters of a video's queries and of its keys, (B, H, N) labels each, and which see which, (B, H, Cq, Ck)."""
@@ -82,14 +84,14 @@ class SVG2(SteppedCore):
         heads = []
         for entry in range(q.shape[0]):
             for head in range(q.shape[1]):
-                own = [x[entry, head] for x in (clusters.q.labels, clusters.k.labels, clusters.seen)]
-                heads.append(self._run_head(q[entry, head], k[entry, head], v[entry, head], *own, scale))
+                at = entry, head
+                groups = clusters.q.labels[at], clusters.k.labels[at], clusters.seen[at]
+                heads.append(self._run_head((q[at], k[at], v[at]), groups, scale))
         return torch.stack(heads).view(*q.shape[:3], v.shape[3])
 
-    def _run_head(
-        self, q: Tensor, k: Tensor, v: Tensor, of_q: Tensor, of_k: Tensor, seen: Tensor, scale: float
-    ) -> Tensor:
-        """One head's attention (N, D): cluster by cluster of its queries."""
+    def _run_head(self, heads: Head, groups: Head, scale: float) -> Tensor:
+        """One head's attention (N, D): cluster by cluster of its queries. ``groups``: labels, labels, pairs seen."""
+        (q, k, v), (of_q, of_k, seen) = heads, groups
         order, parts = of_q.argsort(stable=True), []
         text = torch.arange(self.video.length, self.length, device=q.device)
         runs = order.split(torch.bincount(of_q, minlength=seen.shape[0]).tolist())
