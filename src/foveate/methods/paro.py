@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,8 +13,17 @@ from foveate.attention import attend
 from foveate.catalogue.tiers import method
 from foveate.methods.denoising import SteppedMethod
 from foveate.methods.paro_blocks import attend_rounded
-from foveate.methods.paro_plan import ORDERS, LayerPlan, best_orders, group_of, heaviest, places, statistics
-from foveate.methods.video import EXEMPT
+from foveate.methods.paro_plan import (
+    ORDERS,
+    LayerPlan,
+    Statistics,
+    best_orders,
+    group_of,
+    heaviest,
+    places,
+    statistics,
+)
+from foveate.mixers.core import CoreOptions
 from foveate.mixers.dynamic_sparse.denoising import Clock
 from foveate.mixers.dynamic_sparse.on_video import VideoCore
 from foveate.patterns import Pattern, block_mask, full
@@ -80,17 +89,17 @@ class PARO(VideoCore):
             raise ValueError(f"bits are 2 to 16, or None for none rounded; got {self.bits}")
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, layout: Any = None, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
     ) -> Tensor:
-        given = within != full or any(options.get(name) is not None for name in ("bias", "softcap"))
+        given = within != full or options.get("bias") is not None or options.get("softcap") is not None
         if self.bits is not None and (given or options.get("weights", "softmax") != "softmax"):
             raise NotImplementedError(
                 "rounded blocks are of a softmax that sees whole videos: pass bits=None beside masks and biases"
             )
-        return super().__call__(q, k, v, within=within, layout=layout, **options)
+        return super().__call__(q, k, v, within=within, **options)
 
     @torch.no_grad()
-    def prepared(self, q: Tensor, k: Tensor, scale: float) -> LayerPlan | None:
+    def prepared(self, q: Tensor, k: Tensor, scale: float, within: Pattern = full) -> LayerPlan | None:
         """The plan; None in the videos that it is made by, into which this step is counted."""
         if not self.clock.step:
             raise ValueError("no step has begun: call clock.advance() before each pass, as the method's hook does")
@@ -102,35 +111,31 @@ class PARO(VideoCore):
             state.plan = LayerPlan(best_orders(dense, uneven, self.alpha))
             state.seen.clear()
         if self.clock.video == 1:
-            state.seen.append(self._of_orders(q, k, scale))
+            state.seen.append(self._of_orders(q, k, scale, within))
         elif self.clock.video == 2:
-            self._add(q, k, scale)
+            self._add(q, k, scale, within)
         else:
             state.close(self.density)
             state.ready = True
             return state.plan
         return None
 
-    def _of_orders(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    def _of_orders(self, q: Tensor, k: Tensor, scale: float, within: Pattern) -> Tensor:
         """Both measures of all orders, (2, 6, H)."""
         found = []
         for number in range(len(ORDERS)):
-            q2, k2 = self._along(torch.full((q.shape[1],), number), q, k)
-            measured = statistics(
-                q2, k2, self.video.length, self.block, scale=scale, epsilon=self.epsilon, sigma=self.sigma
-            )
+            measured = self._measured(torch.full((q.shape[1],), number), q, k, scale, within)
             found.append(torch.stack((measured.sparse, measured.uneven)))
         return torch.stack(found, 1)
 
-    def _add(self, q: Tensor, k: Tensor, scale: float) -> None:
+    def _add(self, q: Tensor, k: Tensor, scale: float, within: Pattern) -> None:
         """Sums of weights of blocks, in the orders chosen, to those of the step's group."""
         state, group = self.calibration, group_of(self.clock.step, self.clock.steps)
         assert state.plan is not None
         if state.group != group:
             state.close(self.density)
             state.group = group
-        q, k = self._along(state.plan.orders, q, k)
-        sums = statistics(q, k, self.video.length, self.block, scale=scale).sums
+        sums = self._measured(state.plan.orders, q, k, scale, within).sums
         state.sums = sums if state.sums is None else state.sums + sums
 
     def _index(self, orders: Tensor, device: torch.device) -> Tensor:
@@ -138,9 +143,14 @@ class PARO(VideoCore):
         text = torch.arange(self.video.length, self.length, device="cpu").expand(len(orders), -1)
         return torch.cat((places(self.video, orders), text), 1).to(device)
 
-    def _along(self, orders: Tensor, *given: Tensor) -> list[Tensor]:
-        """Heads (B, H, N, D), each in its own order."""
-        return [_taken(x, self._index(orders, x.device)) for x in given]
+    def _measured(self, orders: Tensor, q: Tensor, k: Tensor, scale: float, within: Pattern) -> Statistics:
+        """Statistics of heads, each in its own order."""
+        index, seen = self._index(orders, q.device), None
+        if within != full:
+            given = within.mask(self.length).to(q.device)
+            seen = _taken(_taken(given.expand(-1, q.shape[1], -1, -1), index).mT, index).mT
+        options: dict[str, Any] = {"scale": scale, "epsilon": self.epsilon, "sigma": self.sigma, "seen": seen}
+        return statistics(_taken(q, index), _taken(k, index), self.video.length, self.block, **options)
 
     def table(self, plan: LayerPlan) -> Tensor:
         """Which blocks of all tokens, in the heads' orders, see which at this step, (H, R, R)."""
@@ -172,8 +182,8 @@ class PARO(VideoCore):
             out = attend_rounded(q, k, v, table, self.block, bits=self.bits, scale=scale)
         return _taken(out, index.argsort(1))
 
-    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        plan = self.prepared(q, k, scale)
+    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float, within: Pattern = full) -> Tensor:
+        plan = self.prepared(q, k, scale, within)
         if plan is None:
             return torch.ones(*q.shape[:2], self.length, self.length, dtype=torch.bool, device=q.device)
         block = (self._index(plan.orders, q.device).argsort(1) // self.block).unsqueeze(2)  # (H, N, 1)
@@ -192,7 +202,7 @@ def _taken(x: Tensor, index: Tensor) -> Tensor:
     papers=("PAROAttention",),
     tiny={"grid": (5, 3, 3), "block": 4, "density": 0.3, "bits": None, "steps": 1},
     full_budget={"density": 1.0},
-    exempt=EXEMPT | {"neighbours": "the first videos are seen whole, and calibrate it"},
+    exempt={"neighbours": "all clips of the batch that calibrates it have a say in its plan"},
     uses=("video",),
 )
 def paro_attention(

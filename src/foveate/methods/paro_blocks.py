@@ -10,8 +10,8 @@ from torch.nn.functional import pad
 def rounded(x: Tensor, bits: int) -> Tensor:
     """Blocks (..., n, m) as whole numbers of ``bits`` bits times one scale for each block, symmetric about 0.
 
-    >>> rounded(torch.tensor([[0.5, -1.0, 0.2]]), 4)
-    tensor([[ 0.5714, -1.0000,  0.1429]])
+    >>> rounded(torch.tensor([[3.6, -7.0, 1.2]]), 4)
+    tensor([[ 4., -7.,  1.]])
     """
     scale = x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / (2 ** (bits - 1) - 1)
     return (x / scale).round() * scale

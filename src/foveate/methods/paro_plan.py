@@ -48,14 +48,28 @@ class Statistics(NamedTuple):
 
 
 def statistics(
-    q: Tensor, k: Tensor, video: int, block: int, *, scale: float, epsilon: float = 1e-3, sigma: float = 0.9
+    q: Tensor,
+    k: Tensor,
+    video: int,
+    block: int,
+    *,
+    scale: float,
+    epsilon: float = 1e-3,
+    sigma: float = 0.9,
+    seen: Tensor | None = None,
 ) -> Statistics:
-    """Statistics of the softmax weights of the first ``video`` tokens, some rows at a time; means over the batch."""
+    """Statistics of the softmax weights of the first ``video`` tokens, some rows at a time; means over the batch.
+
+    ``seen`` (B or 1, H, N, N) says which pairs there are, if not all.
+    """
     rows = max(SCORES // max(k.shape[2], 1) // block, 1) * block
     small, uneven, sums = [], [], []
     for first in range(0, video, rows):
         part = slice(first, min(first + rows, video))
-        weights = (q[:, :, part] @ k.mT * scale).softmax(-1)[..., :video]
+        logits = q[:, :, part] @ k.mT * scale
+        if seen is not None:
+            logits = logits.masked_fill(~seen[:, :, part], torch.finfo(logits.dtype).min)
+        weights = logits.softmax(-1)[..., :video]
         cut = _cut(weights, block)  # (B, H, R, C, block, block)
         inside = _cut(torch.ones_like(weights[:1, :1]), block)
         count = inside.sum((-2, -1))

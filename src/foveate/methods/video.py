@@ -82,9 +82,8 @@ def jenga(
 @method(
     "svg2",
     papers=("SVG2",),
-    tiny={"grid": (5, 3, 3), "q_clusters": 5, "k_clusters": 9, "mass": 0.3, "least": 0.1, "dense_steps": 0, "steps": 1},
+    tiny={"grid": (5, 3, 3), "q_clusters": 5, "k_clusters": 9, "mass": 0.3, "least": 0.1, "dense_steps": 0},
     full_budget={"mass": 1.0},
-    exempt=EXEMPT,
     uses=("video",),
 )
 def svg2(
@@ -126,9 +125,8 @@ def svg2(
 @method(
     "adaspa",
     papers=("AdaSpa",),
-    tiny={"grid": (5, 3, 3), "sparsity": 0.6, "block": 4, "searches": (1,), "steps": 4},
+    tiny={"grid": (5, 3, 3), "sparsity": 0.6, "block": 4, "searches": (1,)},
     full_budget={"sparsity": 0.0},
-    exempt=EXEMPT | {"neighbours": "it goes on from pass to pass: another batch is another video"},
     uses=("video",),
 )
 def adaspa(

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from foveate.attention import attend, attend_partial
 from foveate.mixers.dynamic_sparse.denoising import SteppedCore
 from foveate.mixers.dynamic_sparse.on_video import blocks_and_text
+from foveate.patterns import Pattern, full
 from foveate.patterns.rules.choose import SCORES, best
 
 FINE = 0.8  # the share of weights from which on a head's blocks are held to be enough
@@ -64,23 +65,26 @@ class AdaSpa(SteppedCore):
         if not self.searches or min(self.searches) < 1:
             raise ValueError(f"searches are steps from 1 on, one at least; got {self.searches}")
 
-    def choose(self, q: Tensor, k: Tensor, scale: float, last: Search | None) -> Search | None:
+    def choose(self, q: Tensor, k: Tensor, scale: float, last: Search | None, within: Pattern = full) -> Search | None:
         step = self.clock.step
         if step < min(self.searches) or (last is not None and step not in self.searches):
             return last
-        lse = attend_partial(q, k, k[..., :1], scale=scale).lse if last is None else last.lse
+        lse = attend_partial(q, k, k[..., :1], within, scale=scale).lse if last is None else last.lse
         assert lse is not None
-        chosen, recall = self._chosen(*self.masses(q, k, lse, scale))
+        chosen, recall = self._chosen(*self.masses(q, k, lse, scale, within))
         return Search(lse, chosen, recall)
 
-    def masses(self, q: Tensor, k: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def masses(self, q: Tensor, k: Tensor, lse: Tensor, scale: float, within: Pattern = full) -> tuple[Tensor, Tensor]:
         """Sums of weights exp(logits - lse) between blocks of the video (B, H, R, R), and upon text, (B, H, R)."""
         video, block = self.video.length, self.block
         rows = max(SCORES // max(k.shape[2], 1) // block, 1) * block  # queries whose weights are held at a time
+        seen = None if within == full else within.mask(self.length).to(q.device)
         between, upon = [], []
         for first in range(0, video, rows):
             part = slice(first, min(first + rows, video))
             weights = (q[:, :, part] @ k.mT * scale - lse[:, :, part, None]).exp()
+            if seen is not None:  # rows that see nothing have no weights
+                weights = weights.masked_fill(~seen[:, :, part], 0.0)
             upon.append(_summed(weights[..., video:].sum(-1), block))
             by_rows = _summed(weights[..., :video], block)
             between.append(_summed(by_rows.mT, block).mT)
@@ -88,7 +92,7 @@ class AdaSpa(SteppedCore):
 
     def _chosen(self, masses: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks chosen, and the share of weights that they and text hold, (B, H)."""
-        whole = (masses.sum(-1) + text).sum(-1)
+        whole = (masses.sum(-1) + text).sum(-1).clamp_min(torch.finfo(masses.dtype).tiny)
         plain = best(masses, self._count(self.sparsity, masses))
         recall = ((masses * plain).sum((2, 3)) + text.sum(-1)) / whole
         if not self.adaptive or 3 * self.sparsity < 1:
@@ -114,8 +118,8 @@ class AdaSpa(SteppedCore):
             return attend(q, k, v, scale=scale)
         return attend(q, k, v, blocks_and_text(found.chosen, self.block, self.video.length, self.text), scale=scale)
 
-    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        found = self.choice(q, k, scale)
+    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float, within: Pattern = full) -> Tensor:
+        found = self.choice(q, k, scale, within)
         if self._sees_all():
             return torch.ones(*q.shape[:2], self.length, self.length, dtype=torch.bool, device=q.device)
         pattern = blocks_and_text(found.chosen, self.block, self.video.length, self.text)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.mixers.dynamic_sparse.on_video import VideoCore
+from foveate.patterns import Pattern, full
 
 
 @dataclass(eq=False)
@@ -22,8 +23,8 @@ class Clock:
     >>> clock = Clock(steps=3)
     >>> for _ in range(4):
     ...     clock.advance()
-    ...     print(clock.step, end=" ")
-    1 2 3 1
+    >>> clock.step, clock.video
+    (1, 2)
     >>> clock.restart(step=2)
     >>> clock.advance()
     >>> clock.step, clock.video
@@ -86,8 +87,8 @@ class SteppedCore(VideoCore):
     kept: dict[int, Kept] = field(default_factory=dict, kw_only=True, repr=False)
 
     @torch.no_grad()
-    def choice(self, q: Tensor, k: Tensor, scale: float) -> Any:
-        """What is chosen in the pass that the clock is at."""
+    def choice(self, q: Tensor, k: Tensor, scale: float, within: Pattern = full) -> Any:
+        """What is chosen in the pass that the clock is at, by what ``within`` lets see."""
         clock = self.clock
         if not clock.step:
             raise ValueError("no step has begun: call clock.advance() before each pass, as the method's hook does")
@@ -100,10 +101,10 @@ class SteppedCore(VideoCore):
                 " call restart() where another video begins"
             )
         if last is None or last.tick != clock.ticks:
-            chosen = self.choose(q, k, scale, None if last is None else last.choice)
+            chosen = self.choose(q, k, scale, None if last is None else last.choice, within)
             last = self.kept[clock.branch] = Kept(clock.video, clock.ticks, q.shape[:3], chosen)
         return last.choice
 
     @abstractmethod
-    def choose(self, q: Tensor, k: Tensor, scale: float, last: Any) -> Any:
+    def choose(self, q: Tensor, k: Tensor, scale: float, last: Any, within: Pattern) -> Any:
         """The choice of this step; ``last`` is that of the step before, None at a video's first."""

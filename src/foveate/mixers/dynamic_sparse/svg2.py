@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate.attention import attend
 from foveate.layers.kmeans import KMeans, drawn, kmeans
 from foveate.mixers.dynamic_sparse.denoising import SteppedCore
+from foveate.patterns import Pattern, full
 from foveate.patterns.rules.choose import best, fewest
 
 Head = tuple[Tensor, Tensor, Tensor]
@@ -58,7 +59,9 @@ class SVG2(SteppedCore):
         if min(self.q_clusters, self.k_clusters) < 1 or min(self.first_iterations, self.iterations) < 1:
             raise ValueError("SVG2 takes at least a cluster of queries and of keys, and an iteration of k-means a step")
 
-    def choose(self, q: Tensor, k: Tensor, scale: float, last: Clusters | None) -> Clusters | None:
+    def choose(
+        self, q: Tensor, k: Tensor, scale: float, last: Clusters | None, within: Pattern = full
+    ) -> Clusters | None:
         if self.clock.step <= self.dense_steps:
             return None
         video = self.video.length
@@ -104,8 +107,8 @@ class SVG2(SteppedCore):
         parts.append(_attended(q[self.video.length :], k, v, scale))
         return torch.cat(parts)[torch.cat((order, text)).argsort()]
 
-    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        clusters = self.choice(q, k, scale)
+    def mask(self, q: Tensor, k: Tensor, v: Tensor, scale: float, within: Pattern = full) -> Tensor:
+        clusters = self.choice(q, k, scale, within)
         mask = torch.ones(*q.shape[:2], self.length, self.length, dtype=torch.bool, device=q.device)
         if clusters is not None:
             video = self.video.length
