@@ -18,6 +18,7 @@ from foveate.patterns import Pattern, Scene, full
 from foveate.patterns.algebra import resolve
 from foveate.patterns.rules.choose import NEVER, score
 from foveate.patterns.rules.similar import ByHead, similar_blocks
+from foveate.patterns.select.dense import rows_of_mask
 from foveate.precision import to_accum
 
 
@@ -119,18 +120,11 @@ class SpargeCore:
         first = -(scene.offset % self.q_block)
         for start in range(first, q.shape[2], self.q_block):
             rows = slice(max(start, 0), min(start + self.q_block, q.shape[2]))
-            seen, plain = (self._visible(one, q, rows, scene) for one in (chosen, allowed))
+            numbers = torch.arange(rows.start, rows.stop, device=q.device)
+            seen, plain = (
+                rows_of_mask(one, scene, numbers, q.shape[1]).expand(len(q), -1, -1, -1) for one in (chosen, allowed)
+            )
             yield self._strip(q, keys, rows, seen, plain, max(-start, 0), lam)
-
-    def _visible(self, pattern: Pattern, q: Tensor, rows: slice, scene: Scene) -> Tensor:
-        """Which keys each query of a block sees, (B, H, n, M)."""
-        batch, heads = q.shape[:2]
-        of_batch, of_head = (torch.arange(n, device=q.device) for n in (pattern.batches, pattern.heads))
-        at = torch.arange(rows.start, rows.stop, device=q.device).unsqueeze(1) + scene.offset
-        key = torch.arange(scene.num_keys, device=q.device)
-        seen = pattern.visible(of_batch.view(-1, 1, 1, 1), of_head.view(1, -1, 1, 1), at, key)
-        seen = seen.expand(pattern.batches, pattern.heads, len(at), len(key))
-        return seen.repeat_interleave(heads // pattern.heads, 1).expand(batch, -1, -1, -1)
 
     def _strip(
         self, q: Tensor, keys: Tensor, rows: slice, seen: Tensor, plain: Tensor, into: int, lam: Tensor

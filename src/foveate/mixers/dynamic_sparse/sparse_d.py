@@ -15,6 +15,7 @@ from foveate.patterns import Layout, Pattern, Scene, Sequence, block_mask, full
 from foveate.patterns.algebra import resolve
 from foveate.patterns.placed import split
 from foveate.patterns.rules.choose import NEVER, best, score
+from foveate.patterns.select.dense import rows_of_mask
 from foveate.precision import to_accum
 
 
@@ -95,29 +96,27 @@ class SparseDCore:
 
     @torch.no_grad()
     def recorded(self, q: Tensor, k: Tensor, within: Pattern, scale: float | None, layout: Layout) -> Tensor:
-        """The blocks of keys that each head needs for each block of queries, (B, H, R, C)."""
+        """The blocks of keys that each head needs for each block of queries, (B, H, R, C); padding has no say."""
         if q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"a text is denoised as a whole, without a cache; got {q.shape[2]} queries and {k.shape[2]} keys"
             )
         keys = to_accum(k) * (q.shape[3] ** -0.5 if scale is None else scale)
-        allowed = resolve(within, Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale))
+        scene = Scene(q.shape[2], k.shape[2], layout, q.detach(), k.detach(), scale)
+        allowed = resolve(within, scene)
         place = split(within, layout, k.shape[2])[1]
         real = q.new_ones(1, q.shape[2], dtype=torch.bool) if place is None else place.document != NOWHERE
         starts = range(0, q.shape[2], self.block)
         last = next((c for c, start in enumerate(starts) if k.shape[2] - start <= self.generated), len(starts) - 1)
-        rows = [self._row(q[:, :, start : start + self.block], keys, allowed, real, start, last) for start in starts]
+        rows = []
+        for start in starts:
+            numbers = torch.arange(start, min(start + self.block, q.shape[2]), device=q.device)
+            seen = rows_of_mask(allowed, scene, numbers, q.shape[1]) & real[:, None, numbers, None]
+            rows.append(self._row(score(q[:, :, numbers], keys).masked_fill_(~seen, NEVER), last))
         return torch.stack(rows, 2) if rows else q.new_zeros(*q.shape[:2], 0, 0, dtype=torch.bool)
 
-    def _row(self, q: Tensor, keys: Tensor, allowed: Pattern, real: Tensor, start: int, last: int) -> Tensor:
-        """Those of one block of queries (B, H, n, D), (B, H, C); queries that are padding have no say."""
-        of_batch, of_head = (torch.arange(n, device=q.device) for n in (allowed.batches, allowed.heads))
-        at = torch.arange(start, start + q.shape[2], device=q.device).unsqueeze(1)
-        key = torch.arange(keys.shape[2], device=q.device)
-        seen = allowed.visible(of_batch.view(-1, 1, 1, 1), of_head.view(1, -1, 1, 1), at, key)
-        seen = seen & real[:, None, start : start + q.shape[2], None]
-        heads = seen.expand(len(seen), allowed.heads, len(at), len(key))
-        scores = score(q, keys).masked_fill(~heads.repeat_interleave(q.shape[1] // allowed.heads, 1), NEVER)
+    def _row(self, scores: Tensor, last: int) -> Tensor:
+        """Those of one block of queries with scores (B, H, n, M), (B, H, C)."""
         kept = self._best(scores)
         kept[..., last:] = self._best(scores[..., last * self.block :])
         return kept
