@@ -175,6 +175,10 @@ class Operator(Generic[C, R]):
         """
         return ((FORCED.name or self.first) if impl == "auto" else impl) == name and not torch.compiler.is_compiling()
 
+    def refusal(self, name: str, call: C) -> str | None:
+        """Why an implementation cannot run a call; None if it can."""
+        return self._order[name].refuse(call)
+
     def register(self, implementation: Implementation[C, Any, R], *, before: str | None = None) -> None:
         """Add an implementation, in the order of preference before the one named, or else last."""
         if implementation.name in (*self._order, "auto"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import pad
 
-from foveate.attention.ranges import KeyRanges
+from foveate.attention.key_ranges import KeyRanges
 from foveate.cache.keys_values import KVCache
 from foveate.cache.tokens import Tokens
 from foveate.patterns.algebra import Pattern
@@ -54,7 +54,7 @@ class BlockCache(KVCache):
         means, sought = self.means[0][:, :, :own], self.chooser.sought
         weights = self.chooser.weighed(score(q, means), means.shape[1], None)[:, :, 0]
         if not sought.by_share and 0 < sought.number < own:
-            return KeyRanges.of_best(weights, int(sought.number), block, self.seen, own=own)
+            return KeyRanges.of_best(weights, int(sought.number), block, self.seen, own=1)
         return KeyRanges.of_blocks(pad(sought.marks(weights), (0, 1), value=True), block, self.seen)
 
 

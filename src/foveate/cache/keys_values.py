@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.attention.ranges import KeyRanges
+from foveate.attention.key_ranges import KeyRanges
 from foveate.cache.tokens import Tokens
 from foveate.layouts import Sequence
 from foveate.patterns.algebra import Pattern

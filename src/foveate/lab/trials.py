@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate.attention import ATTEND, attend, sigmoid
+from foveate.attention.key_ranges import KeyRanges
+from foveate.attention.ranges import ATTEND_RANGES, attend_ranges
 from foveate.dispatch import Operator
 from foveate.patterns import causal, sinks, window
 from foveate.recurrence import CAUSAL_CONV, LINEAR_SCAN, RECUR, SCAN, causal_conv, linear_scan, recur, scan
@@ -78,6 +80,15 @@ def _attend(x: Callable[..., Tensor]) -> dict[str, Run]:
     }
 
 
+def _attend_ranges(x: Callable[..., Tensor]) -> dict[str, Run]:
+    q, k, v = x(1, 2, 1, 16), x(1, 1, LENGTH, 16), x(1, 1, LENGTH, 16)
+    seen = KeyRanges.of([((0, 2), (LENGTH - 60, LENGTH))])
+    return {
+        "first and recent": partial(attend_ranges, q, k, v, seen),
+        "with a bias": partial(attend_ranges, q, k, v, seen, bias=x(1, 2, 1, LENGTH)),
+    }
+
+
 def _recur(x: Callable[..., Tensor]) -> dict[str, Run]:
     q, k, v = x(1, 2, LENGTH, 16), torch.nn.functional.normalize(x(1, 2, LENGTH, 16), dim=-1), x(1, 2, LENGTH, 16)
     return {
@@ -126,6 +137,7 @@ def _bi_wkv(x: Callable[..., Tensor]) -> dict[str, Run]:
 
 CALLS: dict[Operator[Any, Any], Callable[[Callable[..., Tensor]], dict[str, Run]]] = {
     ATTEND: _attend,
+    ATTEND_RANGES: _attend_ranges,
     RECUR: _recur,
     SCAN: _scan,
     LINEAR_SCAN: _linear_scan,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.attention import Bias, Weights, attend
-from foveate.attention.ranges import KeyRanges, attend_ranges
+from foveate.attention.key_ranges import KeyRanges
+from foveate.attention.ranges import attend_ranges
 from foveate.cache import BlockCache, HeadsCache, KVCache, Share, chooses_blocks, keys_kept, shares_of, tokens_held
 from foveate.catalogue.registry import Feature
 from foveate.layers.rotary import rotate

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ABI = 2  # of the C interface: raise it when a struct or a function of csrc/abi.h changes its meaning
+ABI = 3  # of the C interface: raise it when a struct or a function of csrc/abi.h changes its meaning
 SOURCES = Path(__file__).parent / "csrc"
 
 # Not -ffast-math: it deletes the rounding that exp is built on, and some compilers then flush denormals in the

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foveate.attention import attend
 from foveate.attention.partial import sum_of
-from foveate.attention.ranges import attend_ranges
+from foveate.attention.ranges import attend_ranges, attend_scored
 from foveate.cache import KVCache, Tokens, room_for
 from foveate.catalogue.registry import register
 from foveate.counting import lacks_numbers
@@ -18,7 +18,6 @@ from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_he
 from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Compressor, Finished, num_blocks
 from foveate.patterns import Layout, boolean_mask
 from foveate.plain import traced
-from foveate.precision import to_accum
 
 
 class KV(NamedTuple):
@@ -169,11 +168,10 @@ class NSA(Mixer):
         gates = split_heads(torch.sigmoid(self.to_gates(x)), self.heads)  # (B, H, 1, 3)
         weights, of_blocks = None, torch.zeros_like(q)
         if compressed.length:  # all of them have ended: the weights to choose by are those of the branch
-            keys, values = map(to_accum, compressed.tensors)
-            by_group = to_accum(q).unflatten(1, (self.kv_heads, -1)).squeeze(3)  # (B, G, H / G, D)
-            weights = torch.softmax(by_group * self.head_dim**-0.5 @ keys.mT, dim=-1)
-            of_blocks = (weights @ values).flatten(1, 2).unsqueeze(2).to(q.dtype)
-        chosen = self.selector.last_sees(weights, everything.seen)
+            of_blocks, logits = attend_scored(q, *compressed.tensors)
+            assert logits is not None
+            weights = torch.softmax(logits.squeeze(2), dim=-1)  # (B, H, C)
+        chosen = self.selector.last_sees(weights, everything.seen, self.kv_heads)
         first = max(near.k.shape[2] - self.window, 0)
         branches = (
             of_blocks,

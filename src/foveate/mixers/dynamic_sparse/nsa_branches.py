@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
 from foveate import autodiff
+from foveate.attention.key_ranges import KeyRanges
 from foveate.attention.partial import sum_of
-from foveate.attention.ranges import KeyRanges
 from foveate.counting import drawn
 from foveate.patterns import Pattern, block_mask, causal
 from foveate.patterns.algebra import Bounds, Boxes, Index
@@ -148,19 +149,37 @@ class BlockSelector:
         reaching = sum_of([padded[..., shift : shift + length] for shift in range(ahead + 1)])
         return reaching.unflatten(-1, (num_blocks, taps)).sum(-1)
 
-    def last_sees(self, weights: Tensor | None, num_keys: int) -> KeyRanges:
+    @torch.no_grad()
+    def last_sees(self, weights: Tensor | None, num_keys: int, groups: int) -> KeyRanges:
         """The blocks that the last query chooses, as ranges of keys for each group of heads.
 
-        ``weights`` (B, G, H / G, C) are its heads' on the compressed blocks.
+        ``weights`` (B, H, C) are its heads' on the compressed blocks, ``groups`` (G) those that read the same blocks.
         """
         num_blocks = -(-num_keys // self.size)
         if weights is None or num_blocks <= self.count:
             return KeyRanges.of([((0, num_keys),)])
-        of_group = weights.detach()[:, :, 0] if weights.shape[2] == 1 else weights.detach().sum(2)
-        importance = self.importance(of_group, num_blocks)
-        importance[..., : self.initial] = float("inf")
-        importance[..., num_blocks - self.local :] = float("inf")
-        return KeyRanges.of_best(importance, self.count, self.size, num_keys)
+        of_group = weights if weights.shape[1] == groups else weights.unflatten(1, (groups, -1)).sum(2)
+        judged = self._importance_of_last(of_group, num_blocks - self.local)
+        count = self.count - self.initial - self.local
+        return KeyRanges.of_best(judged, count, self.size, num_keys, first=self.initial, own=self.local)
+
+    def _importance_of_last(self, weights: Tensor, end: int) -> Tensor:
+        """`importance` of the blocks from ``initial`` to ``end``, in few operators: a step's cost is their number."""
+        taps, ahead = self.size // self.stride, self.block // self.stride - 1
+        first = self.initial * taps - ahead  # the compressed block that reaches into the first of these
+        if first < 0 or end * taps > weights.shape[-1]:
+            weights = pad(weights, (ahead, max(end * taps - weights.shape[-1], 0)))
+            first += ahead
+        shape, (*strides, _) = (*weights.shape[:-1], end - self.initial, taps + ahead), weights.stride()
+        reaching = weights.as_strided(shape, (*strides, taps, 1), weights.storage_offset() + first)
+        return (reaching * _shared_strides(taps, ahead + 1, weights.dtype, weights.device)).sum(-1)
+
+
+@lru_cache(maxsize=8)
+def _shared_strides(taps: int, strides: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How many strides of a compressed block a block of ``taps`` strides shares, for each where one may begin."""
+    counts = [sum(0 <= at - shift < taps for shift in range(strides)) for at in range(taps + strides - 1)]
+    return torch.tensor(counts, dtype=dtype, device=device)
 
 
 def _table(q: Tensor, compressed: Tensor, num_keys: int, settings: list[int]) -> Tensor:

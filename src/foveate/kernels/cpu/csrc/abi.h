@@ -71,6 +71,7 @@ struct FoveateRanges {
     const int64_t* ranges;   // (R, 2)
     const float* bias;       // added to the logit of each key slot; null: none
     int64_t bias_stride[3];  // batch, head, key
+    float* logits;           // (batch, heads, queries, keys): written where a key is seen, bias left out; null: not wanted
 };
 
 // All entry points return FOVEATE_REFUSED for a description that no tensors have: they check what costs nothing.

@@ -114,12 +114,23 @@ template <class P> class Decode {
             P::scores(keys, keys_.channels(), queries + g * query_size_, key_rows_,
                       space_.scores + g * key_rows_ * TILE, space_.scratch, ahead);
         }
+        write_logits(b, set, first, count);
         const float* bias = bias_of(b, set, first, count);
         weigh<Reads::DTYPE == FOVEATE_FLOAT32 ? 5 : 4>(call_, space_.scores, bias, first, count, sums, space_.step);
         for (int64_t g = 0; g < work_.value_heads; ++g) {
             const auto values = values_.rows(b, work_.value_head(set, g), first, count, space_.buffer);
             P::add_values(values, values_.channels(), space_.scores + g * value_rows_ * TILE, value_rows_,
                           sums.out + g * value_rows_ * values_.channels(), space_.scratch, ahead);
+        }
+    }
+
+    void write_logits(int64_t b, int64_t set, int64_t first, int64_t count) const {
+        const float scale = call_.scale;
+        for (int64_t r = 0; r < work_.rows; ++r) {
+            float* to = work_.logits(call_, b, head(set, r), query(r));
+            if (!to) return;
+            const float* from = space_.scores + r * TILE;
+            for (int64_t k = 0; k < count; ++k) to[first + k] = from[k] * scale;
         }
     }
 

@@ -71,6 +71,12 @@ struct DecodeWork {
 
     bool is_biased() const { return ranges_ && ranges_->bias; }
 
+    // Where the logits of a query go, one for each key slot; null if nobody wants them.
+    float* logits(const FoveateAttend& call, int64_t b, int64_t h, int64_t query) const {
+        if (!ranges_ || !ranges_->logits) return nullptr;
+        return ranges_->logits + ((b * call.q.heads + h) * call.num_queries + query) * call.num_keys;
+    }
+
     // Of keys that lie one after the other, and zeros behind them: 64 numbers.
     void read_bias(int64_t b, int64_t h, int64_t first, int64_t count, float* to) const {
         const int64_t* stride = ranges_->bias_stride;
