@@ -43,6 +43,8 @@ def attend_ranges(
 ) -> Tensor:
     """Attention of a few queries to key slots in ranges, the same for all queries of a head; (B, H, N, Dv).
 
+    >>> import torch
+    >>> from foveate.attention.key_ranges import KeyRanges
     >>> q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 900, 8), torch.randn(1, 2, 900, 8)
     >>> attend_ranges(q, k, v, KeyRanges.of([((0, 4), (600, 900))])).shape
     torch.Size([1, 4, 1, 8])
@@ -70,6 +72,7 @@ def empty_scored(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Scored:
 def attend_scored(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: str = "auto") -> Scored:
     """Softmax attention of a few queries to all keys, and the logits of their weights, read off in the same pass.
 
+    >>> import torch
     >>> q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 90, 8), torch.randn(1, 2, 90, 8)
     >>> out, logits = attend_scored(q, k, v)
     >>> out.shape, logits.shape
