@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made", bound=Callable[..., Any])
 Input = Literal["tokens", "vectors", "image", "video", "points", "audio"]
 ModelFeature = Literal["decode", "features"]
-MethodInput = Literal["tokens", "video"]
+MethodInput = Literal["tokens", "image", "video"]
 USE_OF: dict[str, tuple[Use, ...]] = {
     "image": ("image",),
     "video": ("video",),
@@ -89,7 +89,7 @@ class ModelRow(FunctionRow):
 
 @dataclass(frozen=True)
 class MethodRow(FunctionRow):
-    """A method: ``function(**options)`` returns a `Method`, for models of ``inputs``: tokens of text, or video.
+    """A method: ``function(**options)`` returns a `Method`, for models of ``inputs``: tokens of text, images, or video.
 
     ``full_budget`` are options with which, added to ``tiny``, it changes nothing that a model computes; ``keeps`` says
     how many tokens its cache holds at most after n tokens with the options of ``tiny``, where that is bounded.
@@ -236,9 +236,9 @@ def method(
         full_budget: options that, added to ``tiny``, let the model compute what it would without the method; None where
             none do.
         keeps: of a number of tokens: how many of them the cache holds at most, with the options of ``tiny``.
-        inputs: what the models read that it is for: "tokens" of text, or "video", as is assumed of one with a ``grid``
-            in ``tiny``. `foveate.testing.check_method` tries it on clips of that grid then, with tokens of text behind
-            them where it has an option ``text``, their number.
+        inputs: what the models read that it is for: "tokens" of text, an "image", or "video", as is assumed of one with
+            a ``grid`` in ``tiny``. `foveate.testing.check_method` tries it on clips of that grid then, with tokens of
+            text behind them where it has an option ``text``, their number.
     """
     read = inputs or ("video" if "grid" in tiny else "tokens")
     if read not in get_args(MethodInput):

@@ -44,7 +44,7 @@ def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> KMeans:
     labels = None
     for _ in range(iterations):
         nearest = (centroids.square().sum(-1).unsqueeze(-2) / 2 - x @ centroids.mT).argmin(-1)
-        if labels is not None and torch.equal(nearest, labels):
+        if labels is not None and not nearest.is_meta and torch.equal(nearest, labels):
             break
         labels = nearest
         centroids = _means(x, labels, centroids)

@@ -12,7 +12,7 @@ from foveate.catalogue.contracts import Method
 from foveate.catalogue.options import options_of
 from foveate.catalogue.tiers import MethodRow
 from foveate.methods.core import method_of
-from foveate.testing import on_clips, on_text
+from foveate.testing import on_clips, on_images, on_text
 from foveate.testing.on_text import TextSubject, small_llama
 from foveate.testing.report import Report
 from foveate.testing.suite import row_of, run_suite
@@ -37,15 +37,16 @@ def check_method(
     equals the whole; ``generate`` writes for each prompt of a padded batch what it writes for that alone; and a method
     that claims to keep few tokens (``keeps``) has no more in its cache. Of one for video (``inputs="video"``), over a
     few steps of denoising: the clip depends on its text; denoised again it has the same bits, without a random number
-    of the caller's; and a clip of a size that it is not for is refused in words.
+    of the caller's; and a clip of a size that it is not for is refused in words. Of one for images
+    (``inputs="image"``): an image read again has the same bits.
 
     The class of an operator's core may define ``exempt``: properties that fail by design, each with the reason.
 
     Args:
         method: its row, its name, the function that makes it, or an operator without parameters that has a causal form.
-        model: makes the model to try it on: a transformers model for texts, or for video a module like
-            `foveate.testing.video_model.SmallVideoModel`, which is what it is by default; else a random Llama of two
-            layers.
+        model: makes the model to try it on: a transformers model for texts, or one that reads images, or for video a
+            module like `foveate.testing.video_model.SmallVideoModel`, which is what it is by default; for images a
+            small Swin, else a random Llama of two layers.
         seed: of all random numbers; a fresh one by default. Every failure names it.
         raise_on_failure: whether a failure raises, or is only reported.
 
@@ -62,6 +63,9 @@ def check_method(
     if row.inputs == "video":
         clips = on_clips.subject_of(row.make, options_of(row.function), row.tiny, full, model)
         return run_suite(row.name, clips, on_clips.PROPERTIES, exempt=row.exempt, **options)
+    if row.inputs == "image":
+        images = on_images.ImageSubject(row.make, row.tiny, full, model or on_images.small_swin)
+        return run_suite(row.name, images, on_images.PROPERTIES, exempt=row.exempt, **options)
     texts = TextSubject(row.make, row.tiny, full, model or small_llama, keeps=row.keeps)
     return run_suite(row.name, texts, on_text.PROPERTIES, exempt=row.exempt, **options)
 
