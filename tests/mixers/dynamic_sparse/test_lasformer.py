@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.catalogue.registry import mixer
 
@@ -47,6 +48,7 @@ def formula(made: torch.nn.Module, x: Tensor, source: Tensor, keep: int, is_caus
 
 
 @pytest.mark.paper("Lasformer", "definition")
+@pytest.mark.paper("Lasformer", "works_when")
 @pytest.mark.parametrize(("kind", "random"), [("causal", True), ("both ways", True), ("cross", True), ("cross", False)])
 @pytest.mark.parametrize("keep", [4, 50])
 def test_each_query_attends_to_the_keys_that_the_selector_scores_best(kind: str, random: bool, keep: int) -> None:
@@ -64,6 +66,7 @@ def test_each_query_attends_to_the_keys_that_the_selector_scores_best(kind: str,
 
 
 @pytest.mark.paper("Lasformer", "definition")
+@pytest.mark.paper("Lasformer", "works_when")
 @pytest.mark.parametrize("kind", ["causal", "cross"])
 def test_the_selector_learns_by_its_divergence_from_full_attention(kind: str) -> None:
     made = model(causal=kind == "causal")
@@ -90,6 +93,7 @@ def test_the_selector_learns_by_its_divergence_from_full_attention(kind: str) ->
     assert all((p.grad is not None) == name.startswith("select") for name, p in made.named_parameters())
 
 
+@pytest.mark.paper("Lasformer", "works_when")
 def test_an_aligned_selector_chooses_what_full_attention_reads() -> None:
     """On texts that it was not trained on, by the share of full attention that 4 of 48 keys hold."""
     torch.manual_seed(0)
@@ -112,6 +116,20 @@ def test_an_aligned_selector_chooses_what_full_attention_reads() -> None:
         made.selection_loss(torch.randn(8, 48, 16)).backward()
         optimizer.step()
     assert chosen_share(test) > 1.5 * before
+
+
+@pytest.mark.paper("Lasformer", "works_when")
+@pytest.mark.parametrize("kind", ["causal", "both ways", "cross"])
+def test_of_full_attention_only_the_chosen_keys_are_computed(kind: str) -> None:
+    """Products counted as they run: narrow ones of all pairs, wide ones of the gathered keys, projections."""
+    queries, keys, keep, wide = 96, 160 if kind == "cross" else 96, 5, 32
+    made = mixer("lasformer", 2 * wide, heads=2, keep=keep, select_dim=4, causal=kind == "causal")
+    x, source = torch.randn(1, queries, 2 * wide), torch.randn(1, keys, 2 * wide)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        made(x, context=source) if kind == "cross" else made(x)
+    projections = 2 * 2 * wide * (2 * wide * (2 * queries + 2 * keys) + 2 * 4 * (queries + keys))
+    chosen = 2 * 2 * queries * (4 * keys + 2 * keep * wide)
+    assert counter.get_total_flops() == projections + chosen
 
 
 def test_wrong_sizes_are_refused() -> None:

@@ -7,15 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.attention import attend
-from foveate.attention.cost import NeedsNumbers
 from foveate.cache import KVCache
 from foveate.catalogue.registry import register
+from foveate.layers.taking import take
 from foveate.mixers.attention import JUMPS, AttentionMixer
 from foveate.mixers.base import StepOutput, join_heads, split_heads
-from foveate.patterns import Layout, Pattern, full, topk_keys
-from foveate.patterns.algebra import LINE, Scene
-from foveate.patterns.rules.choose import NEVER, score
+from foveate.patterns import Layout
+from foveate.patterns.rules.choose import NEVER, score, slices
 from foveate.precision import to_accum
 
 
@@ -29,11 +27,11 @@ from foveate.precision import to_accum
 class Lasformer(AttentionMixer):
     """Attention to the ``keep`` keys that a selector scores best; its queries and keys have ``select_dim`` channels.
 
-    Scores of all pairs are formed of few channels, a few queries at a time, and full attention of the chosen ones:
-    O(n² select_dim + n keep d). Self-attention of encoder and decoder and cross-attention alike. :meth:`selection_loss`
-    teaches the selector what full attention reads. The paper raises the sparsity while it trains: ``keep`` may be
-    lowered at any time. It gives no code, and is followed as far as its abstract says; that selectors are one a head,
-    without positions, and learn by the divergence of their softmax, is the reading taken here.
+    Scores of all pairs are formed of few channels, a few queries at a time, and full attention of the chosen keys
+    alone, which are gathered: O(n² select_dim + n keep d). Self-attention of encoder and decoder and cross-attention
+    alike. :meth:`selection_loss` teaches the selector what full attention reads. The paper raises the sparsity while it
+    trains: ``keep`` may be lowered at any time. It gives no code, and is followed as far as its abstract says; that
+    selectors are one a head, without positions, and learn by the divergence of their softmax, is the reading taken here.
 
     >>> mixer = Lasformer(64, heads=4, keep=5, causal=False)
     >>> words, source = torch.randn(2, 9, 64), torch.randn(2, 50, 64)
@@ -68,21 +66,36 @@ class Lasformer(AttentionMixer):
 
     def attend_chosen(self, x: Tensor, source: Tensor) -> Tensor:
         q, k, v = self.project(x, source)
-        return attend(q, k, v, self.chosen(*self.selectors(x, source)))
+        return self.attend_gathered(q, k, v, *self.selectors(x, source))
+
+    def attend_gathered(self, q: Tensor, k: Tensor, v: Tensor, narrow_q: Tensor, narrow_k: Tensor) -> Tensor:
+        """Softmax of each query over the keys that it chose, which are gathered for it: (B, H, N, D)."""
+        if not k.shape[2] or not q.shape[2]:
+            return q.new_zeros(*q.shape[:3], v.shape[3])
+        count = min(self.keep, k.shape[2])
+        work = q.shape[0] * q.shape[1] * max(k.shape[2], count * q.shape[3])
+        outs = []
+        for rows in slices(q.shape[2], work):
+            index, seen = self.chosen(narrow_q[:, :, rows], narrow_k, rows.start + k.shape[2] - q.shape[2])
+            keys, values = (gathered_for(x, index) for x in (k, v))
+            logits = (to_accum(q[:, :, rows]).unsqueeze(3) @ to_accum(keys).mT).squeeze(3) * q.shape[3] ** -0.5
+            weights = logits.masked_fill(~seen, NEVER).softmax(-1)
+            outs.append((weights.unsqueeze(3) @ to_accum(values)).squeeze(3).to(q.dtype))
+        return torch.cat(outs, 2)
 
     def selectors(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """Narrow queries (B, H, N, d') and keys (B, G, M, d')."""
         return split_heads(self.select_q(x), self.heads), split_heads(self.select_k(source), self.kv_heads)
 
-    def chosen(self, q: Tensor, k: Tensor) -> Pattern:
-        """The keys of the best narrow scores of each query, among those that it may see."""
-        if k.is_meta:
-            raise NeedsNumbers("which keys the selector chooses depends on numbers that meta tensors do not hold")
-        if not k.shape[2]:
-            return full
-        return topk_keys(self.keep, causal=self.causal).resolve(
-            Scene(q.shape[2], k.shape[2], LINE, q.detach(), k.detach())
-        )
+    @torch.no_grad()
+    def chosen(self, q: Tensor, k: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """The keys (B, H, n, keep) of the best narrow scores of queries from position ``first`` on; which are seen."""
+        scores = score(q, to_accum(k))
+        if self.causal:
+            place = torch.arange(first, first + q.shape[2], device=q.device).unsqueeze(1)
+            scores.masked_fill_(torch.arange(k.shape[2], device=q.device) > place, NEVER)
+        best = scores.topk(min(self.keep, k.shape[2]), dim=-1, sorted=False)
+        return best.indices, best.values > NEVER
 
     def selection_loss(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """How far the selector's softmax is from full attention's weights; gradients reach the selector alone.
@@ -115,9 +128,15 @@ class Lasformer(AttentionMixer):
         narrow_q, narrow_k = self.selectors(x, x)
         cache = state.append(torch.cat([k, narrow_k], 3), v)
         k, narrow_k = cache.k[..., : self.head_dim], cache.k[..., self.head_dim :]
-        out = attend(q, k, cache.v, self.chosen(narrow_q, narrow_k))
+        out = self.attend_gathered(q, k, cache.v, narrow_q, narrow_k)
         return StepOutput(self.to_out(join_heads(out)), cache)
 
     def state_bytes(self, n: int) -> int:
         narrow = self.select_k.out_features // self.kv_heads
         return n * self.kv_heads * (2 * self.head_dim + narrow) * self.weight.element_size()
+
+
+def gathered_for(x: Tensor, index: Tensor) -> Tensor:
+    """Keys ``index`` (B, H, n, K) of x (B, G, M, D), for each query its own: (B, H, n, K, D)."""
+    by_group = index.unflatten(1, (x.shape[1], -1)).flatten(2)
+    return take(x, by_group).unflatten(2, (-1, *index.shape[2:])).flatten(1, 2)
