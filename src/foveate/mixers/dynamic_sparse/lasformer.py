@@ -31,7 +31,7 @@ class Lasformer(AttentionMixer):
     alone, which are gathered: O(n² select_dim + n keep d). Self-attention of encoder and decoder and cross-attention
     alike. :meth:`selection_loss` teaches the selector what full attention reads. The paper raises the sparsity while it
     trains: ``keep`` may be lowered at any time. It gives no code, and is followed as far as its abstract says; that
-    selectors are one a head, without positions, and learn by the divergence of their softmax, is the reading taken here.
+    selectors are one a head, without positions, and learn by the divergence of their softmax, is our reading.
 
     >>> mixer = Lasformer(64, heads=4, keep=5, causal=False)
     >>> words, source = torch.randn(2, 9, 64), torch.randn(2, 50, 64)
