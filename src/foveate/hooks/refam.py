@@ -59,7 +59,7 @@ def token_maps(
     count = k.shape[2]
     if any(not 0 <= one < count for one in (*sinks, *auxiliary)) or set(sinks) & set(auxiliary):
         raise ValueError(
-            f"sinks and auxiliary words are numbers below {count}, none of both; got {list(sinks)} and {list(auxiliary)}"
+            f"sinks and auxiliary words are below {count}, none of both; got {list(sinks)} and {list(auxiliary)}"
         )
     if handling not in ("keep", "suppress", "redirect"):
         raise ValueError(f'sinks are handled by "keep", "suppress" or "redirect"; got {handling!r}')

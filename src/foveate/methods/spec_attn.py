@@ -79,9 +79,8 @@ def small_draft() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, num_hidden_layers=1, max_position_embeddings=256, **sizes)
-    ).eval()
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=1, max_position_embeddings=256, **sizes)
+    return LlamaForCausalLM(config).eval()
 
 
 @method(
