@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.support.native_checks import needs_native
 from torch import Tensor
 
 from foveate import (
@@ -68,6 +69,17 @@ def test_tiles_of_bands_are_those_that_hold_any_pair(pattern: Pattern, n: int, m
     mask = pattern.mask(n, m)[0, 0]
     tiles = sum(bool(tile.any()) for rows in mask.split(64) for tile in rows.split(64, dim=1))
     assert counted.computed == 4 * tiles * 64**2
+
+
+@needs_native
+def test_choices_query_by_query_are_gathered_by_kernels_and_share_tiles_elsewhere() -> None:
+    q, k, v = torch.randn(3, 1, 2, 2048, 16).unbind(0)
+    with count_operations() as gathered:
+        attend(q, k, v, topk_blocks(64, 3))
+    with forced_impl("tiles"), count_operations() as tiled:
+        attend(q, k, v, topk_blocks(64, 3))
+    assert gathered.pairs == tiled.pairs < gathered.computed < 1.5 * gathered.pairs
+    assert tiled.computed > 4 * tiled.pairs  # 64 random queries chose nearly everything together
 
 
 def test_padding_is_counted_for_each_entry() -> None:

@@ -29,7 +29,7 @@ class Cost(NamedTuple):
 
     flops: int
     pairs: int = 0  # (batch entry, head, query, key) that are visible
-    computed: int = 0  # pairs that a kernel forms for them: whole tiles and columns
+    computed: int = 0  # pairs in what the implementation runs for them: tiles, columns, queries gathered for keys
 
 
 @dataclass
@@ -53,8 +53,10 @@ class Operations:
 
     ``flops`` are those of products of matrices, convolutions, Fourier transforms, attention and recurrences, a
     multiply-add being two. ``elements`` are the numbers that operators made, those of pointwise ones included;
-    views make none. ``pairs`` are those of attention that are visible, ``computed`` those that tiles and columns of
-    its selections hold. ``largest`` is the number of elements of the largest tensor made.
+    views make none. ``pairs`` are those of attention that are visible, whichever implementation runs; ``computed``
+    those of what it runs for them, at least as many: whole tiles and columns, and where native kernels gather the
+    queries that chose a run of keys, these queries with all of its keys. ``largest`` is the number of elements of the
+    largest tensor made.
     """
 
     by_operator: dict[str, Tally] = field(default_factory=dict)

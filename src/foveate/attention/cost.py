@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.attention.impl.native import KEYS_OF_VISIT
 from foveate.attention.partial import Partial, lse_dtype
 from foveate.attention.weights import Weights, as_weights
 from foveate.counting import Cost, drawn, named
+from foveate.kernels.cpu.loader import library
 from foveate.layouts.kinds import Layout, Points
+from foveate.options import FORCED
 from foveate.patterns.algebra import LINE, Pattern, Scene, resolve
 from foveate.patterns.band import Band, band_of
 from foveate.patterns.rules.sequence import full
+from foveate.patterns.select.build import select
 from foveate.patterns.select.selection import TILE
 
 
@@ -38,7 +42,7 @@ def attend_cost(
 
 
 def count_pairs(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float | None) -> tuple[int, int]:
-    """Visible pairs over all batch entries and heads, and those in the tiles and columns that hold them."""
+    """Visible pairs over all batch entries and heads, and those in the tiles, columns and runs that hold them."""
     batch, heads, num_queries, num_keys = *q.shape[:3], k.shape[2]
     if 0 in (batch, heads, num_queries, num_keys):
         return 0, 0
@@ -57,12 +61,18 @@ def count_pairs(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: f
         q, k, times = _random_like(q, k, pattern)
     with named("choose", times) if pattern.is_dynamic else nullcontext():
         resolved = resolve(pattern, Scene(num_queries, num_keys, layout, q.detach(), k.detach(), scale))
+    visit = _keys_of_visit(q)
     token = torch.empty(1, dtype=torch.float32, device="cpu" if q.is_meta else q.device)
     q, k = (token.expand(*x.shape[:3], 1) for x in (q, k))
-    selection = resolved.select(q, k, layout, tile=TILE)
+    selection = select(resolved, q, k, layout, tile=TILE, keys_of_visit=visit)
     alike = batch * heads // (selection.batches * selection.heads)
-    computed = selection.num_tiles * TILE**2 + selection.num_columns * TILE
-    return alike * selection.pairs, alike * computed
+    return alike * selection.pairs, alike * selection.num_computed
+
+
+def _keys_of_visit(q: Tensor) -> int:
+    """As `select` takes it: what gathering a query costs where native kernels run the call, 0 where others do."""
+    gathers = q.device.type in ("cpu", "meta") and FORCED.name in (None, "native") and library() is not None
+    return KEYS_OF_VISIT.get(q.dtype, 0) if gathers else 0
 
 
 def _random_like(q: Tensor, k: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor, int]:

@@ -72,14 +72,20 @@ class KeyRanges(NamedTuple):
         clear = all(row[count - 1] > row[count] for entry in values.tolist() for row in entry)
         if not clear and count:  # of equal ones the first
             return cls.of_blocks(pad(best(scores, count), (first, own), value=True), size, num_keys)
-        begins = [block * size for block in (*range(first), *range(first + number, first + number + own))]
-        ranges = array("q")
+        before, behind = (
+            [min(edge, num_keys) for block in blocks for edge in (block * size, block * size + size)]
+            for blocks in (range(first), range(first + number, first + number + own))
+        )
+        start = first * size
+        ranges: list[int] = []
         for row in (row for entry in order.tolist() for row in entry):
-            for begin in (*begins[:first], *((first + block) * size for block in row[:count]), *begins[first:]):
-                ranges.append(begin)
-                ranges.append(min(begin + size, num_keys))
+            ranges += before
+            ranges += [edge for at in row[:count] for edge in (at * size + start, at * size + start + size)]
+            ranges += behind
+        if not own:  # a chosen block may be the last
+            ranges = [min(edge, num_keys) for edge in ranges]
         each = first + count + own
-        return cls(batch, heads, array("q", range(0, each * batch * heads + 1, each)), ranges)
+        return cls(batch, heads, array("q", range(0, each * batch * heads + 1, each)), array("q", ranges))
 
     @property
     def total(self) -> int:

@@ -172,7 +172,7 @@ class NSA(Mixer):
             assert logits is not None
             weights = torch.softmax(logits.squeeze(2), dim=-1)  # (B, H, C)
         chosen = self.selector.last_sees(weights, everything.seen, self.kv_heads)
-        first = max(near.k.shape[2] - self.window, 0)
+        first = max(near.tokens.length - self.window, 0)
         branches = (
             of_blocks,
             attend_ranges(q, everything.k, everything.v, chosen),

@@ -81,11 +81,15 @@ class Selection:
         return self.pairs / total if total else 0.0
 
     @property
+    def num_computed(self) -> int:
+        """Pairs in what kernels run: whole tiles and columns, and the pairs of each run. Fewer are visible."""
+        return self.num_tiles * self.tile**2 + self.num_columns * self.tile + int(self._gathered.sum())
+
+    @property
     def computed(self) -> float:
-        """Pairs a kernel computes (whole tiles and columns) over all pairs."""
+        """These over all pairs."""
         total = self.batches * self.heads * self.num_queries * self.num_keys
-        pairs = self.num_tiles * self.tile**2 + self.num_columns * self.tile + int(self._gathered.sum())
-        return pairs / total if total else 0.0
+        return self.num_computed / total if total else 0.0
 
     @property
     def _gathered(self) -> Tensor:
