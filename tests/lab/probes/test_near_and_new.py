@@ -30,6 +30,7 @@ def same(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
 
 
 @pytest.mark.paper("PrFlashAttention-note", "definition")
+@pytest.mark.paper("PrFlashAttention-note", "works_when")
 def test_blocks_sampled_by_distance_are_a_causal_mask_of_blocks(seed: int) -> None:
     pattern, inputs = sampled_blocks(4, 1.0, seed=3), heads(61)
     seen = pattern.mask(61)[0, 0]
@@ -59,6 +60,7 @@ def test_chances_are_terms_of_a_series_of_the_distance(decay: float) -> None:
 
 
 @pytest.mark.paper("PrFlashAttention-note", "definition")
+@pytest.mark.paper("PrFlashAttention-note", "works_when")
 def test_rotary_positions_and_a_harmonic_bias_at_once() -> None:
     inputs, length = heads(23), 23
     q, k, v = inputs

@@ -86,7 +86,8 @@ def near_and_new(
     as many sampled evenly (own blocks always seen); and with keys and values of 8 bits for the newest quarter of the
     tokens, 4 for the next and 2 for the older half, against 4 bits for all. Near blocks are worth more, by far; two
     bits for old tokens cost more than eight for new ones bring, so that the whole is refuted. The note has no
-    measurements; where its formulas were not at hand (chances, steps, slopes) they were chosen here.
+    measurements; where its formulas were not at hand (chances, steps, slopes) they were chosen here. The cache that
+    stores such bits is `foveate.cache.by_age.AgeCache`.
 
     Li, The Nature of Mathematical Modeling and Probabilistic Optimization Engineering in Generative AI,
     arXiv 2410.18441.
