@@ -13,8 +13,9 @@ DEMO_MECHANISMS = -m streaming_llm -m 'streaming_llm(window=256)' -m 'window(511
 
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
-# The tests that run the kernels, rather than build or find them.
-KERNEL_TESTS := $(filter-out $(addprefix tests/kernels/test_,build.py neon.py sanitized.py),$(wildcard tests/kernels/test_*.py))
+# The tests that run the kernels, rather than build or find them, and those kernels that compute with vectors.
+KERNEL_TESTS := $(filter-out $(addprefix tests/kernels/test_,$(addsuffix .py,build buffers neon refusals sanitized selection short trust)),\
+    $(wildcard tests/kernels/test_*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all fuzz lint docs clean

@@ -256,11 +256,12 @@ class _Counter(TorchDispatchMode):
         if self.hidden:
             return func(*args, **kwargs)
         packet = func.overloadpacket
-        if packet not in flop_registry and packet not in _TRANSFORMS and func is not torch.ops.prim.device.default:
+        if func not in _WHOLE:
             with self:
-                out = func.decompose(*args, **kwargs)
-                if out is not NotImplemented:
-                    return out
+                out = NotImplemented if _has_formula(func) else func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+            _WHOLE.add(func)
         out = func(*args, **kwargs)
         name = packet.__name__
         if name in _MAKES_NOTHING:
@@ -269,6 +270,12 @@ class _Counter(TorchDispatchMode):
             made = [x for x in args if isinstance(x, Tensor)][-1] if name in _WRITES_VALUES else out
             self.note(self.name or name, Cost(_flops(packet, args, kwargs, out)), made, self.times)
         return out
+
+
+def _has_formula(func: Any) -> bool:
+    """Whether an operator is counted by a formula though it may be made of others."""
+    packet = func.overloadpacket
+    return packet in flop_registry or packet in _TRANSFORMS or func is torch.ops.prim.device.default
 
 
 def _sizes(out: Any) -> list[int]:
@@ -291,4 +298,5 @@ def _transform_flops(whole: Tensor, dims: list[int], each: float) -> int:
     return int(each * whole.numel() * math.log2(length)) if length > 1 else 0
 
 
+_WHOLE = set[Any]()  # operators that are counted as they are, being made of no others
 _TRANSFORMS = {torch.ops.aten._fft_c2c: 5, torch.ops.aten._fft_r2c: 2.5, torch.ops.aten._fft_c2r: 2.5}

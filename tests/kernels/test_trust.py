@@ -250,7 +250,6 @@ PARENTS = {
     "unknown": ("", "1 True True"),  # the child has PyTorch before foveate: it could have come from the parent
     "foveate alone": ("import foveate", "2 True False"),
     "torch computed": (COMPUTES, "1 True True"),
-    "foveate and torch computed": (f"import foveate; {COMPUTES}", "1 True True"),
     "the library was used": (
         f"{COMPUTES}\nimport foveate; foveate.attend(*3 * [torch.randn(1, 2, 200, 32)])",
         "1 True",

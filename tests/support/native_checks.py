@@ -72,11 +72,15 @@ def outcome(call: dict[str, Any], seeds: tuple[Tensor, Tensor], impl: str) -> li
 
 
 def assert_native_agrees(
-    call: dict[str, Any], dtype: torch.dtype, relaid: Callable[[Tensor], Tensor] | None = None
+    call: dict[str, Any],
+    dtype: torch.dtype,
+    relaid: Callable[[Tensor], Tensor] | None = None,
+    *,
+    threads: Iterable[int] = (1,),
 ) -> None:
     """Native errs at most twice as much as the definition in this dtype, plus a rounding of all that is summed.
 
-    ``relaid`` puts q, k, v and the gradient of the result elsewhere in memory.
+    ``relaid`` puts q, k, v and the gradient of the result elsewhere in memory; native runs on each number of threads.
     """
     low = decided(cast(call, dtype))
     shape = (*low["q"].shape[:3], low["v"].shape[3])
@@ -85,16 +89,17 @@ def assert_native_agrees(
         low |= {name: relaid(low[name].detach()).requires_grad_() for name in "qkv"}
         seeds = relaid(seeds[0]), seeds[1]
     exact = cast(low, torch.float64)
-    truths, plains, actuals = (
-        outcome(one, seeds, impl) for one, impl in ((exact, "reference"), (low, "reference"), (low, "native"))
-    )
+    truths, plains = (outcome(one, seeds, "reference") for one in (exact, low))
     names = ["out", "lse", "dq", "dk", "dv", *(f"gradient {i}" for i in range(len(truths) - 5))]
     # Weights that are rounded to half precision need no exact exponentials, and their sums do not get them.
     noises = [max(EPS, torch.finfo(dtype).eps / 64) if name == "lse" else EPS for name in names]
     summed = [noise * size for noise, size in zip(noises, sizes(exact, seeds), strict=True)]
-    for name, truth, plain, actual, sums in zip(names, truths, plains, actuals, summed, strict=True):
-        assert actual.dtype == (torch.float32 if name == "lse" else dtype), name
-        assert_errs_no_more(f"{name} in {dtype}", actual, plain, truth, sums)
+    for count in threads:
+        torch.set_num_threads(count)
+        actuals = outcome(low, seeds, "native")
+        for name, truth, plain, actual, sums in zip(names, truths, plains, actuals, summed, strict=True):
+            assert actual.dtype == (torch.float32 if name == "lse" else dtype), name
+            assert_errs_no_more(f"{name} in {dtype} on {count} threads", actual, plain, truth, sums)
 
 
 def assert_errs_no_more(what: str, actual: Tensor, plain: Tensor, truth: Tensor, sums: Tensor) -> None:

@@ -47,14 +47,16 @@ def test_every_property_can_fail() -> None:
 
 
 @pytest.mark.parametrize("passing", list(itertools.product([True, False], repeat=3)))
-def test_low_precision_must_do_on_most_inputs(passing: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_precision_must_do_on_an_input_or_on_all_others(
+    passing: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     judged = iter(passing)
 
     def judge(*_: object) -> None:
         assert next(judged), "error"
 
     monkeypatch.setattr(precision, "_low_precision", judge)
-    with nullcontext() if sum(passing) >= 2 else pytest.raises(AssertionError, match="error"):
+    with nullcontext() if passing[0] or all(passing[1:]) else pytest.raises(AssertionError, match="error"):
         precision.single_precision(Subject(Sound.row, {}, causal=True))
 
 

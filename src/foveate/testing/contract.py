@@ -14,7 +14,7 @@ from foveate.patterns import Grid, Packed
 from foveate.testing.case import Subject
 
 CHOICES = 0.2  # share of the operations by which two random inputs may differ, where pairs are chosen by them
-LATER, MORE = 101, 16  # tokens before those whose decoding is counted; their number: a mini-batch, or blocks whole
+LATER, MORE = (69, 133, 261), 8  # tokens, as far into blocks of a power of two, before those counted; their number
 REFUSAL = (ValueError, TypeError, NotImplementedError)
 
 
@@ -58,7 +58,7 @@ def wrong_calls(subject: Subject) -> Iterator[tuple[str, Callable[[], Any]]]:
 def costs(subject: Subject) -> None:
     """flops is what forward computes, counted while it runs; state_bytes is what the state takes."""
     mixer = subject.mixer(torch.float32)
-    for place in subject.places(9, 37, 65):
+    for place in subject.places(9, 65):
         told = checked_count("flops", place.length, mixer.flops(place.length, place.layout))
         with torch.no_grad(), count_operations() as counted:
             mixer(subject.tokens(place.length, batch=1).float(), layout=place.layout)
@@ -72,11 +72,11 @@ def costs(subject: Subject) -> None:
 def _state_bytes(mixer: Mixer, subject: Subject) -> None:
     """What a state takes with room for n tokens, after as many, decoded or read at once."""
     x = subject.tokens(65, batch=1).float()
-    for n in (1, 9, 37, 65):
+    for n, decoded in ((1, 1), (13, 13), (65, 5)):
         told = checked_count("state_bytes", n, mixer.state_bytes(n))
         at_once = mixer.prefill(x[:, :n], mixer.init_state(1, n)).state
-        state = mixer.init_state(1, n)
-        for t in range(n):
+        state = mixer.prefill(x[:, : n - decoded], mixer.init_state(1, n)).state
+        for t in range(n - decoded, n):
             state = mixer.decode(x[:, t : t + 1], state).state
         taken = bytes_of(state), bytes_of(at_once)
         assert taken == (told, told), f"state_bytes({n}) is {told}; the state takes {taken} (decoded, read at once)"
@@ -86,16 +86,17 @@ def _state_bytes(mixer: Mixer, subject: Subject) -> None:
 def decoding_costs(subject: Subject) -> None:
     """Later tokens attend to no more pairs than they add to forward; their work is constant where the state is.
 
-    Elsewhere it grows linearly at most: twice as much from 2 n to 4 n tokens as from n to 2 n.
+    Elsewhere it grows linearly at most: twice as much over twice as many more tokens.
     """
-    mixer, x = subject.mixer(torch.float32), subject.tokens(4 * LATER + MORE, batch=1).float()
-    counts = [_counted_after(mixer, x[:, :n], x[:, n : n + MORE]) for n in (LATER, 2 * LATER, 4 * LATER)]
-    added = _counted(mixer, x[:, : LATER + MORE]).pairs - _counted(mixer, x[:, :LATER]).pairs
-    assert counts[0].pairs <= added, f"{MORE} tokens after {LATER} add {added:,} pairs, but decoding took\n{counts[0]}"
+    first, _, last = LATER
+    mixer, x = subject.mixer(torch.float32), subject.tokens(last + MORE, batch=1).float()
+    counts = [_counted_after(mixer, x[:, :n], x[:, n : n + MORE]) for n in LATER]
+    added = _counted(mixer, x[:, : first + MORE]).pairs - _counted(mixer, x[:, :first]).pairs
+    assert counts[0].pairs <= added, f"{MORE} tokens after {first} add {added:,} pairs, but decoding took\n{counts[0]}"
     few, some, many = (counted.flops + counted.elements for counted in counts)
-    grows = mixer.state_bytes(4 * LATER) > mixer.state_bytes(LATER)
+    grows = mixer.state_bytes(last) > mixer.state_bytes(first)
     assert many <= some + 2.2 * max(some - few, 0) * grows + 0.05 * few, (
-        f"work on {MORE} tokens after {LATER}, {2 * LATER} and {4 * LATER} is {few:,}, {some:,} and {many:,}: "
+        f"work on {MORE} tokens after {', '.join(map(str, LATER))} is {few:,}, {some:,} and {many:,}: "
         f"more than {'linear in what is kept' if grows else 'constant, as the state is'}"
     )
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from foveate.mixers.base import Mixer
 from foveate.testing.case import Place, Subject, lowered
 from foveate.testing.closeness import assert_same, assert_twice, reference_only
+from foveate.testing.report import Skip
 
 SINGLE_ROUNDINGS = 8.0  # sums in another order: at float32 both errors are a few roundings
 MOVE = 1e-6  # of central differences
-INPUTS = 3  # in low precision most of them must pass: on one the definition may by chance hit the exact numbers
+MORE = 2  # inputs that must pass where one fails: on one the definition may by chance hit the exact numbers
 
 
 def implementations_agree(subject: Subject) -> None:
@@ -21,17 +22,18 @@ def implementations_agree(subject: Subject) -> None:
 
     Whether the mixer is what its paper says, no suite can tell: that is for its own tests.
     """
-    for place in subject.places(37, 65):
+    for place in subject.places(130):  # two tiles of kernels, or chunks of recurrences, and some
         _equals_definition(subject, place)
 
 
 def odd_lengths(subject: Subject) -> None:
     """Any length runs and equals the definition; no tokens give no tokens."""
-    for place in subject.places(1, 2, 130):
+    if subject.on_grids:
+        raise Skip("its lengths are those of its grids")
+    for place in subject.places(1, 2, 37):
         _equals_definition(subject, place)
-    if not subject.on_grids:
-        empty = subject.tokens(0)
-        assert_same("no tokens", subject.mixer()(empty), empty)
+    empty = subject.tokens(0)
+    assert_same("no tokens", subject.mixer()(empty), empty)
 
 
 def _equals_definition(subject: Subject, place: Place) -> None:
@@ -82,12 +84,19 @@ def differentiated(
     mixer: Mixer, x: Tensor, place: Place, towards: Tensor, *, reference: bool = False
 ) -> dict[str, Tensor | None]:
     """Gradients of ``(mixer(x) * towards).sum()`` by name, that of the input as "x"."""
+    return run_and_differentiate(mixer, x, place, towards, reference=reference)[1]
+
+
+def run_and_differentiate(
+    mixer: Mixer, x: Tensor, place: Place, towards: Tensor, *, reference: bool = False
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Outputs, and the gradients of ``(outputs * towards).sum()``."""
     named = {"x": x.detach().clone().requires_grad_()}
     named |= {name: p for name, p in mixer.named_parameters() if p.requires_grad}
     with reference_only() if reference else nullcontext():
-        value = (mixer(named["x"], layout=place.layout) * towards).sum()
-        found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-    return dict(zip(named, found, strict=True))
+        out = mixer(named["x"], layout=place.layout)
+        found = torch.autograd.grad((out * towards).sum(), list(named.values()), allow_unused=True)
+    return out.detach(), dict(zip(named, found, strict=True))
 
 
 def single_precision(subject: Subject) -> None:
@@ -101,32 +110,27 @@ def half_precision(subject: Subject) -> None:
 
 
 def _on_most_inputs(subject: Subject, dtype: torch.dtype, roundings: float) -> None:
-    passed = failed = 0
-    while passed <= INPUTS // 2:
-        try:
+    try:
+        _low_precision(subject, dtype, roundings)
+    except AssertionError:
+        for _ in range(MORE):
             _low_precision(subject, dtype, roundings)
-            passed += 1
-        except AssertionError:
-            failed += 1
-            if failed > INPUTS // 2:
-                raise
 
 
 def _low_precision(subject: Subject, dtype: torch.dtype, roundings: float) -> None:
     place = subject.places(65)[0]
     low = lowered(subject.mixer(), dtype)
     exact = lowered(low, torch.float64)
-    x = subject.tokens(place.length).to(dtype)
+    x = subject.tokens(place.length, batch=3).to(dtype)
     towards = torch.randn_like(x)
-    with reference_only():
-        plain, true = low(x, layout=place.layout), exact(x.double(), layout=place.layout)
-    assert_twice("outputs", low(x, layout=place.layout), plain, true, roundings=roundings)
-    plains = differentiated(low, x, place, towards, reference=True)
-    trues = differentiated(exact, x.double(), place, towards.double(), reference=True)
+    plain, plains = run_and_differentiate(low, x, place, towards, reference=True)
+    true, trues = run_and_differentiate(exact, x.double(), place, towards.double(), reference=True)
+    mine, found = run_and_differentiate(low, x, place, towards)
+    assert_twice("outputs", mine, plain, true, roundings=roundings)
     greatest = max(float(true.norm()) for true in trues.values() if true is not None)  # some cancel to 0
-    for name, mine in differentiated(low, x, place, towards).items():
+    for name, my_one in found.items():
         plain_one, true_one = plains[name], trues[name]
         wanted = name == "x" or dtype == torch.float32
-        if wanted and mine is not None and plain_one is not None and true_one is not None:
+        if wanted and my_one is not None and plain_one is not None and true_one is not None:
             size = float(true_one.norm()) if name == "x" else greatest
-            assert_twice(f"gradient of {name}", mine, plain_one, true_one, roundings=roundings, size=size)
+            assert_twice(f"gradient of {name}", my_one, plain_one, true_one, roundings=roundings, size=size)

@@ -14,22 +14,22 @@ CLOSE = 1e-8  # of what decoding computes in another order
 def causality(subject: Subject) -> None:
     """Outputs before token t do not change with it."""
     place = subject.places(65)[0]
-    mixer, x = subject.mixer(), subject.tokens(place.length)
-    out = mixer(x, layout=place.layout)
-    for cut in cuts(place.length):
-        changed = torch.cat([x[:, :cut], 3 * torch.randn_like(x[:, cut:])], dim=1)
-        moved = mixer(changed, layout=place.layout)[:, :cut]
-        assert_same(f"outputs before token {cut}, which changed", moved, out[:, :cut])
+    mixer, x, places = subject.mixer(), subject.tokens(place.length, batch=1), cuts(place.length)
+    changed = [torch.cat((x[:, :cut], 3 * torch.randn_like(x[:, cut:])), 1) for cut in places]
+    out, *moved = mixer(torch.cat((x, *changed)), layout=place.layout)
+    for cut, other in zip(places, moved, strict=True):
+        assert_same(f"outputs before token {cut}, which changed", other[:cut], out[:cut])
 
 
 def causal_gradients(subject: Subject) -> None:
     """Outputs before token t have no gradient to it."""
     place = subject.places(65)[0]
-    mixer, x = subject.mixer(), subject.tokens(place.length).requires_grad_()
-    out = mixer(x, layout=place.layout)
-    for cut in cuts(place.length):
-        (gradient,) = torch.autograd.grad(out[:, :cut].square().sum(), x, retain_graph=True)
-        assert_zero(f"gradient from outputs before token {cut} to it and later ones", gradient[:, cut:])
+    mixer, places = subject.mixer(), cuts(place.length)
+    x = subject.tokens(place.length, batch=len(places)).requires_grad_()
+    earlier = [out[:cut] for cut, out in zip(places, mixer(x, layout=place.layout), strict=True)]
+    (gradient,) = torch.autograd.grad(torch.cat(earlier).square().sum(), x)
+    for cut, found in zip(places, gradient, strict=True):
+        assert_zero(f"gradient from outputs before token {cut} to it and later ones", found[cut:])
 
 
 def cuts(length: int) -> list[int]:

@@ -38,7 +38,7 @@ class HalvedRanges(PromptChoice):
         )
         ends = (place + self.q_block).clamp(max=offset + q.shape[2]).to(q.device)  # behind the last query of each row
         blocks = -(-ends // self.k_block)
-        count = -(-self.keys // self.k_block)
+        count = min(-(-self.keys // self.k_block), int(blocks[-1]))  # more ranges than blocks would be empty
         nearest = (
             None if scene.reach is None else ((place.clamp_min(offset) - scene.reach).clamp_min(0) // self.k_block)
         )
