@@ -1,4 +1,4 @@
-"""Attention whose heads are composed anew for every pair: logits before the softmax, weights after it."""
+"""Dynamically composed heads: logits mixed over heads before the softmax, weights after it, anew for every pair."""
 
 from __future__ import annotations
 

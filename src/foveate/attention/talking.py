@@ -1,4 +1,4 @@
-"""Attention whose heads talk: logits are mixed over heads before the softmax, weights after it."""
+"""Talking-heads attention: logits are mixed over heads before the softmax, weights after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse window attention: recent tokens and those attended to most of late; the rest waits in the host's memory."""
+"""ALISA's sparse window attention: recent tokens and those of the largest attention sums; the rest is offloaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AlisaMemory(LayerMemory):
     """Of each head: the ``budget // 2`` latest tokens on the device, and those with the largest attention sums.
 
     A token's sum is that of the attention it got from the last ``history`` queries, each of which saw what was kept
-    then. Nothing is forgotten: all keys and values also lie in the host's memory (or in files of a ``folder``), and a
+    then. Nothing is dropped: all keys and values also lie in the host's memory (or in files of a ``folder``), and a
     token that is chosen again comes back from there. ``store.read`` counts the bytes.
 
     Zhao, Wu, Wang, ALISA: Accelerating Large Language Model Inference via Sparsity-Aware KV Caching, arXiv 2403.17312.

@@ -1,4 +1,4 @@
-"""Layers that share one budget of tokens by what their attention prefers, as it becomes known layer by layer."""
+"""CAKE's cache: one budget of tokens, divided among layers by entropy and variance of their attention."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Shared:
 
 
 class CakeMemory(LayerMemory):
-    """One layer's share of a budget of all layers, in proportion to how dispersed and how changing its attention is.
+    """A cache with eviction of one layer, whose budget is in proportion to the entropy and variance of its attention.
 
     Statistics are those of the last ``window`` queries of a call, taken as it ends. As each layer of a prompt gets its
     share, those below it give way, so that no more than the budget is ever kept. The window's tokens always stay.

@@ -1,4 +1,4 @@
-"""A rolling cache whose sinks remember what has left it: an average of evicted keys and values that fades."""
+"""A rolling cache whose sinks hold an exponential moving average of evicted keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of context that do not see one another, and what follows, which sees them all."""
+"""A cache of context in groups that do not attend to one another, for queries that attend to all of them."""
 
 from __future__ import annotations
 

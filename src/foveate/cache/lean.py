@@ -1,4 +1,4 @@
-"""One query's attention to texts of unlike lengths, cut into tiles that are dealt out evenly to workers."""
+"""Split-KV decoding of one query over texts of unlike lengths, in tiles that are divided evenly among workers."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 class LeanMemory(LayerMemory):
-    """All of a text; a step of decoding is dealt out evenly to workers, however unlike the texts of a batch are.
+    """A cache of all tokens; a decoding step's tiles are divided evenly among workers, however unlike the texts are.
 
     Sanovar et al., Lean Attention: Hardware-Aware Scalable Attention Mechanism for the Decode-Phase of Transformers,
     arXiv 2405.10480.

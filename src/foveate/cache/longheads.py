@@ -1,4 +1,4 @@
-"""Heads that each choose chunks of a text longer than the model was trained on, and see them side by side."""
+"""LongHeads: heads that each select chunks of a text beyond the trained length, and attend to them as if adjacent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Text:
 
 
 class LongHeadsMemory(LayerMemory):
-    """All of a text. From ``count * chunk`` tokens on, each head of each query sees ``count`` chunks of its choice.
+    """A cache of all tokens; from ``count * chunk`` on, each head of each query sees ``count`` chunks that it selects.
 
     The first chunk, the query's own and the one before are always seen, the others by the product of the query and
     what stands for a chunk, neither of them turned to its place in the text. Chosen chunks are moved together, in

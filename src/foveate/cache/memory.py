@@ -1,4 +1,4 @@
-"""What one layer of a decoder remembers of its text, and how it attends to that."""
+"""The key-value cache of one layer of a decoder, and attention to it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Look:
 
 
 class LayerMemory:
-    """All keys and values of a text, one layer's. Subclasses keep fewer, or keep them otherwise.
+    """A key-value cache of one layer: all tokens of a text. Subclasses keep fewer, or keep them otherwise.
 
     A call adds the tokens of one forward pass and attends to what is kept and to them (`attend`); afterwards
     `settle` may let some go. With ``record_past`` that waits for the next call, or for `crop`, which takes back
@@ -100,7 +100,7 @@ class LayerMemory:
         return 0 if self.slots is None else self.slots.nbytes
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
-        """Heads out of the new queries q (B, H, N, D), whose tokens, k and v (B, G, N, ...), are remembered."""
+        """Heads out of the new queries q (B, H, N, D), whose keys and values (B, G, N, ...) are added."""
         self.commit()
         self.add(k, v, look)
         out = self.look(q, look)
@@ -180,7 +180,7 @@ def placed_rule(slots: Slots, look: Look) -> Pattern:
 
 
 class BoundedMemory(LayerMemory):
-    """At most ``budget`` tokens between calls: each head lets go of those that rank lowest.
+    """A key-value cache with eviction: at most ``budget`` tokens between calls, of each head those that rank highest.
 
     A query sees what is kept and the tokens of its own call. Subclasses say what `rank` tokens have.
     """

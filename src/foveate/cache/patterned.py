@@ -1,4 +1,4 @@
-"""What the queries of a static pattern may still see of a text."""
+"""Eviction by a static pattern: tokens stay as long as a later query may see them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from foveate.patterns.ranges import NEVER
 
 
 class PatternMemory(LayerMemory):
-    """Tokens that a pattern of positions, the same for all heads, lets a later query see; others are let go.
+    """A key-value cache without tokens that a pattern of positions, the same for all heads, hides from later queries.
 
     Many at a time: a quarter of those that are needed, and 32 at least, stay beyond their time.
     """
 
     def __init__(self, pattern: Pattern) -> None:
         if pattern.is_dynamic or pattern.needs_axes or pattern.heads > 1 or pattern.batches > 1:
-            raise ValueError(f"a memory forgets by a pattern of positions, the same for all heads; got {pattern}")
+            raise ValueError(f"a cache evicts by a pattern of positions, the same for all heads; got {pattern}")
         super().__init__()
         self.pattern = pattern
 

@@ -1,4 +1,4 @@
-"""Layers that share the keys of distant tokens."""
+"""PoD: layers that share the keys of distant tokens."""
 
 from __future__ import annotations
 

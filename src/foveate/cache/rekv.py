@@ -1,4 +1,4 @@
-"""A stream read through a window, stored block by block, and asked: the blocks that answer a question come back."""
+"""ReKV: sliding-window attention over a stream, whose blocks are stored, and retrieved by a question's mean query."""
 
 from __future__ import annotations
 

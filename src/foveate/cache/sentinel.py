@@ -1,4 +1,4 @@
-"""Spans of a text that a sentinel token stands for: who sees whom, and a memory that lets go of closed spans."""
+"""Spans compressed into a sentinel token: which tokens see which, and a cache without closed spans."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def sees(q: Marks, k: Marks, q_place: Tensor, k_place: Tensor) -> Tensor:
 
 
 class SentinelMemory(LayerMemory):
-    """Spans are let go of once their end has read them, and beginnings with them: the end's key and value stay.
+    """A key-value cache in which a span is evicted once its end has read it: the end's key and value stay.
 
     Ren, Jia, Zhu, Context Compression for Auto-regressive Transformers with Sentinel Tokens, arXiv 2310.08152.
     """

@@ -1,4 +1,4 @@
-"""The first tokens of a text and its latest ones, with positions counted among them."""
+"""StreamingLLM's cache: the first tokens of a text and its latest ones, with positions counted among them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from foveate.patterns import sinks as earliest
 
 
 class StreamingMemory(BoundedMemory):
-    """The first ``sinks`` tokens of each text and a ring of the latest, ``window`` with the query's own.
+    """StreamingLLM's cache: the first ``sinks`` tokens and a ring of the latest, ``window`` with the query's own.
 
     With ``in_cache`` a query stays ``sinks + window - 1`` positions from the first sink however long the text is, as if
-    the tokens between had never been: where the model has rotary positions the sinks are turned towards the query,
+    the tokens kept were all of the text: where the model has rotary positions the sinks are turned towards the query,
     where it adds a bias by distance (ALiBi) they get that of their place in the cache. Without, every token stays where
     it is in the text.
 

@@ -1,4 +1,4 @@
-"""A tree of drafted tokens behind a text: attention to both, and a memory of which only accepted tokens become part."""
+"""Tree attention of drafted tokens behind a text, and a cache to which only accepted ones are added."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Tree:
 
 
 class TreeMemory(LayerMemory):
-    """All of a text; tokens that come while a tree is verified wait until `accept` says which of them stay."""
+    """A cache of all tokens; those that come while a tree is verified are added once `accept` says which stay."""
 
     def __init__(self, tree: Tree) -> None:
         super().__init__()

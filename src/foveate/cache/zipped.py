@@ -1,4 +1,4 @@
-"""All tokens of a text, most of them in two or four bits by how salient they are."""
+"""ZipCache's storage: all tokens of a text, quantised to fewer bits the less salient they are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Precision:
 
 
 class ZipMemory(LayerMemory):
-    """Every ``gap`` tokens (a longer prompt as a whole) are packed, the salient ones in more bits than the others.
+    """A quantised cache: every ``gap`` tokens (a longer prompt at once) are packed, salient ones in more bits.
 
     A token's saliency is the attention it got from the probe queries, divided by how many of these could see it.
     Tokens not yet packed are kept as they are, with their queries.

@@ -1,4 +1,4 @@
-"""AdaptVis: logits of an image's tokens are scaled up where the model is sure of itself, and down where it is not."""
+"""AdaptVis: logits of an image's tokens are scaled up where the model is confident, and down where it is not."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from foveate.methods.cached import CachedMethod
 if TYPE_CHECKING:
     from foveate.adapt.hf.layers import Layers
 
-WHOLE_PROMPT = "a prompt is attended to whole before anything of it is let go, which decoding token by token is not"
+WHOLE_PROMPT = "a prompt is attended to whole before anything of it is evicted, which decoding token by token is not"
 
 
 @method(

@@ -1,4 +1,4 @@
-"""Methods that decide what a decoder keeps of its text."""
+"""Methods that are a key-value cache: with eviction, quantised, offloaded, ..."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CachedMethod:
     layers: Layers | None = None
 
     def install(self, model: nn.Module) -> Swap:
-        """Let a causal language model of transformers remember so from now on."""
+        """Give a causal language model of transformers caches of this kind from now on."""
         from foveate.adapt.hf.memory import keep
 
         return keep(model, self.memory, self.core, self.layers)

@@ -1,4 +1,4 @@
-"""One budget for the keys of all layers, shared by what each layer's attention prefers."""
+"""CAKE: cache eviction with one budget for all layers."""
 
 from __future__ import annotations
 

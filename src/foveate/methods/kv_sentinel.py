@@ -87,7 +87,7 @@ class KVSentinel:
     end: Tensor
 
     def install(self, model: nn.Module) -> Swap:
-        """Let a causal language model of transformers remember so from now on."""
+        """Give a causal language model of transformers caches of this kind from now on."""
         from transformers import PreTrainedModel
 
         from foveate.adapt.hf.memory import keep

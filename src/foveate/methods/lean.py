@@ -1,4 +1,4 @@
-"""Decoding for batches of unlike texts, dealt out evenly to workers."""
+"""LeanAttention: split-KV decoding with equal work for every worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @method("lean_attention", papers=("LeanAttention",), tiny={"workers": 3, "tile": 4}, full_budget={})
 def lean_attention(workers: int | None = None, tile: int = 256, layers: Layers | None = None) -> Method:
-    """LeanAttention: exact decoding whose tiles of keys, of all texts and heads, are dealt out evenly to workers.
+    """LeanAttention: exact decoding whose tiles of keys, of all texts and heads, are divided evenly among workers.
 
     The keys of all heads of a batch lie in one row of tiles, of which every worker takes an equal run, across the
     borders of texts and heads; partial results of one head are merged by their log-sums. So workers stay busy where

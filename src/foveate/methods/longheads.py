@@ -1,4 +1,4 @@
-"""Texts beyond the trained length: each head sees chunks of its choice, moved together."""
+"""LongHeads: beyond the trained length each head attends to chunks that it selects, as if adjacent."""
 
 from __future__ import annotations
 

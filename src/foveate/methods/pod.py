@@ -34,7 +34,7 @@ def pod(
 
     ``groups`` are numbers of layers that attend alike; the keys of distant tokens are those of each group's lowest
     layer, for its own queries (``scores``: distant scores are shared) or for each layer's. The first ``sinks`` tokens
-    and the latest ``window`` are attended to by a layer's own keys; one softmax runs over both. Nothing is forgotten.
+    and the latest ``window`` are attended to by a layer's own keys; one softmax runs over both. Nothing is evicted.
     The authors find groups by comparing scores on sample texts, and then train the model on for a while. A model that
     was not trained for it may do worse than without distant tokens: of the built-in one, the last layer alone uses
     them, and with the keys of a lower one it does. Ma et al., arXiv 2412.02252.

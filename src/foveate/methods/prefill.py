@@ -60,7 +60,7 @@ class PromptCore:
 def sample_attention(
     mass: float = 0.95, rows: float = 0.05, width: float = 0.08, layers: Layers | None = None
 ) -> Method:
-    """Prompts see a window and the fewest keys to which a sample of queries gives ``mass`` of its attention.
+    """SampleAttention: prompts attend to a window, and to the fewest keys that get ``mass`` of the weights of a sample.
 
     ``rows`` is the share of queries that are sampled, ``width`` the window as a share of the prompt; each head chooses
     its keys anew for each prompt. Zhu et al., SampleAttention, arXiv 2406.15486.
@@ -80,7 +80,7 @@ def sample_attention(
     exempt={"decoding": FOR_PROMPTS, "causality": AHEAD},
 )
 def anchor_attention(theta: float = 12.0, block: int = 128, step: int = 16, layers: Layers | None = None) -> Method:
-    """Prompts see their first block, their own neighbourhood, and single keys whose scores come near the best of these.
+    """AnchorAttention: prompts attend to the first block, their own group, and keys that score near the best of them.
 
     ``theta`` is how far a key's logit may lie below the anchor, the mean over a block of queries of their best scores
     among the first ``block`` keys and the group of ``step`` blocks around them. The authors' code takes it in powers of
@@ -100,7 +100,7 @@ def anchor_attention(theta: float = 12.0, block: int = 128, step: int = 16, laye
     exempt={"decoding": FOR_PROMPTS, "causality": AHEAD},
 )
 def proxy_attention(mass: float = 0.95, block: int = 64, proxies: int = 1, layers: Layers | None = None) -> Method:
-    """Prompts see blocks that a few mean heads find important, as many for each head as its last queries need.
+    """ProxyAttn: prompts attend to blocks that mean heads rank first, as many for each head as its last queries need.
 
     ``proxies`` groups of heads each have a mean head; ``mass`` is the share of a head's attention that its blocks hold.
     The paper's own mass and block were not verified. Wang et al., ProxyAttn, arXiv 2509.24745.
@@ -126,7 +126,7 @@ def hip_attention(
     recent: int = 64,
     dense_layers: int = 3,
 ) -> Method:
-    """Prompts and written tokens see ``keys`` keys that a search by halves of ranges finds best, in O(T log T).
+    """HiP: block-sparse attention to ``keys`` keys that a search by halves of ranges finds best, in O(T log T).
 
     Blocks of ``q_block`` queries choose blocks of ``k_block`` keys; the first keys and the recent ones are always seen,
     and the first ``dense_layers`` of the model stay as they are. Sizes other than ``keys`` are Foveate's.
@@ -151,7 +151,7 @@ def hip_attention(
 def dhsa(
     keys: int = 2048, chunk: int = 64, starts: Sequence[int] | None = None, layers: Layers | None = None
 ) -> Method:
-    """Prompts and written tokens see ``keys`` keys, taken by chunks of unequal lengths whose pooled keys suit best.
+    """DHSA: attention to ``keys`` keys, by chunks of unequal lengths in the order of their pooled scores.
 
     Chunks begin at ``starts``, or where keys change most, ``chunk`` long on average: the paper has a small network
     trained for that. Its own budget was not verified. Xiong et al., DHSA, arXiv 2510.24606.

@@ -1,4 +1,4 @@
-"""Streams of any length, asked questions: what a window has left behind is stored and found again."""
+"""ReKV: sliding-window reading of a stream, with retrieval of stored blocks for questions."""
 
 from __future__ import annotations
 

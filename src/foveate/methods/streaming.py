@@ -1,4 +1,4 @@
-"""Endless texts at constant memory: sinks and recent tokens, with positions counted among them."""
+"""StreamingLLM: a cache of sinks and recent tokens, with positions counted among them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     keeps=lambda n: min(n, 2 + 9),
 )
 def attention_sinks(sinks: int = 4, window: int = 1020, in_cache: bool = True, layers: Layers | None = None) -> Method:
-    """StreamingLLM's cache: the first ``sinks`` tokens and a ring of the latest ``window``, the rest is forgotten.
+    """StreamingLLM's cache: the first ``sinks`` tokens and a ring of the latest ``window``, the rest is evicted.
 
     Positions are counted in the cache (``in_cache``), so texts may be as long as one likes while no distance exceeds
     ``sinks + window``; memory and time a token stay constant. Xiao et al., Efficient Streaming Language Models with

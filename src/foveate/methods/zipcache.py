@@ -1,4 +1,4 @@
-"""A cache in two and four bits."""
+"""ZipCache: a quantised cache, in more bits where tokens are salient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods that keep what they choose of a text, inside transformers: cache layers that attend themselves.
+"""Key-value caches of methods inside transformers: cache layers that attend themselves.
 
 A model hands the new keys and values of a layer to its cache, and then what the cache returns to its attention
 function. Here the cache layer returns the new ones alone, and the attention function asks the layer's memory, which
@@ -143,7 +143,7 @@ _call: ContextVar[Call | None] = ContextVar("foveate_memory_call", default=None)
 
 @dataclass(eq=False)
 class Kept:
-    """What hangs on an attention layer whose memory a method keeps."""
+    """The record on an attention layer whose cache is a method's."""
 
     number: int
     turn: Turn | None
@@ -313,7 +313,7 @@ def call_at_work() -> Call:
 
 
 def keep(model: nn.Module, make: MakeMemory, core: Core, layers: Layers | None = None) -> Swap:
-    """Let layers of a causal language model remember by memories of their own from now on, and attend by ``core``.
+    """Give layers of a causal language model caches of a method from now on, and attention by ``core``.
 
     Raises ValueError for encoder-decoder models, and where another method keeps the model's memory already.
     """

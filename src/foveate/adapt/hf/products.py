@@ -125,7 +125,7 @@ class _Linear(torch.autograd.Function):
 
 
 def forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """In the place of nn.Linear's own method, whose name it bears, as copied and pickled modules ask for it."""
+    """In the place of nn.Linear's own method, under its name, as copied and pickled modules ask for it."""
     return linear(x, layer.weight, layer.bias)
 
 

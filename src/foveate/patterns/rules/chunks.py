@@ -141,7 +141,7 @@ def predicted_starts(k: Tensor, chunk: int) -> Tensor:
 
 
 def chunk_budget(keys: int, *, chunk: int = 64, starts: Sequence[int] | None = None) -> Pattern:
-    """``keys`` keys for each chunk of queries, out of the chunks whose pooled keys suit its pooled queries best.
+    """``keys`` keys for each chunk of queries, out of the chunks whose pooled keys score best with its pooled queries.
 
     A chunk stands for its tokens by their mean times the square root of their number. Chunks of keys are taken in the
     order of their scores, each from its first key on, until the budget of the chunk's last query is spent; no key after

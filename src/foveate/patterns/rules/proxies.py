@@ -1,4 +1,4 @@
-"""A dynamic pattern whose blocks a few mean heads judge for all, each head to an extent of its own."""
+"""A dynamic pattern of blocks that are ranked by a few mean heads, with a budget of each head's own."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _in_blocks(weights: Tensor, block: int, lead: int, beyond: float) -> Tensor:
 
 
 def proxy_blocks(mass: float, *, block: int = 64, proxies: int = 1) -> Pattern:
-    """Blocks of keys that mean heads find important, as many for each head as it needs for ``mass`` of its weights.
+    """The blocks of keys that mean heads rank first, as many for each head as it needs for ``mass`` of its weights.
 
     Heads are divided into ``proxies`` groups; the mean queries and keys of a group attend in place of its heads, and
     a block is as important as the greatest of their weights in it. How many blocks a head sees is told by the exact
