@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.formulas import shaken
 from torch import Tensor
 
 from foveate import (
@@ -23,7 +24,6 @@ from foveate import (
 from foveate.catalogue.registry import mixer
 from foveate.counting import count_operations
 from foveate.layouts import by_score, morton
-from foveate.mixers.base import Mixer
 from foveate.patterns import Pattern
 
 IMPLEMENTATIONS = ("native", "tiles", "sdpa", "reference")
@@ -109,13 +109,6 @@ def test_pairs_of_clouds_are_counted_each_in_its_own() -> None:
         attend(*qkv(3, 200), within(0.2), layout=Points(coords))
     assert counted.pairs == 4 * int(near(coords, 0.2).sum())
     assert counted.computed < 0.9 * 3 * 4 * 256**2, "tiles follow each cloud's own curve"
-
-
-def shaken(model: Mixer) -> Mixer:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.double().eval()
 
 
 @pytest.mark.parametrize("backward", ["reversed", "channels"])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.formulas import shaken
+from tests.support.heads import agree, heads, join, split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,38 +22,8 @@ from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Finished
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
-def heads(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def split(x: Tensor, count: int) -> Tensor:
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
-
-
-def join(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)
-
-
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), -1) @ v
-
-
-def agree(got: Tensor, expected: Tensor, *inputs: Tensor) -> None:
-    """Equal values and equal gradients."""
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
-    upstream = torch.randn_like(expected)
-    ours, theirs = (torch.autograd.grad(x, inputs, upstream, allow_unused=True) for x in (got, expected))
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9)
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    """The model in float64 with no parameter at a special value."""
-    model.double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 BLOCK, STRIDE, SIZE, COUNT, WINDOW = 4, 2, 6, 4, 5
