@@ -17,6 +17,7 @@ _HOMES = {
         "Partial Weights alibi alibi_slopes attend attend_partial attend_talking entmax entmax15 log_decay"
         " merge qr_squared relative_table relu score_function sigmoid sinkhorn softmax sparsemax"
     ),
+    "foveate.attention.stored": "Codes Segment attend_stored quantise",
     "foveate.dispatch": "Explanation Implementation Operator explain",
     "foveate.layouts": (
         "Graph Grid Order Packed Points Sequence bidirectional by_score column_major cross_scan morton raster reverse"

@@ -1,0 +1,175 @@
+// Rows of codes, unpacked into rows of float32. A vector of bytes gives vectors of channels by shifts alone, so that
+// they come in an order of their own: positions. Queries are brought into it, and sums back out of it.
+#pragma once
+#include <vector>
+
+#include "rows.h"
+#include "stored_abi.h"
+
+namespace foveate {
+
+inline int bits_of(int64_t format) {
+    return format == FOVEATE_AS_INT4 ? 4 : format == FOVEATE_AS_INT2 ? 2 : 8;
+}
+inline int64_t bytes_of_row(int64_t format, int64_t channels) {
+    if (format < FOVEATE_AS_FLOAT8) return channels * bytes_of(format);
+    return (channels * bits_of(format) + 7) / 8;
+}
+
+// The channel at each position of an unpacked row; -1: none.
+class Positions {
+  public:
+    void set(int64_t format, int64_t channels) {
+        if (format == format_ && channels == channels_) return;
+        format_ = format, channels_ = channels, bytes_ = bytes_of_row(format, channels);
+        if (format <= FOVEATE_AS_FLOAT8) {
+            channel_.assign(round_up(channels, LANES), -1);
+            for (int64_t c = 0; c < channels; ++c) channel_[c] = (int32_t)c;
+            return;
+        }
+        const int bits = bits_of(format), codes = 32 / bits;  // of a word
+        copies_ = 1;
+        while (copies_ < 4 && 2 * copies_ <= codes && bytes_ * 2 * copies_ <= FOVEATE_VECTOR_BYTES) copies_ *= 2;
+        const int64_t parts = codes / copies_, words = LANES / copies_;
+        const int64_t vectors = (bytes_ + FOVEATE_VECTOR_BYTES - 1) / FOVEATE_VECTOR_BYTES;
+        channel_.assign(vectors * parts * LANES, -1);
+        for (int64_t p = 0; p < (int64_t)channel_.size(); ++p) {
+            const int64_t vector = p / (parts * LANES), part = p / LANES % parts, lane = p % LANES;
+            const int64_t bit = (lane / words * parts + part) * bits;
+            const int64_t byte = (vector * LANES + lane % words) * 4 + bit / 8, channel = bit % 8 / bits * bytes_ + byte;
+            if (byte < bytes_ && channel < channels) channel_[p] = (int32_t)channel;
+        }
+    }
+    int64_t count() const { return (int64_t)channel_.size(); }
+    int64_t bytes() const { return bytes_; }
+    int64_t format() const { return format_; }
+    int64_t copies() const { return copies_; }
+
+    // Numbers by channel in the order of positions, zeros where there is none; and back.
+    void spread(const float* from, float* to) const {
+        for (int64_t p = 0; p < count(); ++p) to[p] = channel_[p] < 0 ? 0.0f : from[channel_[p]];
+    }
+    void gather_back(const float* from, float* to) const {
+        for (int64_t p = 0; p < count(); ++p)
+            if (channel_[p] >= 0) to[channel_[p]] = from[p];
+    }
+
+  private:
+    int64_t format_ = -1, channels_ = 0, bytes_ = 0, copies_ = 1;
+    std::vector<int32_t> channel_;
+};
+
+// The vector that begins at p, of which `bytes` may be read; zeros behind them.
+FOVEATE_INLINE Words load_some(const char* p, int64_t bytes) {
+    if (bytes >= FOVEATE_VECTOR_BYTES) return load_words(p);
+#if defined(__AVX512BW__)
+    return (Words)_mm512_maskz_loadu_epi8((1ull << bytes) - 1, p);
+#else
+    char whole[FOVEATE_VECTOR_BYTES] = {};
+    std::memcpy(whole, p, bytes);
+    return load_words(whole);
+#endif
+}
+
+// COPIES times the first part of a row of so many bytes.
+template <int COPIES> FOVEATE_INLINE Words load_copies(const char* p, int64_t bytes) {
+    static_assert(COPIES == 2 || COPIES == 4, "a whole vector is load_some's");
+    constexpr int SIZE = FOVEATE_VECTOR_BYTES / COPIES;
+    char whole[SIZE] = {};
+    if (bytes < SIZE) {
+        std::memcpy(whole, p, bytes);
+        p = whole;
+    }
+#if defined(__AVX512F__)
+    if constexpr (COPIES == 2) return (Words)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p));
+    return (Words)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    if constexpr (COPIES == 2) return (Words)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+    int64_t part;
+    std::memcpy(&part, p, SIZE < 8 ? SIZE : 8);
+    return (Words)_mm256_set1_epi64x(part);
+#else
+    Words all_of_it;
+    for (int i = 0; i < COPIES; ++i) std::memcpy((char*)&all_of_it + i * SIZE, p, SIZE);
+    return all_of_it;
+#endif
+}
+
+// One row of integer codes as floats.
+template <int BITS, int COPIES> FOVEATE_INLINE void unpack_row(const char* from, int64_t bytes, float* to) {
+    constexpr int PARTS = 32 / BITS / COPIES, WORDS = LANES / COPIES;
+    for (int64_t at = 0; at < bytes; at += FOVEATE_VECTOR_BYTES, to += PARTS * LANES) {
+        Words codes;
+        if constexpr (COPIES == 1) {
+            codes = load_some(from + at, bytes - at);
+        } else {
+            Words shift{};
+            for (int lane = 0; lane < LANES; ++lane) shift[lane] = lane / WORDS * PARTS * BITS;
+            codes = load_copies<COPIES>(from, bytes) >> shift;
+        }
+#pragma GCC unroll 16
+        for (int part = 0; part < PARTS; ++part) {
+            const Words code = (codes >> part * BITS) & ((1u << BITS) - 1);
+            store(to + part * LANES, __builtin_convertvector((Ints)code, Floats));
+        }
+    }
+}
+
+// A row of e4m3: with sign and digits moved to where float16 has them, it is a number 256 times too small.
+FOVEATE_INLINE void unpack_float8(const char* from, int64_t channels, float* to) {
+    for (int64_t c = 0; c < channels; c += LANES) {
+        uint8_t bytes[LANES] = {};
+        uint16_t halves[LANES];
+        std::memcpy(bytes, from + c, std::min<int64_t>(LANES, channels - c));
+        for (int i = 0; i < LANES; ++i) halves[i] = (uint16_t)((bytes[i] & 0x80) << 8 | (bytes[i] & 0x7f) << 7);
+        store(to + c, load_as_floats(halves, FOVEATE_FLOAT16) * 256.0f);
+    }
+}
+
+// Unpacks rows by a function that is chosen once for many.
+class Unpacker {
+  public:
+    explicit Unpacker(const Positions& positions, int64_t channels) : positions_(positions), channels_(channels) {}
+
+    // Rows `from` into `to`, (count, positions); asks for the rows `next` (null: none) meanwhile.
+    void operator()(const char* const* from, int64_t count, float* to, const char* const* next) const {
+        if (positions_.format() == FOVEATE_AS_INT8) return codes<8>(from, count, to, next);
+        if (positions_.format() == FOVEATE_AS_INT4) return codes<4>(from, count, to, next);
+        if (positions_.format() == FOVEATE_AS_INT2) return codes<2>(from, count, to, next);
+        if (positions_.format() == FOVEATE_AS_FLOAT8)
+            return rows(from, count, to, next, [&](const char* row, int64_t, float* made) {
+                unpack_float8(row, channels_, made);
+            });
+        rows(from, count, to, next, [&](const char* row, int64_t, float* made) {
+            read_row(made, row, positions_.format(), 1, channels_, positions_.count());
+        });
+    }
+
+  private:
+    template <int BITS>
+    void codes(const char* const* from, int64_t count, float* to, const char* const* next) const {
+        if (positions_.copies() == 1) return copied<BITS, 1>(from, count, to, next);
+        if (positions_.copies() == 2) return copied<BITS, 2>(from, count, to, next);
+        copied<BITS, 4>(from, count, to, next);
+    }
+    template <int BITS, int COPIES>
+    void copied(const char* const* from, int64_t count, float* to, const char* const* next) const {
+        rows(from, count, to, next,
+             [](const char* row, int64_t bytes, float* made) { unpack_row<BITS, COPIES>(row, bytes, made); });
+    }
+    template <class Unpack>
+    FOVEATE_INLINE_MEMBER void rows(const char* const* from, int64_t count, float* to, const char* const* next,
+                                    Unpack unpack) const {
+        const int64_t bytes = positions_.bytes(), size = positions_.count();
+        for (int64_t i = 0; i < count; ++i) {
+            if (next)
+                for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next[i] + at, 0, 2);
+            unpack(from[i], bytes, to + i * size);
+        }
+    }
+
+    const Positions& positions_;
+    const int64_t channels_;
+};
+
+}  // namespace foveate

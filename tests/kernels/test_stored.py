@@ -1,0 +1,240 @@
+"""Attention to stored tokens, by the kernel and by its definition, against loops over tokens in float64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from tests.support.native_checks import needs_native, one_thread
+from tests.support.stored_inputs import FORMATS, defined, segment, stored_as
+from torch import Tensor, inf, nan
+
+from foveate import Segment, attend, attend_stored, explain, merge, quantise
+from foveate.attention.stored import pack, unpack
+
+pytestmark = [needs_native, pytest.mark.usefixtures(one_thread.__name__)]
+
+CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+DIMS = (1, 2, 7, 16, 24, 32, 33, 64, 80, 128, 130, 256)
+FORMS = ("whole", "paged", "ragged")
+HEADS = ((1, 1), (4, 2), (3, 3), (7, 1), (12, 4))
+
+
+def assert_as_defined(q: Tensor, stored: list[Segment], impl: str = "native", **options) -> None:
+    scale = options.setdefault("scale", 0.3)
+    want, want_lse = defined(q, stored, options.get("causal", True), scale, options.get("softcap"))
+    out, lse = attend_stored(q, stored, impl=impl, **options)
+    assert out.dtype == q.dtype
+    most = max(float(x.abs().max()) for x in [want, *(_numbers(one) for one in stored)] if x.numel())
+    torch.testing.assert_close(out.double(), want, rtol=CLOSE.get(q.dtype, 1e-9), atol=CLOSE.get(q.dtype, 1e-9) * most)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-4 if q.dtype != torch.float64 else 1e-9)
+
+
+def _numbers(one: Segment) -> Tensor:
+    return one.v if isinstance(one.v, Tensor) else one.v.numbers(torch.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format(format: str, dtype: torch.dtype, form: str) -> None:
+    heads, key_heads = random.choice(HEADS)
+    dims = random.choice(DIMS), random.choice(DIMS)
+    q = torch.randn(2, heads, random.choice((1, 1, 2, 3, 8)), dims[0]).to(dtype)
+    stored = [segment(2, key_heads, dims, (format, random.choice(FORMATS)), form, random.choice((3, 17, 70)))]
+    assert_as_defined(q, stored, softcap=random.choice((None, 2.0)))
+
+
+@pytest.mark.parametrize("bits", ("int8", "int4", "int2", "fp8"))
+@pytest.mark.parametrize("dim", DIMS)
+def test_any_number_of_channels(dim: int, bits: str) -> None:
+    stored = [segment(1, 1, (dim, 257 - dim), (bits, bits), "whole", 67)]
+    assert_as_defined(torch.randn(1, 3, 1, dim), stored)
+
+
+@pytest.mark.parametrize("impl", ("native", "dequantised"))
+@pytest.mark.parametrize("run", range(12))
+def test_segments_of_all_kinds_follow_one_another(run: int, impl: str) -> None:
+    heads, key_heads = random.choice(HEADS)
+    dims = random.choice(DIMS), random.choice(DIMS)
+    queries = random.choice((1, 2, 5, 8))
+    kinds = [(random.choice(FORMS), random.choice((1, 5, 64, 130))) for _ in range(random.randint(2, 4))]
+    stored = [
+        segment(2, key_heads, dims, (random.choice(FORMATS), random.choice(FORMATS)), form, length, random.choice((1, 7, 32, 64)))
+        for form, length in kinds
+    ]
+    dtype = torch.float64 if impl == "dequantised" else torch.float32
+    q = torch.randn(2, heads, queries, dims[0], dtype=dtype)
+    assert_as_defined(q, stored, impl, causal=random.random() < 0.8)
+
+
+@pytest.mark.parametrize("shape", ((2, 6, 3), (1, 6, 1), (2, 1, 1)), ids=str)
+@pytest.mark.parametrize("impl", ("native", "dequantised"))
+def test_biases_hide_and_prefer(impl: str, shape: tuple[int, int, int]) -> None:
+    stored = []
+    for form in FORMS:
+        one = segment(2, 3, (16, 24), ("int4", "int8"), form, 40)
+        bias = torch.randn(*shape, one.slots)
+        bias[..., ::3] = -inf
+        stored.append(Segment(one.k, one.v, one.pages, one.lengths, bias))
+    assert_as_defined(torch.randn(2, 6, 3, 16), stored, impl, softcap=1.5)
+
+
+@pytest.mark.parametrize("impl", ("native", "dequantised"))
+def test_heads_without_tokens_are_zero(impl: str) -> None:
+    pool = torch.randn(3, 1, 8, 16)
+    lengths = torch.tensor([[0, 3], [11, 0]])
+    one = Segment(quantise(pool, "int4"), quantise(pool, "int8"), torch.tensor([[[9, 9], [0, 9]], [[1, 2], [9, 9]]]), lengths)
+    q = torch.randn(2, 4, 3, 16)
+    out, lse = attend_stored(q, [one], impl=impl)
+    assert (out[0, :2] == 0).all() and (lse[0, :2] == -inf).all()
+    assert (out[1, 2:] == 0).all() and (out[1, :2] != 0).any(-1).all()
+    assert_as_defined(q, [one], impl)
+
+
+@pytest.mark.parametrize("threads", (1, 2, 3))
+@pytest.mark.parametrize("form", FORMS)
+def test_threads_share_long_texts(form: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    one = segment(1, 2, (64, 32), ("int4", "int8"), form, 6000, 64)
+    q = torch.randn(1, 8, 2, 64)
+    scale = 64**-0.5
+    k, v = one.gathered(torch.float64)
+    seen = torch.arange(one.slots) < (one.counts[0, :, None, None] - torch.tensor([1, 0])[:, None])
+    logits = (q.double().unflatten(1, (2, 4)) @ k.mT.unsqueeze(2) * scale).masked_fill(~seen.unsqueeze(1), -inf)
+    want = logits.softmax(-1) @ v.unsqueeze(2)
+    first, again = (attend_stored(q, [one], impl="native").out for _ in range(2))
+    torch.testing.assert_close(first, want.flatten(1, 2).float(), rtol=1e-4, atol=2e-5)
+    assert torch.equal(first, again)
+
+
+def test_no_slot_without_a_token_is_read() -> None:
+    k = torch.full((4, 1, 16, 32), nan)
+    k[2, 0] = torch.randn(16, 32)
+    k[1, 0, :5] = torch.randn(5, 32)
+    q = torch.randn(1, 4, 2, 32)
+    one = Segment(k, k, torch.tensor([[[2, 1, 3]]]), torch.tensor([[21]]))
+    whole = torch.cat([k[2:3], k[1:2, :, :5]], 2)
+    want = attend_stored(q, [Segment(whole, whole)], impl="dequantised")
+    torch.testing.assert_close(attend_stored(q, [one], impl="native"), want)
+
+
+@pytest.mark.parametrize("bad", (nan, inf))
+def test_what_is_not_finite_spoils_those_that_see_it(bad: float) -> None:
+    k, v = torch.randn(1, 1, 9, 8), torch.randn(1, 1, 9, 8)
+    v[0, 0, 7, 3] = bad
+    q = torch.randn(1, 2, 3, 8)
+    out = attend_stored(q, [Segment(k, v)], impl="native").out
+    assert out[:, :, 0].isfinite().all()
+    assert not out[:, :, 1:, 3].isfinite().any()
+
+
+def test_strided_views_are_read_where_they_lie() -> None:
+    wide = torch.randn(2, 40, 3, 2 * 32)  # tokens before heads, keys beside values
+    k, v = wide.transpose(1, 2)[..., :32], wide.transpose(1, 2)[..., 32:]
+    q = torch.randn(2, 6, 3, 64)[..., ::2]
+    assert_as_defined(q, [Segment(k[:, :, 3:], v[:, :, 3:])])
+    codes = quantise(k, "int8")
+    room = torch.randint(256, (2, 3, 90, 32), dtype=torch.uint8)
+    room[:, :, :40] = codes.data
+    kept = type(codes)(room[:, :, :40], 32, 8, token=codes.token)
+    assert_as_defined(q, [Segment(kept, v)])
+
+
+def test_parts_merge_to_the_whole() -> None:
+    k, v, q = torch.randn(1, 2, 90, 16), torch.randn(1, 2, 90, 16), torch.randn(1, 4, 1, 16)
+    parts = [attend_stored(q, [Segment(k[:, :, s], v[:, :, s])]) for s in (slice(0, 31), slice(31, 90))]
+    torch.testing.assert_close(merge(parts).out, attend(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ("native", "dequantised"))
+def test_pages_that_there_are_not_are_refused(impl: str) -> None:
+    pool = torch.randn(3, 1, 8, 16)
+    for pages, length in (([[[0, 3]]], 9), ([[[-1, 0]]], 1), ([[[0, 1]]], 17), ([[[0, 1]]], -1)):
+        one = Segment(pool, pool, torch.tensor(pages), torch.tensor([[length]]))
+        with pytest.raises(ValueError, match="pages are numbered"):
+            attend_stored(torch.randn(1, 1, 1, 16), [one], impl=impl)
+
+
+def test_who_runs_what() -> None:
+    one = Segment(quantise(torch.randn(1, 2, 9, 16), "int4"), torch.randn(1, 2, 9, 16))
+    q = torch.randn(1, 4, 1, 16)
+    assert explain(attend_stored, q, [one]).chosen == "native"
+    assert explain(attend_stored, q.double(), [one]).chosen == "dequantised"
+    assert explain(attend_stored, q.requires_grad_(), [one]).chosen == "dequantised"
+    with torch.no_grad():
+        assert explain(attend_stored, torch.randn(1, 4, 100, 16), [one]).chosen == "dequantised"
+
+
+@pytest.mark.parametrize("queries", (0, 2))
+def test_nothing_to_do(queries: int) -> None:
+    one = Segment(torch.randn(2, 3, 0, 8), torch.randn(2, 3, 0, 4))
+    out, lse = attend_stored(torch.randn(2, 6, queries, 8), [one])
+    assert out.shape == (2, 6, queries, 4) and not out.any() and (lse == -inf).all()
+
+
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_codes_come_back(bits: int) -> None:
+    codes = torch.randint(2**bits, (3, 5, 13), dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape == (3, 5, -(-13 * bits // 8))
+    assert torch.equal(unpack(packed, bits, 13), codes)
+
+
+@pytest.mark.parametrize("group", (None, 4, 7))
+@pytest.mark.parametrize("format", ("int8", "int4", "int2", "fp8"))
+def test_rounding_is_to_the_nearest_step(format: str, group: int | None) -> None:
+    x = torch.randn(2, 3, 18, 6, dtype=torch.float64)
+    for by in ("token", "channel"):
+        codes = quantise(x, format, by=by, group=group if by == "channel" else None)
+        for b, h in ((0, 0), (1, 2)):
+            for t in range(18):
+                size = group or 18
+                for c in range(6):
+                    near = x[b, h, t] if by == "token" else x[b, h, t // size * size : (t // size + 1) * size, c]
+                    if format == "fp8":
+                        step = near.abs().max() / 448
+                        want = (x[b, h, t, c] / step).to(torch.float8_e4m3fn).double() * step
+                    else:
+                        step = (near.max() - near.min()) / (2 ** int(format[3:]) - 1)
+                        want = torch.round((x[b, h, t, c] - near.min()) / step) * step + near.min()
+                    torch.testing.assert_close(codes.numbers(torch.float64)[b, h, t, c], want)
+
+
+def test_what_has_no_spread_is_exact() -> None:
+    for by in ("token", "channel"):
+        for format in ("int8", "int2", "fp8"):
+            assert torch.equal(quantise(torch.zeros(1, 1, 4, 3), format, by=by).numbers(torch.float32), torch.zeros(1, 1, 4, 3))
+    assert torch.equal(stored_as(torch.full((1, 1, 4, 3), 2.5), "int4", "token", None).numbers(torch.float32), torch.full((1, 1, 4, 3), 2.5))
+
+
+REFUSED = {
+    "one Segment": lambda q, k: attend_stored(q, []),
+    "key heads that divide": lambda q, k: attend_stored(q, [Segment(k[:, :2], k[:, :2])]),
+    "64 channels": lambda q, k: attend_stored(torch.randn(1, 3, 1, 64), [Segment(k, k)]),
+    "bias is": lambda q, k: attend_stored(q, [Segment(k, k, bias=torch.zeros(1, 1, 1, 3))]),
+    "softcap": lambda q, k: attend_stored(q, [Segment(k, k)], softcap=-1.0),
+    "as many tokens": lambda q, k: Segment(k, k[:, :, :3]),
+    "lengths is": lambda q, k: Segment(k, k, lengths=torch.zeros(2, 3, dtype=torch.int64)),
+    "a page holds": lambda q, k: Segment(k, k, torch.zeros(1, 2, 1, dtype=torch.int64)),
+    "format is one of": lambda q, k: quantise(k, "int3"),
+    "group is": lambda q, k: quantise(k, "int8", group=3),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_does_not_fit_is_refused(said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        REFUSED[said](torch.randn(1, 3, 1, 8), torch.randn(1, 3, 5, 8))
+
+
+def test_dtypes_that_are_none_are_refused() -> None:
+    k = torch.randn(1, 3, 5, 8)
+    for call in (
+        lambda: Segment(k.long(), k),
+        lambda: Segment(k, k, lengths=torch.zeros(1, 3)),
+        lambda: attend_stored(k.long(), [Segment(k, k)]),
+    ):
+        with pytest.raises(TypeError):
+            call()
