@@ -24,7 +24,8 @@ struct StoredSpace {
         added = arena.take<float>(rows * values);
         step = arena.take<float>(std::max(keys, values)), least = arena.take<float>(std::max(keys, values));
         row = arena.take<float>(widest), natural = arena.take<float>(widest);
-        token_step = arena.take<float>(TILE), token_least = arena.take<float>(TILE);
+        // A vector more than there are tokens, since pieces begin anywhere.
+        for (float** each : {&token_step, &token_least}) *each = arena.take<float>(TILE + LANES);
         for (float** each : {&softmax.highest, &softmax.kept, &softmax.base})
             *each = arena.take<float>(round_up(rows, LANES));
     }
@@ -36,8 +37,19 @@ const char* number_at(const void* data, int64_t dtype, const int64_t* stride, in
 
 float dot(const float* x, const float* y, int64_t count) {
     Floats sum{};
-    for (int64_t i = 0; i < count; i += LANES) sum += load(x + i) * load(y + i);
-    return sum_lanes(sum);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) sum += load(x + i) * load(y + i);
+    float total = sum_lanes(sum);
+    for (; i < count; ++i) total += x[i] * y[i];
+    return total;
+}
+float sum_of(const float* x, int64_t count) {
+    Floats sum{};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) sum += load(x + i);
+    float total = sum_lanes(sum);
+    for (; i < count; ++i) total += x[i];
+    return total;
 }
 
 // Items of work, on one thread.
@@ -166,23 +178,23 @@ class Stored {
             for (int64_t r = 0; r < rows_; ++r) {
                 float beside = 0, sum = 0;
                 if (x.channel.step && x.channel.least) beside = dot(space_.spread + r * count, space_.least, count);
-                if (x.token.step && x.token.least)
-                    for (int64_t p = 0; p < count; ++p) sum += q[r * count + p];
+                if (x.token.step && x.token.least) sum = sum_of(q + r * count, count);
                 put_scores(r, start, tokens, sum, beside);
             }
         });
     }
 
+    // The scores of some tokens, for which there is room up to a whole vector; what lies there is not theirs.
     void put_scores(int64_t r, int64_t start, int64_t tokens, float sum, float beside) {
         const FoveateScale& token = segment_->k.token;
-        const float* raw = space_.raw + r * TILE;
-        float* to = space_.scores + r * TILE + start;
-        if (!token.step) {
-            for (int64_t t = 0; t < tokens; ++t) to[t] = raw[t] + beside;
-        } else {
-            const float *step = space_.token_step + start, *least = space_.token_least + start;
-            for (int64_t t = 0; t < tokens; ++t) to[t] = raw[t] * step[t] + (token.least ? least[t] * sum + beside : beside);
+        float *raw = space_.raw + r * TILE, *to = space_.scores + r * TILE + start;
+        for (int64_t t = 0; t < tokens; t += LANES) {
+            Floats score = load(raw + t);
+            if (token.step) score *= load(space_.token_step + start + t);
+            if (token.least) score += load(space_.token_least + start + t) * sum;
+            store(raw + t, score + beside);
         }
+        std::memcpy(to, raw, tokens * sizeof(float));
     }
 
     // Scores to weights, in their place; 0 behind the last token, and where a query comes before a token.
@@ -243,15 +255,13 @@ class Stored {
     void put_values(int64_t r, int64_t start, int64_t tokens, int64_t count, float* to) {
         const FoveateCodes& x = segment_->v;
         const float *weight = space_.scores + r * TILE + start, *added = space_.added + r * count;
-        float least = 0, total = 0;
-        for (int64_t t = 0; t < tokens; ++t) {
-            if (x.token.step && x.token.least) least += weight[t] * space_.token_least[start + t];
-            total += weight[t];
-        }
+        const bool by_channel = x.channel.step && x.channel.least;
+        const float least = x.token.least ? dot(weight, space_.token_least + start, tokens) : 0.0f;
+        const Floats total = all(by_channel ? sum_of(weight, tokens) : 0.0f);
         for (int64_t p = 0; p < count; p += LANES) {
             Floats sum = load(added + p) + least;
             if (x.channel.step) sum *= load(space_.step + p);
-            if (x.channel.step && x.channel.least) sum += load(space_.least + p) * total;
+            if (by_channel) sum += load(space_.least + p) * total;
             store(to + p, load(to + p) + sum);
         }
     }

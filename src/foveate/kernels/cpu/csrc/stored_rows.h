@@ -47,7 +47,12 @@ class Positions {
 
     // Numbers by channel in the order of positions, zeros where there is none; and back.
     void spread(const float* from, float* to) const {
-        for (int64_t p = 0; p < count(); ++p) to[p] = channel_[p] < 0 ? 0.0f : from[channel_[p]];
+        for (int64_t p = 0; p < count(); p += LANES) {
+            Ints channel;
+            std::memcpy(&channel, channel_.data() + p, sizeof channel);
+            const Ints none = channel < 0;
+            store(to + p, as_floats(as_words(gather(from, channel & ~none)) & ~(Words)none));
+        }
     }
     void gather_back(const float* from, float* to) const {
         for (int64_t p = 0; p < count(); ++p)
@@ -115,15 +120,30 @@ template <int BITS, int COPIES> FOVEATE_INLINE void unpack_row(const char* from,
     }
 }
 
-// A row of e4m3: with sign and digits moved to where float16 has them, it is a number 256 times too small.
+// The numbers of LANES bytes of e4m3: with sign and digits where float16 has them, they are 256 times too small.
+FOVEATE_INLINE Floats load_float8(const char* p) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 8);
+    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(wide, 1), _mm256_set1_epi16((short)0xbfff));
+    return (Floats)_mm512_cvtph_ps(half) * 256.0f;
+#elif defined(__AVX2__)
+    const __m128i wide = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8);
+    const __m128i half = _mm_and_si128(_mm_srai_epi16(wide, 1), _mm_set1_epi16((short)0xbfff));
+    return (Floats)_mm256_cvtph_ps(half) * 256.0f;
+#else
+    uint16_t halves[LANES];
+    for (int i = 0; i < LANES; ++i) halves[i] = (uint16_t)((p[i] & 0x80) << 8 | (p[i] & 0x7f) << 7);
+    return load_as_floats(halves, FOVEATE_FLOAT16) * 256.0f;
+#endif
+}
+
 FOVEATE_INLINE void unpack_float8(const char* from, int64_t channels, float* to) {
-    for (int64_t c = 0; c < channels; c += LANES) {
-        uint8_t bytes[LANES] = {};
-        uint16_t halves[LANES];
-        std::memcpy(bytes, from + c, std::min<int64_t>(LANES, channels - c));
-        for (int i = 0; i < LANES; ++i) halves[i] = (uint16_t)((bytes[i] & 0x80) << 8 | (bytes[i] & 0x7f) << 7);
-        store(to + c, load_as_floats(halves, FOVEATE_FLOAT16) * 256.0f);
-    }
+    int64_t c = 0;
+    for (; c + LANES <= channels; c += LANES) store(to + c, load_float8(from + c));
+    if (c == channels) return;
+    char rest[LANES] = {};
+    std::memcpy(rest, from + c, channels - c);
+    store(to + c, load_float8(rest));
 }
 
 // Unpacks rows by a function that is chosen once for many.
