@@ -3,7 +3,7 @@
 #include "call.h"
 #include "careful.h"
 #include "decode_lanes.h"
-#include "decode_softmax.h"
+#include "stored_space.h"
 #include "stored_work.h"
 
 namespace foveate {
@@ -11,53 +11,12 @@ namespace {
 
 using Products = LaneProducts<Float32Reads>;
 
-struct StoredSpace {
-    float *buffer, *q, *spread, *scaled, *scores, *raw, *added, *step, *least, *row, *natural;
-    float *token_step, *token_least;
-    RowStep softmax;
-
-    StoredSpace(Arena& arena, int64_t rows, int64_t keys, int64_t values, int64_t widest) {
-        buffer = arena.take<float>(TILE * std::max(keys, values));
-        q = arena.take<float>(rows * widest), spread = arena.take<float>(rows * keys);
-        scaled = arena.take<float>(rows * keys);
-        scores = arena.take<float>(rows * TILE), raw = arena.take<float>(rows * TILE);
-        added = arena.take<float>(rows * values);
-        step = arena.take<float>(std::max(keys, values)), least = arena.take<float>(std::max(keys, values));
-        row = arena.take<float>(widest), natural = arena.take<float>(widest);
-        // A vector more than there are tokens, since pieces begin anywhere.
-        for (float** each : {&token_step, &token_least}) *each = arena.take<float>(TILE + LANES);
-        for (float** each : {&softmax.highest, &softmax.kept, &softmax.base})
-            *each = arena.take<float>(round_up(rows, LANES));
-    }
-};
-
-const char* number_at(const void* data, int64_t dtype, const int64_t* stride, int64_t page, int64_t head, int64_t at) {
-    return (const char*)data + (page * stride[0] + head * stride[1] + at * stride[2]) * bytes_of(dtype);
-}
-
-float dot(const float* x, const float* y, int64_t count) {
-    Floats sum{};
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) sum += load(x + i) * load(y + i);
-    float total = sum_lanes(sum);
-    for (; i < count; ++i) total += x[i] * y[i];
-    return total;
-}
-float sum_of(const float* x, int64_t count) {
-    Floats sum{};
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) sum += load(x + i);
-    float total = sum_lanes(sum);
-    for (; i < count; ++i) total += x[i];
-    return total;
-}
-
 // Items of work, on one thread.
 class Stored {
   public:
     Stored(const FoveateStored& call, const StoredWork& work, int64_t keys, int64_t values)
         : call_(call.attend), stored_(call), rows_(work.rows), channels_(values),
-          space_(scratch<StoredSpace>(work.rows, keys, values,
+          space_(scratch<StoredSpace>(work.rows, call_.dtype, keys, values,
                                       std::max(round_up(call_.dim, LANES), std::max(keys, values)))) {}
 
     // Sums over an item's tokens, channels in their own order.
@@ -66,7 +25,9 @@ class Stored {
         segment_ = &stored_.segments[item.segment], item_ = &item;
         head_ = segment_->page_heads > 1 ? item.g : 0;
         sums.clear();
-        key_.set(segment_->k.format, call_.dim), value_.set(segment_->v.format, call_.value_dim);
+        set(stored_, *segment_, key_, value_);
+        pairs_ = key_.as() == Unpacked::PAIRS;
+        scale_of_q_[0] = -1;
         for (int64_t r = 0; r < rows_; ++r) {
             read_row(space_.row, at(call_.q, call_.dtype, item.b, head(r), r % call_.num_queries), call_.dtype,
                      call_.q.stride[3], call_.dim, call_.dim);
@@ -84,6 +45,13 @@ class Stored {
             value_.gather_back(row, space_.natural);
             std::copy(space_.natural, space_.natural + channels_, row);
         }
+    }
+
+    static void set(const FoveateStored& call, const FoveateSegment& segment, Positions& key, Positions& value) {
+        const int64_t rows = call.attend.q.heads / call.key_heads * call.attend.num_queries;
+        const bool pairs = StoredPairs::takes(segment.k.format, rows) && StoredPairs::takes(segment.v.format, rows);
+        key.set(segment.k.format, call.attend.dim, pairs ? Unpacked::PAIRS : Unpacked::FLOATS);
+        value.set(segment.v.format, call.attend.value_dim, pairs ? Unpacked::WOVEN : Unpacked::FLOATS);
     }
 
     void add(float* sums, float* others) const {
@@ -111,11 +79,37 @@ class Stored {
     int64_t head(int64_t r) const { return item_->g * (rows_ / call_.num_queries) + r / call_.num_queries; }
 
     void chunk(const StoredChunk& here, const StoredChunk* after, const RowSums& sums) {
-        Unpacker(key_, call_.dim)(here.k, here.count, space_.buffer, after ? after->k : nullptr);
+        unpack(key_, here.k, here.count, after ? after->k : nullptr);
         form_scores(here);
         weigh(here, sums);
-        Unpacker(value_, call_.value_dim)(here.v, here.count, space_.buffer, after ? after->v : nullptr);
+        unpack(value_, here.v, here.count, after ? after->v : nullptr);
         add_values(here, sums);
+    }
+    void unpack(const Positions& positions, const char* const* rows, int64_t count, const char* const* next) const {
+        if (pairs_) return space_.pairs.unpack(positions, rows, count, next);
+        const Unpacker unpacker(positions);
+        unpacker(rows, count, space_.buffer, next);
+    }
+
+    // What there is of scales by channel and by token, once they have taken in the unit of unpacked numbers.
+    struct Scales {
+        bool channel, channel_least, token, token_least;
+        float channel_unit, token_unit;  // 0: none
+
+        Scales(const FoveateCodes& x, const Positions& positions) {
+            const float unit = unit_of(x.format, positions.as());
+            const bool by_channel = x.channel.step && !x.token.step;
+            channel_unit = by_channel ? unit : 0.0f, token_unit = by_channel ? 0.0f : unit;
+            channel = x.channel.step, channel_least = x.channel.least || channel_unit > 0;
+            token = x.token.step || token_unit > 0, token_least = x.token.least || token_unit > 0;
+        }
+    };
+    static void take_in(float unit, int64_t count, float* step, float* least) {
+        for (int64_t i = 0; unit > 0 && i < count; i += LANES) {
+            const Floats units = load(step + i) * unit;
+            store(least + i, load(least + i) - units);
+            store(step + i, units);
+        }
     }
 
     // Calls visit(page, offset, start, count) for all of a chunk that one scale by channel covers.
@@ -133,7 +127,8 @@ class Stored {
     }
 
     // The numbers of a channel scale in the order of positions.
-    void read_channels(const FoveateCodes& x, const Positions& positions, int64_t channels, int64_t page, int64_t offset) {
+    void read_channels(const FoveateCodes& x, const Positions& positions, int64_t channels, int64_t page, int64_t offset,
+                       float unit) {
         const FoveateScale& scale = x.channel;
         const auto read = [&](const void* data, const int64_t* stride, float* to) {
             read_row(space_.row, number_at(data, scale.dtype, stride, page, head_, offset / x.group), scale.dtype, 1,
@@ -141,57 +136,81 @@ class Stored {
             positions.spread(space_.row, to);
         };
         read(scale.step, scale.step_stride, space_.step);
-        if (scale.least) read(scale.least, scale.least_stride, space_.least);
+        if (scale.least)
+            read(scale.least, scale.least_stride, space_.least);
+        else
+            std::fill(space_.least, space_.least + positions.count(), 0.0f);
+        take_in(unit, positions.count(), space_.step, space_.least);
     }
 
     // Those of the tokens of a chunk.
-    void read_tokens(const FoveateCodes& x, const StoredChunk& chunk) {
+    void read_tokens(const FoveateCodes& x, const StoredChunk& chunk, float unit) {
         const FoveateScale& scale = x.token;
+        std::fill(space_.token_step, space_.token_step + TILE, 1.0f);
+        std::fill(space_.token_least, space_.token_least + TILE, 0.0f);
         for (int64_t i = 0; i < chunk.pieces; ++i) {
             const StoredPiece& piece = chunk.piece[i];
             const auto read = [&](const void* data, const int64_t* stride, float* to) {
                 read_row(to + piece.start, number_at(data, scale.dtype, stride, piece.page, head_, piece.offset),
                          scale.dtype, stride[2], piece.count, piece.count);
             };
-            read(scale.step, scale.step_stride, space_.token_step);
+            if (scale.step) read(scale.step, scale.step_stride, space_.token_step);
             if (scale.least) read(scale.least, scale.least_stride, space_.token_least);
         }
+        take_in(unit, TILE, space_.token_step, space_.token_least);
+    }
+
+    // Queries times the channel scale of keys in a page, and their products with its least values beside them.
+    const float* scaled_queries(int64_t page, int64_t offset) {
+        const FoveateCodes& x = segment_->k;
+        const Scales scales(x, key_);
+        const int64_t count = key_.count(), group = x.channel.step ? offset / x.group : 0;
+        const float* q = x.channel.step ? space_.scaled : space_.spread;
+        if (scale_of_q_[0] == page && scale_of_q_[1] == group) return q;
+        scale_of_q_[0] = page, scale_of_q_[1] = group;
+        if (x.channel.step) {
+            read_channels(x, key_, call_.dim, page, offset, scales.channel_unit);
+            for (int64_t r = 0; r < rows_; ++r) {
+                const float* plain = space_.spread + r * count;
+                for (int64_t p = 0; p < count; p += LANES)
+                    store(space_.scaled + r * count + p, load(plain + p) * load(space_.step + p));
+                if (scales.channel_least) space_.beside[r] = dot(plain, space_.least, count);
+            }
+        }
+        if (pairs_) space_.pairs.pack_queries(q, count);
+        return q;
     }
 
     // scores (rows, 64) = q k of the rows in the buffer: of x = (code t + u) c + d, t (q c) code + u (q c) 1 + q d.
     void form_scores(const StoredChunk& chunk) {
         const FoveateCodes& x = segment_->k;
         const int64_t count = key_.count();
-        if (x.token.step) read_tokens(x, chunk);
+        const Scales scales(x, key_);
+        if (scales.token) read_tokens(x, chunk, scales.token_unit);
         for_scales(x, chunk, [&](int64_t page, int64_t offset, int64_t start, int64_t tokens) {
-            const float* q = space_.spread;
-            if (x.channel.step) {
-                read_channels(x, key_, call_.dim, page, offset);
-                for (int64_t r = 0; r < rows_; ++r)
-                    for (int64_t p = 0; p < count; p += LANES)
-                        store(space_.scaled + r * count + p, load(q + r * count + p) * load(space_.step + p));
-                q = space_.scaled;
+            const float* q = scaled_queries(page, offset);
+            if (pairs_) {
+                space_.pairs.scores(start, tokens, count, space_.raw);
+            } else {
+                const Rows<Float32Reads> keys{space_.buffer + start * count, count, tokens};
+                Ahead nothing({}, {}, 0, 1);
+                Products::scores(keys, count, q, rows_, space_.raw, nullptr, nothing);
             }
-            const Rows<Float32Reads> keys{space_.buffer + start * count, count, tokens};
-            Ahead nothing({}, {}, 0, 1);
-            Products::scores(keys, count, q, rows_, space_.raw, nullptr, nothing);
             for (int64_t r = 0; r < rows_; ++r) {
                 float beside = 0, sum = 0;
-                if (x.channel.step && x.channel.least) beside = dot(space_.spread + r * count, space_.least, count);
-                if (x.token.step && x.token.least) sum = sum_of(q + r * count, count);
-                put_scores(r, start, tokens, sum, beside);
+                if (scales.channel_least) beside = space_.beside[r];
+                if (scales.token_least) sum = sum_of(q + r * count, count);
+                put_scores(r, start, tokens, scales.token, sum, beside);
             }
         });
     }
 
     // The scores of some tokens, for which there is room up to a whole vector; what lies there is not theirs.
-    void put_scores(int64_t r, int64_t start, int64_t tokens, float sum, float beside) {
-        const FoveateScale& token = segment_->k.token;
+    void put_scores(int64_t r, int64_t start, int64_t tokens, bool scaled, float sum, float beside) {
         float *raw = space_.raw + r * TILE, *to = space_.scores + r * TILE + start;
         for (int64_t t = 0; t < tokens; t += LANES) {
             Floats score = load(raw + t);
-            if (token.step) score *= load(space_.token_step + start + t);
-            if (token.least) score += load(space_.token_least + start + t) * sum;
+            if (scaled) score = score * load(space_.token_step + start + t) + load(space_.token_least + start + t) * sum;
             store(raw + t, score + beside);
         }
         std::memcpy(to, raw, tokens * sizeof(float));
@@ -234,8 +253,9 @@ class Stored {
         const FoveateCodes& x = segment_->v;
         const int64_t count = value_.count();
         const float* weights = space_.scores;
-        if (x.token.step) {
-            read_tokens(x, chunk);
+        const Scales scales(x, value_);
+        if (scales.token) {
+            read_tokens(x, chunk, scales.token_unit);
             std::fill(space_.token_step + chunk.count, space_.token_step + TILE, 0.0f);
             for (int64_t r = 0; r < rows_; ++r)
                 for (int64_t t = 0; t < TILE; t += LANES)
@@ -243,25 +263,27 @@ class Stored {
             weights = space_.raw;
         }
         for_scales(x, chunk, [&](int64_t page, int64_t offset, int64_t start, int64_t tokens) {
-            if (x.channel.step) read_channels(x, value_, call_.value_dim, page, offset);
-            const Rows<Float32Reads> values{space_.buffer + start * count, count, tokens};
-            std::fill(space_.added, space_.added + rows_ * count, 0.0f);
-            Ahead nothing({}, {}, 0, 1);
-            Products::add_values(values, count, weights + start, rows_, space_.added, nullptr, nothing);
-            for (int64_t r = 0; r < rows_; ++r) put_values(r, start, tokens, count, sums.out + r * channels_);
+            if (scales.channel) read_channels(x, value_, call_.value_dim, page, offset, scales.channel_unit);
+            if (pairs_) {
+                space_.pairs.values(start, tokens, count, weights, space_.added);
+            } else {
+                const Rows<Float32Reads> values{space_.buffer + start * count, count, tokens};
+                std::fill(space_.added, space_.added + rows_ * count, 0.0f);
+                Ahead nothing({}, {}, 0, 1);
+                Products::add_values(values, count, weights + start, rows_, space_.added, nullptr, nothing);
+            }
+            for (int64_t r = 0; r < rows_; ++r) put_values(r, start, tokens, scales, sums.out + r * channels_);
         });
     }
 
-    void put_values(int64_t r, int64_t start, int64_t tokens, int64_t count, float* to) {
-        const FoveateCodes& x = segment_->v;
+    void put_values(int64_t r, int64_t start, int64_t tokens, const Scales& scales, float* to) {
+        const int64_t count = value_.count();
         const float *weight = space_.scores + r * TILE + start, *added = space_.added + r * count;
-        const bool by_channel = x.channel.step && x.channel.least;
-        const float least = x.token.least ? dot(weight, space_.token_least + start, tokens) : 0.0f;
-        const Floats total = all(by_channel ? sum_of(weight, tokens) : 0.0f);
+        const float least = scales.token_least ? dot(weight, space_.token_least + start, tokens) : 0.0f;
+        const float total = scales.channel_least ? sum_of(weight, tokens) : 0.0f;
         for (int64_t p = 0; p < count; p += LANES) {
             Floats sum = load(added + p) + least;
-            if (x.channel.step) sum *= load(space_.step + p);
-            if (by_channel) sum += load(space_.least + p) * total;
+            if (scales.channel) sum = sum * load(space_.step + p) + load(space_.least + p) * total;
             store(to + p, load(to + p) + sum);
         }
     }
@@ -274,6 +296,8 @@ class Stored {
     const StoredItem* item_ = nullptr;
     int64_t head_ = 0;  // of a page
     Positions key_, value_;
+    bool pairs_ = false;
+    int64_t scale_of_q_[2];  // page and group
 };
 
 bool codes_are_refused(const FoveateCodes& x) {
@@ -304,11 +328,9 @@ bool stored_is_refused(const FoveateStored& call) {
 int64_t attend(const FoveateStored& call, const StoredWork& work, bool& all_finite) {
     int64_t keys = LANES, values = round_up(call.attend.value_dim, LANES);
     for (int64_t i = 0; i < call.num_segments; ++i) {
-        Positions positions;
-        positions.set(call.segments[i].k.format, call.attend.dim);
-        keys = std::max(keys, positions.count());
-        positions.set(call.segments[i].v.format, call.attend.value_dim);
-        values = std::max(values, positions.count());
+        Positions key, value;
+        Stored::set(call, call.segments[i], key, value);
+        keys = std::max(keys, key.count()), values = std::max(values, value.count());
     }
     const int64_t size = round_up(RowSums::size(work.rows, values), LANES), wholes = (int64_t)work.starts.size() - 1;
     const Buffer<float> sums(std::max<int64_t>((int64_t)work.items.size(), 1) * size);
@@ -319,6 +341,7 @@ int64_t attend(const FoveateStored& call, const StoredWork& work, bool& all_fini
     Queue queue((int64_t)work.items.size());
     const bool done = on_threads(work.threads, [&](int64_t thread) {
         Stored stored(call, work, keys, values);
+        StoredPairs::begin();
         for (int64_t whole = 0; thread == 0 && whole < wholes; ++whole) {
             if (work.starts[whole] < work.starts[whole + 1]) continue;
             const Buffer<float> none(size);
@@ -333,6 +356,7 @@ int64_t attend(const FoveateStored& call, const StoredWork& work, bool& all_fini
             for (int64_t j = first + 1; j < end; ++j) stored.add(sums.get() + first * size, sums.get() + j * size);
             if (!stored.finish(item.b, item.g, sums.get() + first * size)) finite = false;
         });
+        StoredPairs::end();
     });
     all_finite = finite;
     return done ? FOVEATE_OK : FOVEATE_NO_MEMORY;
@@ -353,8 +377,7 @@ FOVEATE_API int64_t foveate_attend_stored(const FoveateStored* call) {
         if (work.out_of_range) return FOVEATE_OUT_OF_RANGE;
         bool finite = true;
         const int64_t status = attend(*call, work, finite);
-        const bool spread = !finite && call->attend.num_queries > 1;  // what a query does not see may have got into it
-        return status == FOVEATE_OK && spread ? (int64_t)FOVEATE_NOT_FINITE : status;
+        return status == FOVEATE_OK && !finite ? (int64_t)FOVEATE_NOT_FINITE : status;
     } catch (const std::bad_alloc&) {
         return FOVEATE_NO_MEMORY;
     }

@@ -9,7 +9,7 @@ enum FoveateFormat : int64_t {
     FOVEATE_AS_INT4 = 5,
     FOVEATE_AS_INT2 = 6
 };
-enum FoveateStoredError : int64_t { FOVEATE_NOT_FINITE = 4 };  // what later queries hide may have spread: run the definition
+enum FoveateStoredError : int64_t { FOVEATE_NOT_FINITE = 4 };  // it may have spread too far: run the definition
 
 // x = code * step + least, of any float dtype. Strides in elements: page, head, and token or group of tokens.
 struct FoveateScale {

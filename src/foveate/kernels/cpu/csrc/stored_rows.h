@@ -16,34 +16,28 @@ inline int64_t bytes_of_row(int64_t format, int64_t channels) {
     return (channels * bits_of(format) + 7) / 8;
 }
 
+// What rows are unpacked into: float32, or bfloat16 for products of pairs, whose values are woven (decode_pairs.h).
+enum class Unpacked { FLOATS, PAIRS, WOVEN };
+
 // The channel at each position of an unpacked row; -1: none.
 class Positions {
   public:
-    void set(int64_t format, int64_t channels) {
-        if (format == format_ && channels == channels_) return;
-        format_ = format, channels_ = channels, bytes_ = bytes_of_row(format, channels);
-        if (format <= FOVEATE_AS_FLOAT8) {
-            channel_.assign(round_up(channels, LANES), -1);
-            for (int64_t c = 0; c < channels; ++c) channel_[c] = (int32_t)c;
-            return;
-        }
-        const int bits = bits_of(format), codes = 32 / bits;  // of a word
-        copies_ = 1;
-        while (copies_ < 4 && 2 * copies_ <= codes && bytes_ * 2 * copies_ <= FOVEATE_VECTOR_BYTES) copies_ *= 2;
-        const int64_t parts = codes / copies_, words = LANES / copies_;
-        const int64_t vectors = (bytes_ + FOVEATE_VECTOR_BYTES - 1) / FOVEATE_VECTOR_BYTES;
-        channel_.assign(vectors * parts * LANES, -1);
-        for (int64_t p = 0; p < (int64_t)channel_.size(); ++p) {
-            const int64_t vector = p / (parts * LANES), part = p / LANES % parts, lane = p % LANES;
-            const int64_t bit = (lane / words * parts + part) * bits;
-            const int64_t byte = (vector * LANES + lane % words) * 4 + bit / 8, channel = bit % 8 / bits * bytes_ + byte;
-            if (byte < bytes_ && channel < channels) channel_[p] = (int32_t)channel;
-        }
+    void set(int64_t format, int64_t channels, Unpacked as) {
+        if (format == format_ && channels == channels_ && as == as_) return;
+        format_ = format, channels_ = channels, as_ = as, bytes_ = bytes_of_row(format, channels), copies_ = 1;
+        const bool floats = as == Unpacked::FLOATS, shifted = format >= (floats ? FOVEATE_AS_INT8 : FOVEATE_AS_INT4);
+        if (shifted)
+            shift(floats);
+        else
+            in_order(floats ? LANES : 2 * LANES);
+        if (as == Unpacked::WOVEN) weave();
     }
     int64_t count() const { return (int64_t)channel_.size(); }
     int64_t bytes() const { return bytes_; }
     int64_t format() const { return format_; }
     int64_t copies() const { return copies_; }
+    int64_t channels() const { return channels_; }
+    Unpacked as() const { return as_; }
 
     // Numbers by channel in the order of positions, zeros where there is none; and back.
     void spread(const float* from, float* to) const {
@@ -60,7 +54,34 @@ class Positions {
     }
 
   private:
+    void in_order(int64_t multiple) {
+        channel_.assign(round_up(channels_, multiple), -1);
+        for (int64_t c = 0; c < channels_; ++c) channel_[c] = (int32_t)c;
+    }
+    // Of a word, all codes one after the other; or in pairs, those of its halves side by side.
+    void shift(bool floats) {
+        const int64_t bits = bits_of(format_), halves = floats ? 1 : 2, codes = 32 / bits / halves;
+        while (copies_ < 4 && 2 * copies_ <= codes && bytes_ * 2 * copies_ <= FOVEATE_VECTOR_BYTES) copies_ *= 2;
+        const int64_t parts = codes / copies_, words = LANES / copies_, size = LANES * halves;
+        const int64_t vectors = (bytes_ + FOVEATE_VECTOR_BYTES - 1) / FOVEATE_VECTOR_BYTES;
+        channel_.assign(vectors * parts * size, -1);
+        for (int64_t p = 0; p < count(); ++p) {
+            const int64_t vector = p / (parts * size), part = p / size % parts, lane = p % size / halves;
+            const int64_t bit = (lane / words * parts + part) * bits + p % halves * 16;
+            const int64_t byte = (vector * LANES + lane % words) * 4 + bit / 8, channel = bit % 8 / bits * bytes_ + byte;
+            if (byte < bytes_ && channel < channels_) channel_[p] = (int32_t)channel;
+        }
+    }
+    void weave() {
+        const std::vector<int32_t> pairs = channel_;
+        for (int64_t p = 0; p < count(); ++p) {
+            const int64_t block = p / (2 * LANES) * 2 * LANES, at = p % (2 * LANES);
+            channel_[p] = pairs[block + (at < LANES ? 2 * at : 2 * (at - LANES) + 1)];
+        }
+    }
+
     int64_t format_ = -1, channels_ = 0, bytes_ = 0, copies_ = 1;
+    Unpacked as_ = Unpacked::FLOATS;
     std::vector<int32_t> channel_;
 };
 
@@ -100,6 +121,26 @@ template <int COPIES> FOVEATE_INLINE Words load_copies(const char* p, int64_t by
 #endif
 }
 
+// What codes are unpacked to lies between 1 and 2: two operations a vector, where converting them takes three.
+// code = unit * number - unit, which scales take in; 0: numbers are what is meant.
+inline float unit_of(int64_t format, Unpacked as) {
+    return as == Unpacked::FLOATS && format >= FOVEATE_AS_INT8 ? (float)(1 << bits_of(format)) : 0.0f;
+}
+
+// The code in the bits from `first` on of each word, as the first digits of a number from 1 on.
+template <int BITS> FOVEATE_INLINE Floats number_of(Words word, int first) {
+    constexpr int LAST = 23 - BITS;
+    constexpr uint32_t DIGITS = ((1u << BITS) - 1) << LAST, ONE = 0x3f800000u;
+    const Words moved = first < LAST ? word << (LAST - first) : word >> (first - LAST);
+#if defined(__AVX512F__)
+    constexpr int A_AND_B_OR_C = 0xea;
+    return (Floats)_mm512_ternarylogic_epi32((__m512i)moved, _mm512_set1_epi32((int)DIGITS), _mm512_set1_epi32((int)ONE),
+                                             A_AND_B_OR_C);
+#else
+    return as_floats((moved & DIGITS) | ONE);
+#endif
+}
+
 // One row of integer codes as floats.
 template <int BITS, int COPIES> FOVEATE_INLINE void unpack_row(const char* from, int64_t bytes, float* to) {
     constexpr int PARTS = 32 / BITS / COPIES, WORDS = LANES / COPIES;
@@ -113,10 +154,7 @@ template <int BITS, int COPIES> FOVEATE_INLINE void unpack_row(const char* from,
             codes = load_copies<COPIES>(from, bytes) >> shift;
         }
 #pragma GCC unroll 16
-        for (int part = 0; part < PARTS; ++part) {
-            const Words code = (codes >> part * BITS) & ((1u << BITS) - 1);
-            store(to + part * LANES, __builtin_convertvector((Ints)code, Floats));
-        }
+        for (int part = 0; part < PARTS; ++part) store(to + part * LANES, number_of<BITS>(codes, part * BITS));
     }
 }
 
@@ -146,10 +184,14 @@ FOVEATE_INLINE void unpack_float8(const char* from, int64_t channels, float* to)
     store(to + c, load_float8(rest));
 }
 
+FOVEATE_INLINE void fetch_row(const char* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 // Unpacks rows by a function that is chosen once for many.
 class Unpacker {
   public:
-    explicit Unpacker(const Positions& positions, int64_t channels) : positions_(positions), channels_(channels) {}
+    explicit Unpacker(const Positions& positions) : positions_(positions), channels_(positions.channels()) {}
 
     // Rows `from` into `to`, (count, positions); asks for the rows `next` (null: none) meanwhile.
     void operator()(const char* const* from, int64_t count, float* to, const char* const* next) const {
@@ -157,12 +199,12 @@ class Unpacker {
         if (positions_.format() == FOVEATE_AS_INT4) return codes<4>(from, count, to, next);
         if (positions_.format() == FOVEATE_AS_INT2) return codes<2>(from, count, to, next);
         if (positions_.format() == FOVEATE_AS_FLOAT8)
-            return rows(from, count, to, next, [&](const char* row, int64_t, float* made) {
-                unpack_float8(row, channels_, made);
+            return rows(from, count, to, next, [channels = channels_](const char* row, int64_t, float* made) {
+                unpack_float8(row, channels, made);
             });
-        rows(from, count, to, next, [&](const char* row, int64_t, float* made) {
-            read_row(made, row, positions_.format(), 1, channels_, positions_.count());
-        });
+        const int64_t format = positions_.format(), channels = channels_, size = positions_.count();
+        rows(from, count, to, next,
+             [=](const char* row, int64_t, float* made) { read_row(made, row, format, 1, channels, size); });
     }
 
   private:
@@ -181,10 +223,9 @@ class Unpacker {
     FOVEATE_INLINE_MEMBER void rows(const char* const* from, int64_t count, float* to, const char* const* next,
                                     Unpack unpack) const {
         const int64_t bytes = positions_.bytes(), size = positions_.count();
-        for (int64_t i = 0; i < count; ++i) {
-            if (next)
-                for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next[i] + at, 0, 2);
-            unpack(from[i], bytes, to + i * size);
+        for (int64_t i = 0; i < count; ++i, to += size) {
+            if (next) fetch_row(next[i], bytes);
+            unpack(from[i], bytes, to);
         }
     }
 
