@@ -42,6 +42,7 @@ from foveate.attention.call import Call
 from foveate.attention.key_ranges import KeyRanges
 from foveate.attention.partial import Partial
 from foveate.attention.ranges import ATTEND_RANGES, attend_ranges
+from foveate.attention.stored import STORED, Segment, attend_stored, quantise
 from foveate.dispatch import Implementation, Operator
 from foveate.lab.trials import CALLS
 from foveate.options import forced_impl
@@ -64,6 +65,11 @@ def _complex(*shape: int) -> Tensor:
 
 def _attend(n: int, **options: Any) -> Run:
     return partial(attend, _x(2, 4, n, 8), _x(2, 2, n, 8), _x(2, 2, n, 8), causal, **options)
+
+
+def _stored(n: int) -> Run:
+    old, new = _x(2, 2, 2, 40, 8), _x(2, 2, 2, n, 8)
+    return partial(attend_stored, _x(2, 4, n, 8), [Segment(*map(quantise, old)), Segment(*new)])
 
 
 def _recur(n: int, **options: Any) -> Run:
@@ -107,6 +113,7 @@ def _attend_ranges(n: int, **options: Any) -> Run:
 MADE: dict[Operator[Any, Any], Callable[[int], Run]] = {
     ATTEND: _attend,
     ATTEND_RANGES: _attend_ranges,
+    STORED: _stored,
     RECUR: _recur,
     SCAN: _scan,
     LINEAR_SCAN: _linear_scan,

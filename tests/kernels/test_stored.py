@@ -29,7 +29,9 @@ def assert_as_defined(q: Tensor, stored: list[Segment], impl: str = "native", **
     most = max(float(x.abs().max()) for x in [want, *(_numbers(one.v) for one in stored)] if x.numel())
     torch.testing.assert_close(out.double(), want, rtol=CLOSE.get(q.dtype, 1e-9), atol=CLOSE.get(q.dtype, 1e-9) * most)
     digits = 1e-9 if q.dtype == torch.float64 else 1e-5 if q.dtype == torch.float32 else 2**-16  # of q that are kept
-    logits = scale * float(q.abs().sum(-1).max()) * max(float(_numbers(one.k).abs().max()) for one in stored if one.slots)
+    logits = (
+        scale * float(q.abs().sum(-1).max()) * max(float(_numbers(one.k).abs().max()) for one in stored if one.slots)
+    )
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=digits * max(logits, 1.0))
 
 
@@ -55,7 +57,7 @@ def test_any_number_of_channels(dim: int, bits: str) -> None:
     assert_as_defined(torch.randn(1, 3, 1, dim), stored)
 
 
-@pytest.mark.parametrize("impl", ("native", "dequantised"))
+@pytest.mark.parametrize("impl", ("native", "reference"))
 @pytest.mark.parametrize("run", range(12))
 def test_segments_of_all_kinds_follow_one_another(run: int, impl: str) -> None:
     heads, key_heads = random.choice(HEADS)
@@ -63,16 +65,24 @@ def test_segments_of_all_kinds_follow_one_another(run: int, impl: str) -> None:
     queries = random.choice((1, 2, 5, 8))
     kinds = [(random.choice(FORMS), random.choice((1, 5, 64, 130))) for _ in range(random.randint(2, 4))]
     stored = [
-        segment(2, key_heads, dims, (random.choice(FORMATS), random.choice(FORMATS)), form, length, random.choice((1, 7, 32, 64)))
+        segment(
+            2,
+            key_heads,
+            dims,
+            (random.choice(FORMATS), random.choice(FORMATS)),
+            form,
+            length,
+            random.choice((1, 7, 32, 64)),
+        )
         for form, length in kinds
     ]
-    dtype = torch.float64 if impl == "dequantised" else torch.float32
+    dtype = torch.float64 if impl == "reference" else torch.float32
     q = torch.randn(2, heads, queries, dims[0], dtype=dtype)
     assert_as_defined(q, stored, impl, causal=random.random() < 0.8)
 
 
 @pytest.mark.parametrize("shape", ((2, 6, 3), (1, 6, 1), (2, 1, 1)), ids=str)
-@pytest.mark.parametrize("impl", ("native", "dequantised"))
+@pytest.mark.parametrize("impl", ("native", "reference"))
 def test_biases_hide_and_prefer(impl: str, shape: tuple[int, int, int]) -> None:
     stored = []
     for form in FORMS:
@@ -83,11 +93,13 @@ def test_biases_hide_and_prefer(impl: str, shape: tuple[int, int, int]) -> None:
     assert_as_defined(torch.randn(2, 6, 3, 16), stored, impl, softcap=1.5)
 
 
-@pytest.mark.parametrize("impl", ("native", "dequantised"))
+@pytest.mark.parametrize("impl", ("native", "reference"))
 def test_heads_without_tokens_are_zero(impl: str) -> None:
     pool = torch.randn(3, 1, 8, 16)
     lengths = torch.tensor([[0, 3], [11, 0]])
-    one = Segment(quantise(pool, "int4"), quantise(pool, "int8"), torch.tensor([[[9, 9], [0, 9]], [[1, 2], [9, 9]]]), lengths)
+    one = Segment(
+        quantise(pool, "int4"), quantise(pool, "int8"), torch.tensor([[[9, 9], [0, 9]], [[1, 2], [9, 9]]]), lengths
+    )
     q = torch.randn(2, 4, 3, 16)
     out, lse = attend_stored(q, [one], impl=impl)
     assert (out[0, :2] == 0).all() and (lse[0, :2] == -inf).all()
@@ -118,7 +130,7 @@ def test_no_slot_without_a_token_is_read() -> None:
     q = torch.randn(1, 4, 2, 32)
     one = Segment(k, k, torch.tensor([[[2, 1, 3]]]), torch.tensor([[21]]))
     whole = torch.cat([k[2:3], k[1:2, :, :5]], 2)
-    want = attend_stored(q, [Segment(whole, whole)], impl="dequantised")
+    want = attend_stored(q, [Segment(whole, whole)], impl="reference")
     torch.testing.assert_close(attend_stored(q, [one], impl="native"), want)
 
 
@@ -150,7 +162,7 @@ def test_parts_merge_to_the_whole() -> None:
     torch.testing.assert_close(merge(parts).out, attend(q, k, v), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ("native", "dequantised"))
+@pytest.mark.parametrize("impl", ("native", "reference"))
 def test_pages_that_there_are_not_are_refused(impl: str) -> None:
     pool = torch.randn(3, 1, 8, 16)
     for pages, length in (([[[0, 3]]], 9), ([[[-1, 0]]], 1), ([[[0, 1]]], 17), ([[[0, 1]]], -1)):
@@ -163,10 +175,10 @@ def test_who_runs_what() -> None:
     one = Segment(quantise(torch.randn(1, 2, 9, 16), "int4"), torch.randn(1, 2, 9, 16))
     q = torch.randn(1, 4, 1, 16)
     assert explain(attend_stored, q, [one]).chosen == "native"
-    assert explain(attend_stored, q.double(), [one]).chosen == "dequantised"
-    assert explain(attend_stored, q.requires_grad_(), [one]).chosen == "dequantised"
+    assert explain(attend_stored, q.double(), [one]).chosen == "reference"
+    assert explain(attend_stored, q.requires_grad_(), [one]).chosen == "reference"
     with torch.no_grad():
-        assert explain(attend_stored, torch.randn(1, 4, 100, 16), [one]).chosen == "dequantised"
+        assert explain(attend_stored, torch.randn(1, 4, 100, 16), [one]).chosen == "reference"
 
 
 @pytest.mark.parametrize("queries", (0, 2))
@@ -207,8 +219,13 @@ def test_rounding_is_to_the_nearest_step(format: str, group: int | None) -> None
 def test_what_has_no_spread_is_exact() -> None:
     for by in ("token", "channel"):
         for format in ("int8", "int2", "fp8"):
-            assert torch.equal(quantise(torch.zeros(1, 1, 4, 3), format, by=by).numbers(torch.float32), torch.zeros(1, 1, 4, 3))
-    assert torch.equal(stored_as(torch.full((1, 1, 4, 3), 2.5), "int4", "token", None).numbers(torch.float32), torch.full((1, 1, 4, 3), 2.5))
+            assert torch.equal(
+                quantise(torch.zeros(1, 1, 4, 3), format, by=by).numbers(torch.float32), torch.zeros(1, 1, 4, 3)
+            )
+    assert torch.equal(
+        stored_as(torch.full((1, 1, 4, 3), 2.5), "int4", "token", None).numbers(torch.float32),
+        torch.full((1, 1, 4, 3), 2.5),
+    )
 
 
 REFUSED = {

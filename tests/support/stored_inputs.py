@@ -68,7 +68,9 @@ def defined(
                 for i in range(queries):
                     logits = k @ q[b, h, i].double() * scale
                     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-                    logits = logits + torch.cat([_bias(one, q, b, h, i, part[2]) for one, part in zip(stored, parts, strict=True)])
+                    logits = logits + torch.cat(
+                        [_bias(one, q, b, h, i, part[2]) for one, part in zip(stored, parts, strict=True)]
+                    )
                     seen = max(len(k) - (queries - 1 - i), 0) if causal else len(k)
                     if not seen or bool((logits[:seen] == -torch.inf).all()):
                         continue
@@ -96,7 +98,7 @@ def stored_as(x: Tensor, format: str, by: str, group: int | None) -> Codes | Ten
 def segment(
     batch: int, heads: int, dims: tuple[int, int], formats: tuple[str, str], form: str, length: int, size: int = 16
 ) -> Segment:
-    """Random tokens: in one piece, in pages of all heads or of one, ragged by head; scales by channel, token or both."""
+    """Random tokens in one piece, in pages of all heads, or ragged by head; scales by channel, token or both."""
     by = random.choice(("channel", "both")), random.choice(("token", "channel", "both"))
     group = random.choice((None, 5, 16, 32))
     if form == "whole":

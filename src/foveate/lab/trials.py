@@ -13,6 +13,7 @@ from torch import Tensor
 from foveate.attention import ATTEND, attend, sigmoid
 from foveate.attention.key_ranges import KeyRanges
 from foveate.attention.ranges import ATTEND_RANGES, attend_ranges
+from foveate.attention.stored import STORED, Segment, attend_stored, quantise
 from foveate.dispatch import Operator
 from foveate.patterns import causal, sinks, window
 from foveate.recurrence import CAUSAL_CONV, LINEAR_SCAN, RECUR, SCAN, causal_conv, linear_scan, recur, scan
@@ -89,6 +90,16 @@ def _attend_ranges(x: Callable[..., Tensor]) -> dict[str, Run]:
     }
 
 
+def _stored(x: Callable[..., Tensor]) -> dict[str, Run]:
+    q, k, v = x(1, 4, 1, 16), x(1, 2, LENGTH, 16), x(1, 2, LENGTH, 16)
+    pages = torch.tensor([[[3, 1], [0, 2]]], device=q.device)
+    ragged = Segment(x(4, 1, 8, 16), x(4, 1, 8, 16), pages, torch.tensor([[13, 16]], device=q.device))
+    codes = {
+        name: Segment(quantise(k, name, by="channel", group=32), quantise(v, name)) for name in ("int8", "int4", "fp8")
+    }
+    return {name: partial(attend_stored, q, [one, ragged]) for name, one in codes.items()}
+
+
 def _recur(x: Callable[..., Tensor]) -> dict[str, Run]:
     q, k, v = x(1, 2, LENGTH, 16), torch.nn.functional.normalize(x(1, 2, LENGTH, 16), dim=-1), x(1, 2, LENGTH, 16)
     return {
@@ -138,6 +149,7 @@ def _bi_wkv(x: Callable[..., Tensor]) -> dict[str, Run]:
 CALLS: dict[Operator[Any, Any], Callable[[Callable[..., Tensor]], dict[str, Run]]] = {
     ATTEND: _attend,
     ATTEND_RANGES: _attend_ranges,
+    STORED: _stored,
     RECUR: _recur,
     SCAN: _scan,
     LINEAR_SCAN: _linear_scan,

@@ -65,7 +65,7 @@ def attend_stored(
         causal: whether query i sees all tokens but the last N - 1 - i of its head; else it sees all.
         scale: factor on q k^T, D ** -0.5 by default.
         softcap: c in ``c * tanh(logits / c)``, applied before the segments' biases.
-        impl: "auto", "native" or "dequantised".
+        impl: "auto", "native" or "reference".
 
     Returns:
         ``Partial(out, lse)``: out (B, H, N, Dv) in the dtype of q, zeros where a query sees nothing, and lse
@@ -79,9 +79,7 @@ def attend_stored(
     return STORED(call, impl)
 
 
-def _checked(
-    q: Tensor, stored: list[Segment], causal: bool, scale: float | None, softcap: float | None
-) -> StoredCall:
+def _checked(q: Tensor, stored: list[Segment], causal: bool, scale: float | None, softcap: float | None) -> StoredCall:
     if q.dim() != 4 or q.dtype not in FLOATS:
         raise TypeError(f"q is (batch, heads, queries, channels) of floats; got {q.dtype} {tuple(q.shape)}")
     if not stored:
@@ -110,22 +108,20 @@ def _check_bias(bias: Tensor, want: tuple[int, ...]) -> None:
         raise ValueError(f"a segment's bias is (B or 1, H or 1, N or 1, slots) = {want}; got {tuple(bias.shape)}")
 
 
-
-
 def _nothing(call: StoredCall) -> Partial | None:
     """What comes of no queries or no slots."""
     some = any(one.slots for one in call.stored)
     if call.q.numel() and some:
         return None
-    out, lse = empty_stored(call.q, call.stored)
-    return Partial(torch.zeros_like(out), torch.full_like(lse, float("-inf")))
+    out = torch.zeros_like(empty_stored(call.q, call.stored).out)
+    return Partial(out, out.new_full(out.shape[:3], float("-inf"), dtype=lse_dtype(out)))
 
 
 def _described(call: StoredCall) -> Facts:
     return {"segments": len(call.stored)}
 
 
-DEQUANTISED = Implementation("dequantised", nothing, as_it_is, attend_dequantised)
+REFERENCE = Implementation("reference", nothing, as_it_is, attend_dequantised)
 STORED: Operator[StoredCall, Partial] = Operator(
-    "attend_stored", [NATIVE, DEQUANTISED], describe=_described, trivial=_nothing
+    "attend_stored", [NATIVE, REFERENCE], describe=_described, trivial=_nothing
 )

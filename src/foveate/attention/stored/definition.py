@@ -51,4 +51,3 @@ def _check_pages(one: Segment) -> None:
     wrong = used & ((one.pages < 0) | (one.pages >= one.k.shape[0]))
     if bool(wrong.any()) or bool((one.counts > one.slots).any()) or bool((one.counts < 0).any()):
         raise ValueError(f"lengths are up to {one.slots}, and pages are numbered from 0 to {one.k.shape[0] - 1}")
-

@@ -75,7 +75,9 @@ def _unread(x: Codes | Tensor) -> str | None:
         if scale is not None and scale.least is not None and scale.least.dtype is not scale.step.dtype:
             return "step and least have different dtypes"
     parts = () if x.channel is None else (y for y in x.channel if y is not None)
-    return "it reads channels that lie side by side" if any(y.stride(3) != 1 and y.shape[3] > 1 for y in parts) else None
+    return (
+        "it reads channels that lie side by side" if any(y.stride(3) != 1 and y.shape[3] > 1 for y in parts) else None
+    )
 
 
 class Argument(NamedTuple):
@@ -90,7 +92,8 @@ class Argument(NamedTuple):
 
 def plan(call: StoredCall) -> Argument:
     """The call's addresses and strides."""
-    q, keep = call.q, []
+    q = call.q
+    keep: list[object] = []
     batch, heads, queries, dim = q.shape
     key_heads, value_dim = call.stored[0].heads, call.stored[0].v.shape[3]
     out = q.new_empty((batch, heads, queries, value_dim))
@@ -127,14 +130,14 @@ def run(planned: Argument) -> Partial:
 def _segment(one: Segment, behind: Tensor | None, call: StoredCall, keep: list[object]) -> bytes:
     counts = one.counts.contiguous()
     keep.append(counts)
-    pages, strides = 0, (0, 0, 0)
+    pages, strides = 0, [0, 0, 0]
     if one.pages is not None:
         pages = c.strided(one.pages, (torch.int64,), one.pages.shape)
-        strides = one.pages.expand(-1, one.heads, -1).stride()
-    bias, bias_strides = 0, (0, 0, 0, 0)
+        strides = [*one.pages.expand(-1, one.heads, -1).stride()]
+    bias, bias_strides = 0, [0, 0, 0, 0]
     if one.bias is not None:
         bias = c.strided(one.bias, (torch.float32,), one.bias.shape)
-        bias_strides = one.bias.expand(*call.q.shape[:3], one.slots).stride()
+        bias_strides = [*one.bias.expand(*call.q.shape[:3], one.slots).stride()]
     after = 0
     if behind is not None:
         behind = behind.contiguous()

@@ -43,9 +43,9 @@ class Segment:
         for x in (self.k, self.v):
             if isinstance(x, Tensor) and x.dtype not in FLOATS:
                 raise TypeError(f"keys and values are floats, or Codes (see quantise); got {x.dtype}")
-        for name, x, dims in (("pages", self.pages, 3), ("lengths", self.lengths, 2)):
-            if x is not None and (x.dtype != torch.int64 or x.dim() != dims):
-                raise TypeError(f"{name} is int64 with {dims} dims; got {x.dtype} {tuple(x.shape)}")
+        for name, numbers, dims in (("pages", self.pages, 3), ("lengths", self.lengths, 2)):
+            if numbers is not None and (numbers.dtype != torch.int64 or numbers.dim() != dims):
+                raise TypeError(f"{name} is int64 with {dims} dims; got {numbers.dtype} {tuple(numbers.shape)}")
         if self.pages is not None and self.pages.shape[1] > 1 and k[1] not in (1, self.pages.shape[1]):
             raise ValueError(f"pages of {self.pages.shape[1]} heads, but a page holds {k[1]}")
         if self.lengths is not None:
