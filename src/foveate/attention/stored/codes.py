@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ class Scale(NamedTuple):
         """The numbers that codes (or numbers made of them) stand for."""
         made = x * self.step.to(x.dtype)
         return made if self.least is None else made + self.least.to(x.dtype)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Scale:
+        """With step and least changed alike."""
+        return Scale(change(self.step), None if self.least is None else change(self.least))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +87,10 @@ class Codes:
         """Bytes of codes and scales."""
         return sum(x.nbytes for x in self.tensors)
 
-    def at(self, index: object) -> Codes:
+    def at(self, index: Any) -> Codes:
         """Those at an index into the dims before tokens and channels."""
-        channel, token = (
-            None if s is None else Scale(*(None if x is None else x[index] for x in s))  # type: ignore[index]
-            for s in (self.channel, self.token)
-        )
-        return replace(self, data=self.data[index], channel=channel, token=token)  # type: ignore[index]
+        channel, token = (None if s is None else s.map(lambda x: x[index]) for s in (self.channel, self.token))
+        return replace(self, data=self.data[index], channel=channel, token=token)
 
     def numbers(self, dtype: torch.dtype) -> Tensor:
         """The numbers (..., S, C), computed in float32 at least."""
@@ -96,11 +98,10 @@ class Codes:
         codes = self.data if self.is_float else unpack(self.data, self.bits, self.dim)
         x = codes.to(precise)
         if self.token is not None:
-            x = Scale(*(None if s is None else s.unsqueeze(-1) for s in self.token)).of(x)
+            x = self.token.map(lambda s: s.unsqueeze(-1)).of(x)
         if self.channel is not None:
             tokens = x.shape[-2]
-            each = (None if s is None else _spread(s, self.group or tokens, tokens) for s in self.channel)
-            x = Scale(*each).of(x)
+            x = self.channel.map(lambda s: _spread(s, self.group or tokens, tokens)).of(x)
         return x.to(dtype)
 
 
@@ -152,7 +153,7 @@ def quantise(x: Tensor, format: str = "int8", *, by: str = "token", group: int |
     bits = BITS.get(format, 8)
     if by == "token":
         scale = _scale(x, -1, format)
-        codes = _codes(x, Scale(*(None if s is None else s.unsqueeze(-1) for s in scale)), format)
+        codes = _codes(x, scale.map(lambda s: s.unsqueeze(-1)), format)
         return Codes(codes, x.shape[-1], bits, token=scale)
     tokens = x.shape[-2]
     size = group or max(tokens, 1)
@@ -160,7 +161,7 @@ def quantise(x: Tensor, format: str = "int8", *, by: str = "token", group: int |
     if tokens % size:  # filled up by a token of the same group
         whole[..., tokens:, :] = x[..., -1:, :]
     scale = _scale(whole.unflatten(-2, (-1, size)), -2, format)
-    each = Scale(*(None if s is None else _spread(s, size, tokens) for s in scale))
+    each = scale.map(lambda s: _spread(s, size, tokens))
     return Codes(_codes(x, each, format), x.shape[-1], bits, channel=scale, group=group)
 
 
