@@ -54,7 +54,7 @@ def test_every_format(format: str, dtype: torch.dtype, form: str) -> None:
 @pytest.mark.parametrize("dim", DIMS)
 def test_any_number_of_channels(dim: int, bits: str) -> None:
     stored = [segment(1, 1, (dim, 257 - dim), (bits, bits), "whole", 67)]
-    assert_as_defined(torch.randn(1, 3, 1, dim), stored)
+    assert_as_defined(torch.randn(1, random.choice((1, 3)), 1, dim), stored)
 
 
 @pytest.mark.parametrize("impl", ("native", "reference"))

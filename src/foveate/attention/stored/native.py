@@ -46,7 +46,7 @@ def refuse(call: StoredCall) -> str | None:
         return "it reads plain memory on a CPU, outside of what torch records or transforms"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "it has no gradients"
-    if any(x.numel() and x.data_ptr() % x.element_size() for x in tensors):
+    if any(x.numel() and c.misaligned(x) for x in tensors):
         return "a tensor is not aligned in memory to its numbers"
     for one in call.stored:
         reason = next((why for x in (one.k, one.v) if (why := _unread(x))), None)
@@ -106,8 +106,9 @@ def plan(call: StoredCall) -> Argument:
         c.strided(q, tuple(c.DTYPES), q.shape), heads, *q.stride(),
         0, 0, 0, 0, 0, 0,
         0, 0, 0, 0, 0, 0,
-        out.data_ptr(), heads, *out.stride(),
-        lse.data_ptr(), c.DTYPES[q.dtype], 0, num_threads(), batch, queries, 0, dim, value_dim,
+        c.strided(out, (q.dtype,), out.shape), heads, *out.stride(),
+        c.pointer(lse, torch.float64, *lse.shape), c.DTYPES[q.dtype], 0, num_threads(),
+        batch, queries, 0, dim, value_dim,
         call.scale, call.softcap or 0.0,
     )  # fmt: skip
     last = CALL.pack(key_heads, len(call.stored), ctypes.addressof(buffer))
@@ -142,7 +143,7 @@ def _segment(one: Segment, behind: Tensor | None, call: StoredCall, keep: list[o
     if behind is not None:
         behind = behind.contiguous()
         keep.append(behind)
-        after = behind.data_ptr()
+        after = c.pointer(behind, torch.int64, *behind.shape) or 0
     size = one.k.shape[2]
     most = one.slots // size if size else 0
     return b"".join(
@@ -151,7 +152,7 @@ def _segment(one: Segment, behind: Tensor | None, call: StoredCall, keep: list[o
             _codes(one.v),
             SEGMENT.pack(
                 one.k.shape[0], one.k.shape[1], max(size, 1), pages, *strides,
-                counts.data_ptr(), after, bias, *bias_strides, most,
+                c.pointer(counts, torch.int64, *counts.shape), after, bias, *bias_strides, most,
             ),
         )
     )  # fmt: skip

@@ -77,7 +77,7 @@ class Segment:
     def counts(self) -> Tensor:
         """Tokens of each head, (B, G) int64."""
         if self.lengths is None:
-            return torch.full((self.batch, self.heads), self.slots, device=self.tensors[0].device)
+            return torch.full((self.batch, self.heads), self.slots, dtype=torch.int64, device=self.tensors[0].device)
         return self.lengths.expand(self.batch, self.heads)
 
     def gathered(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
