@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate import attend, causal
 from foveate.catalogue import tiers
 from foveate.layers.rotary import rotate
-from foveate.methods.minference import load_assignment, save_assignment, search_model
+from foveate.methods.minference import load_configuration, search_model
 from foveate.mixers.dynamic_sparse.minference_search import (
     PUBLISHED,
     HeadPattern,
@@ -199,13 +199,10 @@ def test_it_was_measured_faster_than_dense_attention_at_long_lengths() -> None:
     assert all(case["tokens"] >= 2**15 and case["seconds"]["dense"] > case["seconds"]["sparse"] for case in longest)
 
 
-def test_assignments_are_saved_and_the_authors_configurations_read(tmp_path: Path) -> None:
-    assignment = [{0: HeadPattern(*KINDS[0]), 3: HeadPattern(*KINDS[2])}, {1: HeadPattern(*KINDS[1])}]
-    save_assignment(assignment, tmp_path / "mine.json")
-    assert load_assignment(tmp_path / "mine.json") == assignment
+def test_the_authors_configurations_are_read(tmp_path: Path) -> None:
     theirs = [{"0": ["vertical_and_slash", 1000, 6096, 336379.0]}, {"7": ["stream_llm", 100, 800, 1.5]}]
     (tmp_path / "theirs.json").write_text(json.dumps(theirs))
-    assert load_assignment(tmp_path / "theirs.json") == [
+    assert load_configuration(tmp_path / "theirs.json") == [
         {0: HeadPattern("vertical_and_slash", 1000, 6096)},
         {7: HeadPattern("stream_llm", 100, 800)},
     ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from foveate.adapt.assignment import Assignment
 from foveate.adapt.hf.placed import Token
 from foveate.adapt.named import as_core, method_named
 from foveate.patterns import Pattern
@@ -53,7 +54,7 @@ class Swap(Change):
 
 def use(
     model: nn.Module,
-    core: Core | Pattern | str,
+    core: Core | Pattern | str | Assignment | Mapping[Any, Any],
     *,
     layers: Layers | None = None,
     heads: Iterable[int] | None = None,
@@ -85,7 +86,9 @@ def use(
         core: a core, a pattern, the name of a mechanism or of a method of the catalogue that needs no training, or a
             pattern written out, such as "window(512) & causal | sinks(4)". What the model itself allows (causality,
             its sliding windows, padding) always stays in force. Methods, such as "attention_sinks(window=1020)", may
-            also keep less of a text than the model would; they take ``layers`` and their own options.
+            also keep less of a text than the model would; they take ``layers`` and their own options. Or an
+            `Assignment` of mechanisms to layers and heads, or a mapping that makes one: ``{0: "window(64)", (1, 2):
+            "moba"}``.
         layers: numbers of the layers meant (of each stack, where the model has several; negative ones count from
             the end), or a slice; all by default. The others attend to all that their model lets them see.
         heads: numbers of the query heads meant; all by default.
@@ -103,6 +106,10 @@ def use(
     """
     from foveate.adapt.hf import install as transformers
 
+    if isinstance(core, (Assignment, Mapping)):
+        if layers is not None or heads is not None or cross or options:
+            raise ValueError("an assignment says itself which layers and heads it means, and with which options")
+        return cast(Swap, Assignment.of(core).install(model))
     method = method_named(core, **options | ({} if layers is None else {"layers": layers}))
     if method is not None:
         if heads is not None or cross:
@@ -151,7 +158,9 @@ def swaps(model: nn.Module) -> list[Swap]:
 
 
 @contextmanager
-def replace_attention(model: nn.Module, core: Core | Pattern | str, **options: Any) -> Iterator[Swap]:
+def replace_attention(
+    model: nn.Module, core: Core | Pattern | str | Assignment | Mapping[Any, Any], **options: Any
+) -> Iterator[Swap]:
     """Like :func:`use`, with its options, for the length of a ``with`` block, however it ends.
 
     >>> import torch

@@ -12,8 +12,8 @@ from torch import Tensor
 from foveate.adapt.swap import use
 from foveate.catalogue.contracts import Method
 from foveate.catalogue.tiers import method
-from foveate.methods.prefill import FOR_PROMPTS, PromptCore
-from foveate.mixers.core import PatternCore
+from foveate.methods.prefill import FOR_PROMPTS
+from foveate.mixers.core import PatternCore, PromptCore
 from foveate.patterns import per_head
 from foveate.patterns.rules.segments import HeadClass, image_segments
 

@@ -13,7 +13,7 @@ import torch
 from foveate.adapt.hf.layers import attention_layers
 from foveate.adapt.swap import Change, use
 from foveate.catalogue.tiers import method
-from foveate.mixers.core import PatternCore
+from foveate.mixers.core import PatternCore, PromptCore
 from foveate.mixers.dynamic_sparse.minference_search import HeadPattern, as_pattern, search_heads
 from foveate.patterns import Pattern, full, per_head
 
@@ -24,25 +24,6 @@ if TYPE_CHECKING:
 
 Assignment = Sequence[Mapping[int, HeadPattern]]
 UNSEARCHED = HeadPattern("vertical_and_slash", 1000, 6096)  # of heads that the authors' configurations leave out
-
-
-@dataclass(frozen=True)
-class PrefillCore:
-    """Attention over a pattern where several queries come at once; a query alone, a decoded token, sees everything.
-
-    >>> import torch
-    >>> from foveate import causal, window
-    >>> q, k, v = torch.randn(3, 1, 2, 9, 4)
-    >>> core = PrefillCore(window(2))
-    >>> torch.equal(core(q[:, :, -1:], k, v, within=causal), PatternCore()(q[:, :, -1:], k, v, within=causal))
-    True
-    """
-
-    pattern: Pattern
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        core = PatternCore(self.pattern) if q.shape[2] > 1 else PatternCore()
-        return core(q, k, v, **options)
 
 
 @dataclass(frozen=True)
@@ -67,7 +48,7 @@ class MInferenceMethod:
                 if unknown:
                     raise ValueError(f"layer {number} has {heads[number]} heads; heads {unknown} are assigned patterns")
                 patterns = [self.pattern_of(own.get(head, self.default)) for head in range(heads[number])]
-                change.on_undo(use(model, PrefillCore(per_head(patterns)), layers=[number]).undo)
+                change.on_undo(use(model, PromptCore(PatternCore(per_head(patterns))), layers=[number]).undo)
         except BaseException:
             change.undo()
             raise
@@ -105,7 +86,7 @@ def minference(
     """MInference: sparse prefill with an A-shape, vertical-slash or block-sparse pattern for each head, decoding exact.
 
     ``assignment`` says for each layer which heads have which pattern, as `search_model` finds it, or is a JSON file of
-    that (the authors' configurations are such): ("stream_llm", sinks, window), ("vertical_and_slash", keys, distances)
+    the authors' configurations: ("stream_llm", sinks, window), ("vertical_and_slash", keys, distances)
     or ("block_sparse", blocks of ``block`` keys, ignored). Heads it does not name have ``default``. Indices are found
     for each prompt from its ``last`` queries; the ``first`` keys and the ``near`` distances are always among them.
     Jiang et al., MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention,
@@ -121,7 +102,7 @@ def minference(
     Raises ValueError for a pattern of another name, for sizes below 1, and at ``install`` for an assignment of other
     layers or heads than the model has.
     """
-    found = load_assignment(assignment) if isinstance(assignment, (str, Path)) else assignment
+    found = load_configuration(assignment) if isinstance(assignment, (str, Path)) else assignment
     parsed = None if found is None else [{head: HeadPattern.of(one) for head, one in layer.items()} for layer in found]
     made = MInferenceMethod(
         parsed, HeadPattern.of(default), {"block": block, "last": last, "first": first, "near": near}
@@ -183,12 +164,27 @@ def search_model(
     return [core.found for core in cores]
 
 
-def save_assignment(assignment: Assignment, path: str | Path) -> None:
-    """Write an assignment as JSON, a list of layers, each of heads by their number."""
-    Path(path).write_text(json.dumps([dict(layer) for layer in assignment], indent=1) + "\n", encoding="utf-8")
-
-
-def load_assignment(path: str | Path) -> list[dict[int, HeadPattern]]:
-    """Read an assignment that `save_assignment` wrote, or a configuration of the authors, whose scores are left out."""
+def load_configuration(path: str | Path) -> list[dict[int, HeadPattern]]:
+    """Read a configuration of the authors: a JSON list of layers, each of heads by number; scores are left out."""
     layers = json.loads(Path(path).read_text(encoding="utf-8"))
     return [{int(head): HeadPattern.of(one[:3]) for head, one in layer.items()} for layer in layers]
+
+
+def as_parts(
+    assignment: Assignment, *, block: int = 64, last: int = 64, first: int = 30, near: int = 30
+) -> list[dict[str, Any]]:
+    """A search's result as parts of a `foveate.adapt.Assignment`, which is saved beside a model as JSON.
+
+    >>> from foveate.adapt import Assignment
+    >>> found = [{0: HeadPattern("stream_llm", 4, 60), 1: HeadPattern("stream_llm", 4, 60)}]
+    >>> Assignment.of(as_parts(found)).parts[0]
+    Part(use='sinks(4) | window(59, 0)', layers=(0,), heads=(0, 1), prompts=True)
+    """
+    options = {"block": block, "last": last, "first": first, "near": near}
+    parts: list[dict[str, Any]] = []
+    for number, layer in enumerate(assignment):
+        heads: dict[str, list[int]] = {}
+        for head, one in sorted(layer.items()):
+            heads.setdefault(str(as_pattern(one, **options)), []).append(head)
+        parts += [{"use": text, "layers": [number], "heads": own, "prompts": True} for text, own in heads.items()]
+    return parts

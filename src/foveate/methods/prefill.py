@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Unpack
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from foveate.catalogue.contracts import Method
 from foveate.catalogue.tiers import method
 from foveate.methods.core import CoreMethod
-from foveate.mixers.core import Core, CoreOptions, PatternCore
-from foveate.patterns import Pattern, full, sinks, window
+from foveate.mixers.core import PatternCore, PromptCore
+from foveate.patterns import sinks, window
 from foveate.patterns.rules.chunks import chunk_budget
 from foveate.patterns.rules.hierarchical import halved_ranges
 from foveate.patterns.rules.proxies import proxy_blocks
@@ -23,31 +20,6 @@ if TYPE_CHECKING:
 
 FOR_PROMPTS = "it is for prompts: a token that is written attends to everything"
 AHEAD = "it chooses for many queries of a prompt at once, the last among them"
-
-
-@dataclass(frozen=True)
-class PromptCore:
-    """A core for several queries at a time; a query alone is one that is being written, and attends exactly.
-
-    >>> import torch
-    >>> from foveate import causal, window
-    >>> q = k = v = torch.randn(1, 2, 9, 4)
-    >>> core = PromptCore(PatternCore(window(1)))
-    >>> bool((core(q[:, :, -1:], k, v, within=causal) == core(q, k, v, within=causal)[:, :, -1:]).all())
-    False
-    """
-
-    prompt: Core
-
-    @property
-    def pattern(self) -> Pattern:
-        return self.prompt.pattern
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
-    ) -> Tensor:
-        core = PatternCore() if q.shape[2] == 1 else self.prompt
-        return core(q, k, v, within=within, **options)
 
 
 @method(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from foveate.catalogue.contracts import Method
 from foveate.catalogue.tiers import method
 from foveate.methods.core import CoreMethod
-from foveate.methods.prefill import AHEAD, FOR_PROMPTS, PromptCore
+from foveate.methods.prefill import AHEAD, FOR_PROMPTS
+from foveate.mixers.core import PromptCore
 from foveate.mixers.dynamic_sparse.sparge import SpargeCore
 from foveate.patterns.rules.similar import ByHead
 

@@ -68,6 +68,31 @@ class PatternCore:
         return attend(q, k, v, joined(self.pattern, within), **options)
 
 
+@dataclass(frozen=True)
+class PromptCore:
+    """A core for several queries at a time; a query alone is one that is being written, and attends exactly.
+
+    >>> import torch
+    >>> from foveate import causal, window
+    >>> q = k = v = torch.randn(1, 2, 9, 4)
+    >>> core = PromptCore(PatternCore(window(1)))
+    >>> bool((core(q[:, :, -1:], k, v, within=causal) == core(q, k, v, within=causal)[:, :, -1:]).all())
+    False
+    """
+
+    prompt: Core
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.prompt.pattern
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, within: Pattern = full, **options: Unpack[CoreOptions]
+    ) -> Tensor:
+        core = PatternCore() if q.shape[2] == 1 else self.prompt
+        return core(q, k, v, within=within, **options)
+
+
 def joined(pattern: Pattern, within: Pattern) -> Pattern:
     """``pattern & within`` without needless parts."""
     if within == full:

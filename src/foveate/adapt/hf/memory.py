@@ -13,9 +13,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from foveate.adapt.hf.install import pretrained
@@ -47,6 +49,7 @@ class LayerFacts:
 
 
 MakeMemory = Callable[[LayerFacts], LayerMemory]
+KEEPER = "_foveate_keeper"  # of a model in which methods keep memories
 
 
 class MemoryLayer(CacheLayerMixin):
@@ -151,10 +154,11 @@ class Kept:
 
 
 class Keeper:
-    """Puts the memories of a method into the caches that a model is called with."""
+    """Puts the memories of a model's methods, each for its own layers, into the caches that it is called with."""
 
-    def __init__(self, make: MakeMemory, numbers: tuple[int, ...], config: Any) -> None:
-        self.make, self.numbers, self.config = make, numbers, config
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.makers: dict[int, tuple[MakeMemory, tuple[int, ...]]] = {}  # of each layer: how, and with which others
         self.signatures: dict[Any, inspect.Signature] = {}  # of the forward functions seen so far
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -211,14 +215,15 @@ class Keeper:
             raise ValueError("this cache was filled before the method was installed: begin with a new one")
         total = self.config.num_hidden_layers
         layers: list[Any] = list(cache.layers) or [DynamicLayer() for _ in range(total)]
-        if max(self.numbers) >= len(layers):
+        if max(self.makers) >= len(layers):
             raise ValueError(
-                f"layer {max(self.numbers)} shares another's keys and values: name layers below {len(layers)}"
+                f"layer {max(self.makers)} shares another's keys and values: name layers below {len(layers)}"
             )
-        below: dict[int, LayerMemory] = {}
-        for number in self.numbers:
-            below[number] = self.make(LayerFacts(number, total, self.config, len(self.numbers), dict(below)))
-            layers[number] = MemoryLayer(below[number], getattr(layers[number], "sliding_window", None))
+        below: dict[tuple[int, ...], dict[int, LayerMemory]] = {}
+        for number, (make, alike) in sorted(self.makers.items()):
+            own = below.setdefault(alike, {})
+            own[number] = make(LayerFacts(number, total, self.config, len(alike), dict(own)))
+            layers[number] = MemoryLayer(own[number], getattr(layers[number], "sliding_window", None))
         cache.layers, cache.layer_class_to_replicate = layers, None
 
     def prepare(self, model: Any, config: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -229,6 +234,7 @@ class Keeper:
         return done
 
 
+_hooks: WeakKeyDictionary[Keeper, list[RemovableHandle]] = WeakKeyDictionary()
 _stack: ContextVar[tuple[Any, ...]] = ContextVar("foveate_memory_stack", default=())
 
 
@@ -315,14 +321,15 @@ def call_at_work() -> Call:
 def keep(model: nn.Module, make: MakeMemory, core: Core, layers: Layers | None = None) -> Swap:
     """Give layers of a causal language model caches of a method from now on, and attention by ``core``.
 
-    Raises ValueError for encoder-decoder models, and where another method keeps the model's memory already.
+    Other layers may have memories of another method. Raises ValueError for encoder-decoder models, and where another
+    method keeps the memory of one of these layers already.
     """
     owner = pretrained(model)
     if getattr(owner.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(owner).__name__} has an encoder: this method is for decoders alone")
     served = [layer for layer in chosen(attention_layers(model)[0], layers, False) if _causal(layer.module)]
     if any(MEMORY in layer.module.__dict__ for layer in served):
-        raise ValueError("another method keeps the memory of this model already: undo it first")
+        raise ValueError("another method keeps the memory of some of these layers already: undo it first")
     swap = use(model, core, layers=layers)
     try:
         _hang(model, owner, make, served, swap)
@@ -341,20 +348,39 @@ def _hang(model: nn.Module, owner: Any, make: MakeMemory, served: list[Any], swa
     numbers = tuple(layer.number for layer in served if layer.number is not None)
     if not numbers:
         raise ValueError(f"{type(owner).__name__} has no numbered attention layers")
-    keeper = Keeper(make, numbers, config)
     for layer in served:
         by_distance = getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt")
         layer.module.__dict__[MEMORY] = Kept(layer.number, rotary_of(model, layer.module, config), by_distance)
         swap.on_undo(partial(layer.module.__dict__.pop, MEMORY, None))
+    keeper = owner.__dict__.get(KEEPER) or _watch(model, owner, Keeper(config))
+    keeper.makers |= dict.fromkeys(numbers, (make, numbers))
+    swap.on_undo(partial(_let_go, owner, numbers))
+
+
+def _watch(model: nn.Module, owner: Any, keeper: Keeper) -> Keeper:
+    """Have the models around the attention layers, and `generate`, call on a keeper."""
+    owner.__dict__[KEEPER] = keeper
     for module in model.modules():
         if hasattr(module, "config") and "past_key_values" in _parameters(module) and _is_model(module):
             first = module.register_forward_pre_hook(keeper.before, with_kwargs=True)
             last = module.register_forward_hook(keeper.after, always_call=True)
-            swap.on_undo(first.remove)
-            swap.on_undo(last.remove)
+            _hooks.setdefault(keeper, []).extend([first, last])
     if hasattr(owner, "_prepare_cache_for_generation"):
         owner.__dict__["_prepare_cache_for_generation"] = partial(keeper.prepare, owner)
-        swap.on_undo(partial(owner.__dict__.pop, "_prepare_cache_for_generation", None))
+    return keeper
+
+
+def _let_go(owner: Any, numbers: tuple[int, ...]) -> None:
+    """Keep the memory of these layers no more; the last ones of a model take the keeper with them."""
+    keeper = owner.__dict__[KEEPER]
+    for number in numbers:
+        keeper.makers.pop(number, None)
+    if keeper.makers:
+        return
+    for hook in _hooks.pop(keeper, ()):
+        hook.remove()
+    owner.__dict__.pop("_prepare_cache_for_generation", None)
+    del owner.__dict__[KEEPER]
 
 
 def _parameters(module: nn.Module) -> Any:
