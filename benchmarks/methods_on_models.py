@@ -1,4 +1,4 @@
-"""Methods at full budget inside architectures of transformers: the greatest error, and whether they write the same text.
+"""Methods at full budget inside architectures of transformers: the greatest error, and whether the same is written.
 
     python -m benchmarks.methods_on_models            all methods for text, six architectures: a minute or two
 

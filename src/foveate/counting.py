@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -30,6 +30,7 @@ class Cost(NamedTuple):
     flops: int
     pairs: int = 0  # (batch entry, head, query, key) that are visible
     computed: int = 0  # pairs in what the implementation runs for them: tiles, columns, queries gathered for keys
+    read: int = 0  # bytes of keys and values behind visible pairs, once for the heads that share them
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Tally:
     elements: int = 0
     pairs: int = 0
     computed: int = 0
+    read: int = 0
 
     def add(self, other: Tally) -> None:
         for name, more in vars(other).items():
@@ -55,8 +57,9 @@ class Operations:
     multiply-add being two. ``elements`` are the numbers that operators made, those of pointwise ones included;
     views make none. ``pairs`` are those of attention that are visible, whichever implementation runs; ``computed``
     those of what it runs for them, at least as many: whole tiles and columns, and where native kernels gather the
-    queries that chose a run of keys, these queries with all of its keys. ``largest`` is the number of elements of the
-    largest tensor made.
+    queries that chose a run of keys, these queries with all of its keys. ``read`` are the bytes of keys and values that
+    queries see, each query for itself, with those that a choice by content looks at. ``largest`` is the number of
+    elements of the largest tensor made.
     """
 
     by_operator: dict[str, Tally] = field(default_factory=dict)
@@ -77,6 +80,10 @@ class Operations:
     @property
     def computed(self) -> int:
         return sum(tally.computed for tally in self.by_operator.values())
+
+    @property
+    def read(self) -> int:
+        return sum(tally.read for tally in self.by_operator.values())
 
     def __getitem__(self, operator: str) -> Tally:
         """Of one operator, such as "attend", "recur" or torch's "mm"; zeros where it did not run."""
@@ -108,7 +115,7 @@ _ACTIVE = _Active()
 
 
 @contextmanager
-def count_operations(*, inside: bool = False) -> Iterator[Operations]:
+def count_operations(*, inside: bool = False, torch_too: bool = True) -> Iterator[Operations]:
     """Count what runs in the block, in the whole process.
 
     >>> from foveate import attend, causal
@@ -126,14 +133,15 @@ def count_operations(*, inside: bool = False) -> Iterator[Operations]:
 
     With ``inside=True`` Foveate's operators are not counted as such, but torch's inside of them, as far as an
     implementation in torch runs (``forced_impl("chunks")``): of their backward passes too, not counted else.
+    ``torch_too=False`` counts Foveate's operators alone, and what it does not count runs at its own speed.
     """
     outer = _ACTIVE.counter
     if outer is not None and outer.inside != inside:
         raise RuntimeError("operations are being counted: a count inside of that one takes the same ``inside``")
-    counter = _Counter(inside, outer)
+    counter = _Counter(inside, outer, watches=torch_too)
     _ACTIVE.counter = counter
     try:
-        with counter:
+        with counter if torch_too else nullcontext():
             yield counter.operations
     finally:
         _ACTIVE.counter = outer
@@ -219,14 +227,14 @@ def lacks_numbers(x: Any) -> bool:
 
 def num_observers() -> int:
     """Modes of torch's dispatcher that only count: plain tensors stay plain under them."""
-    return 0 if _ACTIVE.counter is None else len(_ACTIVE.counter.chain)
+    return 0 if _ACTIVE.counter is None else sum(each.watches for each in _ACTIVE.counter.chain)
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self, inside: bool, outer: _Counter | None) -> None:
+    def __init__(self, inside: bool, outer: _Counter | None, watches: bool) -> None:
         super().__init__()
         self.operations = Operations()
-        self.inside, self.hidden = inside, 0
+        self.inside, self.hidden, self.watches = inside, 0, watches
         self.name: str | None = None
         self.times = 1
         self.chain: list[_Counter] = [self, *(outer.chain if outer else ())]
@@ -248,7 +256,7 @@ class _Counter(TorchDispatchMode):
     def note(self, name: str, cost: Cost, out: Any, times: int = 1) -> None:
         sizes = _sizes(out)
         tally = self.operations.by_operator.setdefault(name, Tally())
-        tally.add(Tally(times, *(times * x for x in (cost.flops, sum(sizes), cost.pairs, cost.computed))))
+        tally.add(Tally(times, *(times * x for x in (cost.flops, sum(sizes), cost.pairs, cost.computed, cost.read))))
         self.operations.largest = max(self.operations.largest, *sizes, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

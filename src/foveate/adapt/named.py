@@ -11,6 +11,7 @@ from foveate.patterns import Pattern
 if TYPE_CHECKING:
     from foveate.catalogue.contracts import Method
     from foveate.catalogue.registry import Row
+    from foveate.catalogue.tiers import MethodRow
     from foveate.mixers.core import Core
 
 
@@ -77,6 +78,17 @@ def method_named(text: object, **options: Any) -> Method | None:
     >>> method_named("attention_sinks(window=64)") is not None, method_named("streaming_llm")
     (True, None)
     """
+    called = method_call(text)
+    return None if called is None else called[0].make(**called[1], **options)
+
+
+def method_call(text: object) -> tuple[MethodRow, dict[str, Any]] | None:
+    """Row and options where a text is an inference method's name or a call of it; None for anything else.
+
+    >>> row, options = method_call("attention_sinks(window=64)")
+    >>> row.name, options
+    ('attention_sinks', {'window': 64})
+    """
     from foveate.catalogue.index import indexed
     from foveate.catalogue.tiers import MethodRow, row
 
@@ -87,7 +99,7 @@ def method_named(text: object, **options: Any) -> Method | None:
         raise ValueError(f"options of {name} go by their names, as in {name}(option=1); got {text!r}")
     found = row(name)
     assert isinstance(found, MethodRow)
-    return found.make(**{key: _value(node, str(text)) for key, node in written.items()}, **options)
+    return found, {key: _value(node, str(text)) for key, node in written.items()}
 
 
 def mechanism(text: str) -> tuple[Row, dict[str, Any]] | None:

@@ -38,7 +38,13 @@ def attend_cost(
 ) -> Cost:
     """Operations of attend: a product of D and one of Dv channels for each visible pair."""
     pairs, computed = count_pairs(q, k, pattern, layout or LINE, scale if isinstance(scale, float) else None)
-    return Cost(2 * (q.shape[3] + v.shape[3]) * pairs, pairs, computed)
+    chosen = k.numel() * k.element_size() if pattern.is_dynamic else 0  # a choice looks at all keys
+    return Cost(2 * (q.shape[3] + v.shape[3]) * pairs, pairs, computed, chosen + bytes_read(q, k, v, pairs))
+
+
+def bytes_read(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> int:
+    """Bytes of keys and values behind so many pairs, each query reading for itself, heads of a group together."""
+    return sum(pairs * x.shape[1] // q.shape[1] * x.shape[3] * x.element_size() for x in (k, v))
 
 
 def count_pairs(q: Tensor, k: Tensor, pattern: Pattern, layout: Layout, scale: float | None) -> tuple[int, int]:

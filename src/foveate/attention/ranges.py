@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.attention.api import ATTEND, attend
 from foveate.attention.call import Call, prepare
-from foveate.attention.cost import empty_heads
+from foveate.attention.cost import bytes_read, empty_heads
 from foveate.attention.impl import key_ranges as kernel
 from foveate.attention.key_ranges import KeyRanges, RangesCall, Scored
 from foveate.attention.weights import Weights
@@ -26,7 +26,7 @@ from foveate.precision import to_accum
 def ranges_cost(q: Tensor, k: Tensor, v: Tensor, seen: KeyRanges, **_: Any) -> Cost:
     """Operations of attend_ranges: a product of D and one of Dv channels for each visible pair."""
     pairs = q.shape[0] * q.shape[1] // (seen.batches * seen.heads) * q.shape[2] * seen.total
-    return Cost(2 * (q.shape[3] + v.shape[3]) * pairs, pairs, pairs)
+    return Cost(2 * (q.shape[3] + v.shape[3]) * pairs, pairs, pairs, bytes_read(q, k, v, pairs))
 
 
 @counted("attend", ranges_cost, empty_heads)

@@ -11,6 +11,7 @@ from foveate.attention import Partial
 from foveate.cache.memory import Look
 from foveate.cache.scores import logits_of
 from foveate.cache.slots import FREE
+from foveate.counting import Cost, counted
 
 CHUNK = 64  # queries that meet packed keys at once
 
@@ -88,11 +89,19 @@ class PackedTokens:
         v = unpack(self.v, self.bits, self.v_norm.shape[3]).to(self.v_step.dtype)
         return k * self.k_step + self.k_least, (v * self.v_step + self.v_least) * self.v_norm
 
+    @counted("attend", lambda packed, q, look: packed.cost(q, look))
     def attend(self, q: Tensor, look: Look) -> Partial:
         """Attention of queries (B, H, N, D) to these tokens alone, from the codes: scales are applied to q and out."""
         parts = [self._attend(q[:, :, at : at + CHUNK], look, at) for at in range(0, q.shape[2], CHUNK)]
         outs, sums = zip(*parts, strict=True)
         return Partial(torch.cat(outs, 2), torch.cat(sums, 2))
+
+    def cost(self, q: Tensor, look: Look) -> Cost:
+        """Operations of `attend`, which reads all codes for every ``CHUNK`` queries."""
+        seen = int(look.visible(self.position.long()).sum()) if self.k.shape[2] else 0
+        pairs = seen * q.shape[1] // self.k.shape[1]
+        channels = q.shape[3] + self.v_norm.shape[3]
+        return Cost(2 * channels * pairs, pairs, pairs, self.nbytes * -(-q.shape[2] // CHUNK))
 
     def _attend(self, q: Tensor, look: Look, at: int) -> tuple[Tensor, Tensor]:
         few = Look(look.position[:, at : at + q.shape[2]], look.options, look.width, slopes=look.slopes)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from foveate.catalogue.budget import Budget, budget_of
 from foveate.catalogue.docstring import docstring
 from foveate.catalogue.namespace import ROWS, TierRow, sources
 from foveate.catalogue.namespace import add as add_row
@@ -52,6 +53,11 @@ class Row(TierRow):
     @property
     def target(self) -> Any:
         return self.mixer
+
+    @property
+    def budget(self) -> Budget | None:
+        """The option that says how much it spends, where there is one."""
+        return budget_of(self.name, getattr(self.mixer, "budget", None), self.core or self.mixer)
 
 
 def register(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
+from foveate.catalogue.budget import Budget, budget_of
 from foveate.catalogue.namespace import ROWS, TierRow, add, sources
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class MethodRow(FunctionRow):
     full_budget: Mapping[str, Any] | None = None
     keeps: Callable[[int], int] | None = None
     inputs: MethodInput = "tokens"
+    budget: Budget | None = None
 
     def make(self, **options: Any) -> Method:
         return super().make(**options)
@@ -223,6 +225,7 @@ def method(
     full_budget: Mapping[str, Any] | None,
     keeps: Callable[[int], int] | None = None,
     inputs: MethodInput | None = None,
+    budget: Budget | str | None = None,
     **more: Any,
 ) -> Callable[[Made], Made]:
     """Add an inference method to the catalogue: a function of options that returns a `Method`.
@@ -239,11 +242,18 @@ def method(
         inputs: what the models read that it is for: "tokens" of text, an "image", or "video", as is assumed of one with
             a ``grid`` in ``tiny``. `foveate.testing.check_method` tries it on clips of that grid then, with tokens of
             text behind them where it has an option ``text``, their number.
+        budget: the option that says how much it spends: one that counts tokens by its name, or a `Budget`.
     """
     read = inputs or ("video" if "grid" in tiny else "tokens")
     if read not in get_args(MethodInput):
         raise ValueError(f"inputs of {name} are one of {', '.join(get_args(MethodInput))}; got {inputs!r}")
-    return _adding(MethodRow, name, papers, more | {"tiny": tiny}, full_budget=full_budget, keeps=keeps, inputs=read)
+    own = {"full_budget": full_budget, "keeps": keeps, "inputs": read}
+
+    def added(function: Made) -> Made:
+        spent = budget_of(name, budget, function)
+        return _adding(MethodRow, name, papers, more | {"tiny": tiny}, **own, budget=spent)(function)
+
+    return added
 
 
 def recipe(

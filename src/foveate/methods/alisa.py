@@ -22,6 +22,7 @@ WHOLE_PROMPT = "a prompt is attended to whole before anything of it is evicted, 
     papers=("ALISA",),
     tiny={"budget": 10, "history": 4},
     full_budget={"budget": 1 << 20},
+    budget="budget",
     keeps=lambda n: min(n, 10 + 1) if n > 29 else 10,
     exempt={"decoding": WHOLE_PROMPT},
 )

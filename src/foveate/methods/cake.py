@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     papers=("CAKE",),
     tiny={"budget": 12, "window": 4},
     full_budget={"budget": 1 << 20},
+    budget="budget",
     keeps=lambda n: min(n, 2 * 12 - 4 + 1),
     exempt={"decoding": WHOLE_PROMPT},
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from foveate.adapt.named import as_core
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.tiers import method
 from foveate.methods.core import CoreMethod
 from foveate.mixers.normalizer_sink.streaming_llm import streaming_core
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     papers=("Delta Attention",),
     tiny={"base": "streaming_llm(sinks=1, window=4)", "stride": 5, "tail": 3},
     full_budget={"stride": 1},
+    budget=Budget("stride", levels=(128, 64, 32, 16, 8)),
     exempt={"decoding": "it is for prompts: a token decoded sees everything"},
 )
 def delta_correction(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from foveate.cache.longheads import LongHeadsMemory
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.contracts import Method
 from foveate.catalogue.tiers import method
 from foveate.counts import whole_numbers
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     papers=("LongHeads",),
     tiny={"chunk": 4, "count": 4},
     full_budget={"count": 1 << 16},
+    budget=Budget("count", each="chunk"),
 )
 def longheads(chunk: int = 256, count: int = 16, layers: Layers | None = None) -> Method:
     """LongHeads: from the trained length on, each head of each query sees ``count`` chunks that it chooses itself.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from foveate.catalogue.budget import MASS, Budget
 from foveate.catalogue.contracts import Method
 from foveate.catalogue.tiers import method
 from foveate.methods.core import CoreMethod
@@ -27,6 +28,7 @@ AHEAD = "it chooses for many queries of a prompt at once, the last among them"
     papers=("SampleAttention",),
     tiny={"mass": 0.5, "rows": 0.2, "width": 0.1},
     full_budget={"mass": 1.0},
+    budget=Budget("mass", levels=MASS),
     exempt={"decoding": FOR_PROMPTS, "causality": AHEAD},
 )
 def sample_attention(
@@ -49,6 +51,7 @@ def sample_attention(
     papers=("AnchorAttention",),
     tiny={"theta": 1.0, "block": 3, "step": 2},
     full_budget={"theta": 1e9},
+    budget=Budget("theta", levels=(1.0, 2.0, 4.0, 8.0, 12.0)),
     exempt={"decoding": FOR_PROMPTS, "causality": AHEAD},
 )
 def anchor_attention(theta: float = 12.0, block: int = 128, step: int = 16, layers: Layers | None = None) -> Method:
@@ -69,6 +72,7 @@ def anchor_attention(theta: float = 12.0, block: int = 128, step: int = 16, laye
     papers=("ProxyAttn",),
     tiny={"mass": 0.4, "block": 4},
     full_budget={"mass": 1.0},
+    budget=Budget("mass", levels=MASS),
     exempt={"decoding": FOR_PROMPTS, "causality": AHEAD},
 )
 def proxy_attention(mass: float = 0.95, block: int = 64, proxies: int = 1, layers: Layers | None = None) -> Method:
@@ -88,6 +92,7 @@ def proxy_attention(mass: float = 0.95, block: int = 64, proxies: int = 1, layer
     papers=("HiP",),
     tiny={"keys": 12, "q_block": 4, "k_block": 2, "first_keys": 2, "recent": 3, "dense_layers": 0},
     full_budget={"keys": 1 << 20},
+    budget="keys",
     exempt={"decoding": "a block of queries chooses together, a token that is written for itself", "causality": AHEAD},
 )
 def hip_attention(
@@ -118,6 +123,7 @@ def hip_attention(
     papers=("DHSA",),
     tiny={"keys": 9, "chunk": 5},
     full_budget={"keys": 1 << 20},
+    budget="keys",
     exempt={"decoding": "a chunk of queries chooses together, and texts that grow are cut anew", "causality": AHEAD},
 )
 def dhsa(

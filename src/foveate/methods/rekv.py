@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     papers=("ReKV",),
     tiny={"sinks": 2, "window": 9, "block": 4, "blocks": 2, "question": 3},
     full_budget={"window": 1 << 20},
+    budget="window",
     keeps=lambda n: min(n, 2 + 9),
     exempt={"decoding": "a text read at once is a stream; its last tokens, read one by one, are questions about it"},
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     papers=("StreamingLLM",),
     tiny={"sinks": 2, "window": 9},
     full_budget={"window": 1 << 20},
+    budget="window",
     keeps=lambda n: min(n, 2 + 9),
 )
 def attention_sinks(sinks: int = 4, window: int = 1020, in_cache: bool = True, layers: Layers | None = None) -> Method:

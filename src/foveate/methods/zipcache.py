@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from foveate.cache.zipped import Precision, ZipMemory
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.contracts import Method
 from foveate.catalogue.tiers import method
 from foveate.counts import whole_numbers
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     papers=("ZipCache",),
     tiny={"gap": 12, "probes": 0.2},
     full_budget={"gap": 1 << 20},
+    budget=Budget("salient", levels=(0.1, 0.3, 0.6, 0.9)),
     exempt={"decoding": WHOLE_PROMPT},
 )
 def zipcache(

@@ -20,7 +20,7 @@ from foveate.lab.measure.looks import Looks
 from foveate.lab.measure.prefill import Arm, compare_times, peak_memory
 from foveate.lab.measure.workload import SHORTEST, Workload
 from foveate.lab.report.page import FILE as REPORT
-from foveate.lab.report.page import write
+from foveate.lab.report.folder import write_report
 from foveate.mixers.core import Core
 from foveate.patterns import full
 
@@ -156,7 +156,7 @@ class Job:
         results.settings = self.settings
         results.recommendation = recommend(results)
         results.save(self.out)
-        write(results, self.out)
+        write_report(self.out)
         return results
 
 

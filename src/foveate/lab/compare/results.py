@@ -180,7 +180,7 @@ class Results:
         return MEASURES[self.about["measure"]]
 
     def to_json(self) -> str:
-        return json.dumps(_finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
+        return json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Results:
@@ -189,7 +189,7 @@ class Results:
     @classmethod
     def of_json(cls, data: Any) -> Results:
         """Results out of what JSON made of them; ValueError or TypeError for what is none."""
-        results: Results = _build(cls, data, "results")
+        results: Results = build(cls, data, "results")
         if results.about.get("measure") not in MEASURES:
             raise ValueError(f"about.measure is one of {', '.join(MEASURES)}")
         lengths = [timing.length for timing in results.exact.timings]
@@ -235,29 +235,29 @@ def write_whole(file: Path, text: str) -> Path:
     return file
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with None in the place of NaN and infinities, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list) else value
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _build(kind: Any, data: Any, where: str) -> Any:
+def build(kind: Any, data: Any, where: str) -> Any:
     """A value of a type, out of what JSON made of it; TypeError where it is of another type."""
     if get_origin(kind) in (Union, types.UnionType):
-        return None if data is None else _build(get_args(kind)[0], data, where)
+        return None if data is None else build(get_args(kind)[0], data, where)
     if get_origin(kind) is list:
         _expect(data, list, where)
-        return [_build(get_args(kind)[0], item, f"{where}[{at}]") for at, item in enumerate(data)]
+        return [build(get_args(kind)[0], item, f"{where}[{at}]") for at, item in enumerate(data)]
     if is_dataclass(kind):
         _expect(data, dict, where)
         hints = get_type_hints(kind)
         strange = [name for name in data if name not in hints]
         if strange:
             raise TypeError(f"{where} has no {strange[0]}")
-        return kind(**{name: _build(hints[name], value, f"{where}.{name}") for name, value in data.items()})  # type: ignore[operator]
+        return kind(**{name: build(hints[name], value, f"{where}.{name}") for name, value in data.items()})  # type: ignore[operator]
     _expect(data, (int, float) if kind is float else get_origin(kind) or kind, where)
     return data
 

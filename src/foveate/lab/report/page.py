@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from foveate.lab.compare.results import Entry, Refusal, Results, write_whole
 from foveate.lab.compare.words import count, percent, round_percent, seconds, size
@@ -23,9 +24,16 @@ def write(results: Results, folder: Path) -> Path:
     return write_whole(folder / FILE, page(results))
 
 
-def page(results: Results) -> str:
-    """The whole report as HTML."""
+def page(results: Results, *more: Markup) -> str:
+    """The whole report as HTML, with further sections."""
     title = f"Attention for {results.about['model']['name']} at {results.settings['length']:,} tokens"
+    sections = [section(results) for section in (_verdict, _quality, figures_table, _times, masks)]
+    last = [section(results) for section in (mechanisms, _how)]
+    return html(title, tag("main", _header(results, title), *sections, *more, *last), symbols(results))
+
+
+def html(title: str, *body: Markup) -> str:
+    """A page with everything in it that it needs."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -36,12 +44,8 @@ def page(results: Results) -> str:
         tag("link", rel="icon", href="data:,"),
         tag("style", _asset("report.css")),
     )
-    sections = (_verdict, _quality, figures_table, _times, masks, mechanisms, _how)
-    body = tag(
-        "body", tag("main", _header(results, title), *(section(results) for section in sections)), symbols(results)
-    )
     script = tag("script", _asset("report.js"))
-    return f"<!doctype html>\n{tag('html', head, body, script, lang='en')}\n"
+    return f"<!doctype html>\n{tag('html', head, tag('body', *body), script, lang='en')}\n"
 
 
 def _asset(name: str) -> Markup:
@@ -49,17 +53,22 @@ def _asset(name: str) -> Markup:
 
 
 def _header(results: Results, title: str) -> Markup:
-    model, text = results.about["model"], results.about["text"]
-    facts = (
+    said = f"{results.settings['windows']} windows of {results.about['text']['source']}"
+    return header(title, results.about["model"], said, results.machine)
+
+
+def header(title: str, model: dict[str, Any], said: str, facts: dict[str, Any]) -> Markup:
+    """The top of a page: what was measured, on which model and which machine."""
+    about = (
         f"{model['architecture']}, {count(model['parameters'])} parameters, {model['layers']} layers of "
-        f"{model['heads']} heads; {results.settings['windows']} windows of {text['source']}"
+        f"{model['heads']} heads; {said}"
     )
     return tag(
         "header",
         tag("p", "foveate compare", class_="brand"),
         tag("h1", title),
-        tag("p", facts, class_="facts"),
-        tag("p", machine.in_words(results.machine), class_="facts"),
+        tag("p", about, class_="facts"),
+        tag("p", machine.in_words(facts), class_="facts"),
     )
 
 
@@ -145,7 +154,7 @@ def _how(results: Results) -> Markup:
         *(("Note", _sentence(note)) for note in results.notes),
     ]  # fmt: skip
     listed = [join(tag("dt", name), tag("dd", said)) for name, said in facts]
-    return tag("section", tag("h2", "How it was measured"), tag("dl", *listed), _refused(results.refused))
+    return tag("section", tag("h2", "How it was measured"), tag("dl", *listed), refusals(results.refused))
 
 
 def sentence_case(said: str) -> str:
@@ -156,7 +165,7 @@ def _plural(word: str, number: int) -> str:
     return word if number == 1 else f"{word}es" if word.endswith("s") else f"{word}s"
 
 
-def _refused(refused: list[Refusal]) -> Markup | None:
+def refusals(refused: list[Refusal]) -> Markup | None:
     """Mechanisms that were not measured, by reason."""
     if not refused:
         return None

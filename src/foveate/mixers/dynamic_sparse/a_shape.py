@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import recent
 from foveate.mixers.pattern_mixer import PatternMixer
@@ -22,6 +23,7 @@ class AShape(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"sinks": 3, "window": 6}
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
+    budget: ClassVar[Budget | str | None] = "window"
 
     @staticmethod
     def pattern(*, sinks: int = 128, window: int = 1024) -> Pattern:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import AHEAD, JUMPS
 from foveate.mixers.pattern_mixer import PatternMixer
@@ -22,6 +23,7 @@ class BlockSparse(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"block": 4, "k": 3}
     full_budget: ClassVar[dict[str, Any] | None] = {"k": 1 << 20}
+    budget: ClassVar[Budget | str | None] = Budget("k", each="block")
     exempt: ClassVar[dict[str, str]] = {"causality": AHEAD, **JUMPS}
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 from foveate.attention import attend_partial, merge
 from foveate.attention.biases import as_tuple
 from foveate.attention.partial import Partial
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.registry import register
 from foveate.layers.taking import inverse, take
 from foveate.mixers.attention import JUMPS, AttentionMixer, RotaryOptions
@@ -166,6 +167,7 @@ class HyperAttention(AttentionMixer):
     core: HyperCore
     tiny: ClassVar[dict[str, Any]] = {"block": 8, "samples": 6, "bits": 3, "exact_below": 20}
     full_budget: ClassVar[dict[str, Any] | None] = {"samples": 1 << 20}
+    budget: ClassVar[Budget | str | None] = "samples"
     exempt: ClassVar[dict[str, str]] = JUMPS
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import JUMPS
 from foveate.mixers.core import PatternCore
@@ -24,6 +25,7 @@ class MoBA(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"block": 5, "k": 2}
     full_budget: ClassVar[dict[str, Any] | None] = {"k": 1 << 20}
+    budget: ClassVar[Budget | str | None] = Budget("k", each="block")
     exempt: ClassVar[dict[str, str]] = JUMPS
 
     @staticmethod

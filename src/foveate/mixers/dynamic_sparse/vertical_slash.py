@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import AHEAD, JUMPS
 from foveate.mixers.pattern_mixer import PatternMixer
@@ -22,6 +23,7 @@ class VerticalSlash(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"vertical": 4, "slash": 5, "last": 6, "first": 2, "near": 2}
     full_budget: ClassVar[dict[str, Any] | None] = {"vertical": 1 << 20}
+    budget: ClassVar[Budget | str | None] = "vertical"
     exempt: ClassVar[dict[str, str]] = {"causality": AHEAD, **JUMPS}
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Unpack
 
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import AttentionMixer, RotaryOptions, recent
 from foveate.mixers.core import PatternCore
@@ -42,6 +43,7 @@ class MSWA(AttentionMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"window": 8}
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
+    budget: ClassVar[Budget | str | None] = "window"
 
     def __init__(self, dim: int, heads: int = 8, *, window: int = 1024, **options: Unpack[RotaryOptions]) -> None:
         groups = 4 if heads % 4 == 0 else heads

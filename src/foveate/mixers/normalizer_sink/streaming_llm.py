@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from foveate.attention import attend_partial, merge
 from foveate.attention.ranges import attend_ranges
 from foveate.cache import KVCache
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.registry import register
 from foveate.layers.rotary import rotate
 from foveate.mixers.attention import AttentionMixer, AttentionOptions, recent
@@ -54,6 +55,7 @@ class StreamingLLM(AttentionMixer):
     tiny: ClassVar[dict[str, Any]] = {"sinks": 2, "window": 6}
     one_by_one: ClassVar[bool] = True
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
+    budget: ClassVar[Budget | str | None] = "window"
 
     def __init__(
         self,

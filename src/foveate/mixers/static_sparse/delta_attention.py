@@ -13,6 +13,7 @@ from foveate.attention.bias_part import part_of_bias
 from foveate.attention.biases import placed, split_bias
 from foveate.attention.ranges import attend_ranges
 from foveate.cache import KVCache
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import AttentionMixer, RotaryOptions
 from foveate.mixers.base import StepOutput, join_heads
@@ -129,6 +130,7 @@ class DeltaAttention(AttentionMixer):
     one_by_one: ClassVar[bool] = True
     tiny: ClassVar[dict[str, Any]] = {"sinks": 1, "window": 4, "stride": 5}
     full_budget: ClassVar[dict[str, Any] | None] = {"stride": 1}
+    budget: ClassVar[Budget | str | None] = "window"
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from foveate.catalogue.budget import Budget
 from foveate.catalogue.registry import register
 from foveate.mixers.attention import recent
 from foveate.mixers.pattern_mixer import PatternMixer
@@ -23,6 +24,7 @@ class PowerAttention(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"window": 3, "block": 2, "sinks": 1}
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
+    budget: ClassVar[Budget | str | None] = "window"
 
     @staticmethod
     def pattern(*, window: int = 256, block: int = 64, sinks: int = 4) -> Pattern:

@@ -1,6 +1,7 @@
 "use strict";
 
-for (const [column, head] of document.querySelectorAll("thead th").entries()) {
+for (const head of document.querySelectorAll("thead th")) {
+  const column = [...head.parentNode.children].indexOf(head);
   head.querySelector("button").addEventListener("click", () => sortBy(head, column));
 }
 
