@@ -11,17 +11,23 @@ from foveate.cli.complete import mechanisms
 from foveate.cli.screen import BAD_INPUT, STOPPED, complain, keeping, out, say
 from foveate.cli.task_options import (
     PANEL,
+    QUESTIONS,
     Batch,
+    CompareTask,
+    Depths,
     Dim,
     Group,
     Heads,
     Layers,
+    Lengths,
     Pairs,
     Rates,
+    Samples,
     Seed,
     Steps,
-    TaskName,
     Vocab,
+    model_given,
+    numbers,
     rates_of,
     refuse,
     task_and_recipe,
@@ -37,9 +43,17 @@ A causal language model is judged by the cost of each next token, an encoder
 by that of masked tokens, an encoder and decoder by that of a text's end
 given its beginning, a model without a head by how far its hidden states move.
 
-With --task, mechanisms learn a synthetic task instead, each in the same
-small model (`foveate train --help`): the table and the picture show how
-much is right against the bytes of state kept for it. With several learning
+With --decode, a prompt is read and its continuation goes through the cache
+token by token: time and bytes a token, and loss, at several budgets. Methods
+take part, and files of assignments (-m layers.json).
+
+With --task needle, or ruler (multikey, variables, aggregation), lines are
+hidden in a text at several depths and asked for at its end, at several
+--lengths; so with --task recall where a --model or --lengths are given.
+
+With --task recall, copy or state, mechanisms learn a synthetic task, each in
+the same small model (`foveate train --help`): the table and the picture show
+how much is right against the bytes of state kept for it. With several learning
 rates a mechanism tries one after the other until the task is solved.
 
 [bold]Examples[/bold]
@@ -51,13 +65,20 @@ rates a mechanism tries one after the other until the task is solved.
   foveate compare -m "window(512) & causal | sinks(4)" --max-loss 0.05
   foveate compare --out report --resume
 
+  foveate compare --decode
+  foveate compare --decode -m cake -m "rekv(window=256)" --length 2048
+  foveate compare --task needle --lengths 1024,4096 -m cake -m hip_attention
+  foveate compare --task ruler --model path/to/model --depths 0,0.5,1 --samples 8
+
   foveate compare --task recall
   foveate compare --task recall -m deltanet -m gla --length 64 --pairs 8
   foveate compare --task recall --lr 0.003,0.01
   foveate compare --task state --group parity --minutes 2
 """
 
-TEXT_ONLY = ("model", "text", "max_loss", "repeats", "windows", "device", "dtype")
+TEXT_ONLY = ("model", "text", "max_loss", "repeats", "windows", "device", "dtype", "decode", "continued")
+NOT_ASKED = ("length", "max_loss", "repeats", "windows", "decode", "continued")
+ASKED_ONLY = ("lengths", "depths", "samples")
 TASK_ONLY = ("pairs", "vocab", "group", "dim", "heads", "layers", "batch", "steps", "minutes", "lr", "seed")
 
 
@@ -104,7 +125,16 @@ def compare(
     ] = "float32",
     resume: Annotated[bool, typer.Option("--resume", help="Keep what the folder already holds.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Write over what the folder already holds.")] = False,
-    task: TaskName = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Time, bytes and loss of decoding, at several budgets.")
+    ] = False,
+    continued: Annotated[
+        int, typer.Option("--next", help="Tokens that are put through the cache one by one, with --decode.")
+    ] = 128,
+    task: CompareTask = None,
+    lengths: Lengths = None,
+    depths: Depths = "0,0.25,0.5,0.75,1",
+    samples: Samples = 4,
     pairs: Pairs = None,
     vocab: Vocab = None,
     group: Group = None,
@@ -119,10 +149,18 @@ def compare(
     lr: Rates = "0.003",
     seed: Seed = 0,
 ) -> None:
+    if task in QUESTIONS or (task == "recall" and (model_given(context) or lengths)):
+        refuse(context, (*TASK_ONLY, *NOT_ASKED), "with other tasks, or with none")
+        return _compare_on_questions(str(task), context.params, folder)
+    refuse(context, ASKED_ONLY, "with --task needle, recall, multikey, variables, aggregation or ruler")
     if task is not None:
         refuse(context, TEXT_ONLY, "with a model and a text, not with --task")
         return _compare_on_task(context.params, folder, resume=resume, force=force)
     refuse(context, TASK_ONLY, "with --task (recall, copy or state)")
+    if decode:
+        refuse(context, ("max_loss", "repeats"), "with the prefill, not with --decode")
+        return _compare_decoding(context.params, folder)
+    refuse(context, ("continued",), "with --decode")
     _compare_on_text(
         folder,
         model=model,
@@ -153,6 +191,42 @@ def _compare_on_text(folder: Path, **options: Any) -> None:
     if options["mechanisms"] and results.refused:
         complain("; ".join(f"{one.name} was not measured: {one.reason}" for one in results.refused))
         raise typer.Exit(BAD_INPUT)
+
+
+def _compare_decoding(options: dict[str, Any], folder: Path) -> None:
+    from foveate.lab.decode.api import compare_decode
+    from foveate.lab.decode.table import table
+
+    shared = ("model", "text", "length", "continued", "windows", "resume", "force", "device", "dtype")
+    given = {name: options[name] or None if name == "text" else options[name] for name in shared}
+    with keeping(f"{folder} holds what was there before."):
+        found = compare_decode(mechanisms=options["mechanism"] or None, out=folder, **given)
+    out().print(table(found))
+    say(f"Report: {folder / 'report.html'}")
+    if found.interrupted:
+        complain(f"Stopped. {len(found.entries)} measurements are kept in {folder}; --resume goes on.")
+        raise typer.Exit(STOPPED)
+
+
+def _compare_on_questions(task: str, options: dict[str, Any], folder: Path) -> None:
+    from foveate.lab.questions.api import compare_questions
+    from foveate.lab.questions.table import table
+
+    shared = ("model", "text", "samples", "resume", "force", "device", "dtype")
+    given = {name: options[name] or None if name == "text" else options[name] for name in shared}
+    lengths = (
+        None if options["lengths"] is None else [int(n) for n in numbers(options["lengths"], "--lengths", whole=True)]
+    )
+    depths = numbers(options["depths"], "--depths")
+    with keeping(f"{folder} holds what was there before."):
+        found = compare_questions(
+            task, mechanisms=options["mechanism"] or None, lengths=lengths, depths=depths, out=folder, **given
+        )
+    out().print(table(found))
+    say(f"Report: {folder / 'report.html'}")
+    if found.interrupted:
+        complain(f"Stopped. {len(found.cells)} cells are kept in {folder}; --resume asks the rest.")
+        raise typer.Exit(STOPPED)
 
 
 def _compare_on_task(options: dict[str, Any], folder: Path, *, resume: bool, force: bool) -> None:

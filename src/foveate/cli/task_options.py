@@ -16,6 +16,24 @@ TaskName = Annotated[
     Literal["recall", "copy", "state"] | None,
     typer.Option("--task", help="Learn a synthetic task in place of text.", rich_help_panel=PANEL),
 ]
+QUESTIONS = ("needle", "multikey", "variables", "aggregation", "ruler")
+CompareTask = Annotated[
+    Literal["recall", "copy", "state", "needle", "multikey", "variables", "aggregation", "ruler"] | None,
+    typer.Option(
+        "--task",
+        help="Learn a synthetic task (recall, copy, state), or answer questions about long texts (needle, ruler, ...; "
+        "recall too with --model or --lengths).",
+    ),
+]
+ASKED = "Questions about long texts"
+Lengths = Annotated[
+    str | None,
+    typer.Option(help="Tokens of the texts, joined by commas, as in 1024,4096.", rich_help_panel=ASKED),
+]
+Depths = Annotated[
+    str, typer.Option(help="Shares of the text before what is asked for, from 0 to 1.", rich_help_panel=ASKED)
+]
+Samples = Annotated[int, typer.Option(help="Questions of each length and depth.", rich_help_panel=ASKED)]
 Pairs = Annotated[int | None, typer.Option(help="recall: pairs of a key and a value.", rich_help_panel=PANEL)]
 Vocab = Annotated[int | None, typer.Option(help="recall, copy: different words.", rich_help_panel=PANEL)]
 Group = Annotated[
@@ -59,6 +77,27 @@ def rates_of(text: str) -> list[float]:
     if not rates or not all(0 < rate < float("inf") for rate in rates):
         raise ValueError(f"--lr takes numbers above 0, joined by commas, as in 0.003,0.01; got {text!r}")
     return rates
+
+
+def numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
+    """Numbers joined by commas; ValueError, naming the option, for anything else.
+
+    >>> numbers("1024, 4096", "--lengths", whole=True), numbers("0,0.5", "--depths")
+    ([1024.0, 4096.0], [0.0, 0.5])
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= one < 2**53 and (not whole or one == int(one)) for one in found):
+        kind, example = ("whole numbers", "1024,4096") if whole else ("numbers", "0,0.5,1")
+        raise ValueError(f"{option} takes {kind} joined by commas, as in {example}; got {text!r}")
+    return found
+
+
+def model_given(context: typer.Context) -> bool:
+    """Whether a model was named on the command line."""
+    return _is_given(context, "model")
 
 
 def refuse(context: typer.Context, names: Iterable[str], why: str) -> None:

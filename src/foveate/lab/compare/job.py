@@ -19,8 +19,8 @@ from foveate.lab.measure import machine
 from foveate.lab.measure.looks import Looks
 from foveate.lab.measure.prefill import Arm, compare_times, peak_memory
 from foveate.lab.measure.workload import SHORTEST, Workload
-from foveate.lab.report.page import FILE as REPORT
 from foveate.lab.report.folder import write_report
+from foveate.lab.report.page import FILE as REPORT
 from foveate.mixers.core import Core
 from foveate.patterns import full
 

@@ -22,7 +22,7 @@ from foveate.lab.measure import machine
 from foveate.lab.measure.metrics import judge
 from foveate.lab.measure.workload import Frame, Workload, cut, read_all
 
-LENGTH, CONTINUED, WINDOWS = 4096, 64, 4
+LENGTH, CONTINUED, WINDOWS = 4096, 128, 2
 ASK = 5  # bytes of the built-in text asked for per token
 SAME = ("length", "continued", "windows")
 Source = str | Path | Sequence[str | Path] | None

@@ -52,18 +52,18 @@ class Arm:
 
 
 def arms(
-    asked: Sequence[str] | None, *, length: int, heads: int, kv_heads: int
+    asked: Sequence[str] | None, *, length: int, heads: int, kv_heads: int, sweep: bool = True
 ) -> tuple[list[Arm], list[Refusal]]:
     """All that a causal model of these heads decodes with, and what does not apply, with the reason.
 
     ``asked`` are names with options or without, patterns, or JSON files of assignments; None means all methods and
     mechanisms of the catalogue that need no training. What names a budget has several values of it, for texts of
-    ``length`` tokens, unless the option is given. ValueError for unknown names.
+    ``length`` tokens, unless the option is given or there is to be no ``sweep``. ValueError for unknown names.
     """
     found: list[Arm] = []
     refused: list[Refusal] = []
     for text in _all() if asked is None else dict.fromkeys(asked):
-        for one in _arms_of(text, length):
+        for one in _arms_of(text, length if sweep else None):
             reason = one if isinstance(one, Refusal) else _objection(one, heads, kv_heads)
             if isinstance(one, Arm) and reason is None:
                 found.append(one)
@@ -78,7 +78,7 @@ def _all() -> list[str]:
     return methods + [name for name in registry.names() if registry.row(name).core is not None]
 
 
-def _arms_of(text: str, length: int) -> list[Arm | Refusal]:
+def _arms_of(text: str, length: int | None) -> list[Arm | Refusal]:
     if text.endswith(".json"):
         return [Arm(text, Path(text).stem, family="assignment", assignment=Assignment.load(text))]
     method = method_call(text)
@@ -96,13 +96,15 @@ def _arms_of(text: str, length: int) -> list[Arm | Refusal]:
     return list(_with_budgets(operator[0], operator[1], parameters_of(operator[0].core), length))
 
 
-def _with_budgets(row: MethodRow | Row, given: Mapping[str, Any], accepted: Mapping[str, Any], length: int) -> list[Arm]:
+def _with_budgets(
+    row: MethodRow | Row, given: Mapping[str, Any], accepted: Mapping[str, Any], length: int | None
+) -> list[Arm]:
     """The row with the options given, and with each value of its budget unless that is given."""
     budget, source = row.budget, row.source
     paper = ". ".join(filter(None, (source.authors.rstrip("."), source.title)))
     about = {"family": row.family, "paper": paper, "url": source.url}
-    if budget is None or budget.option in given:
-        value = None if budget is None else given[budget.option]
+    if budget is None or budget.option in given or length is None:
+        value = None if budget is None else given.get(budget.option)
         option = "" if budget is None else budget.option
         return [Arm(written(row.name, given), row.name, option, value, **about)]
     defaults = {name: one.default for name, one in accepted.items() if one.default is not one.empty}

@@ -64,4 +64,6 @@ def _inside(value: object) -> Iterable[Any]:
 
 
 def _with_slots(value: object, slots: Iterable[str]) -> list[Any]:
-    return [getattr(value, name) for name in slots if hasattr(value, name)] + list(getattr(value, "__dict__", {}).values())
+    return [getattr(value, name) for name in slots if hasattr(value, name)] + list(
+        getattr(value, "__dict__", {}).values()
+    )

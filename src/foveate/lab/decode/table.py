@@ -24,7 +24,16 @@ def table(found: Decodings) -> Table:
     drawn = Table(title=title, title_justify="left", caption=escape(_refused(found)), caption_justify="left")
     drawn.box, drawn.padding = SIMPLE_HEAD, (0, 1, 0, 0)
     drawn.add_column("mechanism", overflow="fold", vertical="bottom")
-    heads = ("a\ntoken", "speed-\nup", "token\nholds", "token\nreads", "bits/\nbyte", "change", "at most\n(95 %)", "same\ntop-1")
+    heads = (
+        "a\ntoken",
+        "speed-\nup",
+        "token\nholds",
+        "token\nreads",
+        "bits/\nbyte",
+        "change",
+        "at most\n(95 %)",
+        "same\ntop-1",
+    )
     for head in heads:
         drawn.add_column(head, justify="right", no_wrap=True)
     for one in (found.exact, *found.entries):

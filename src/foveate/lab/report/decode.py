@@ -18,8 +18,8 @@ def decode_section(found: Decodings) -> Markup:
     """Everything about decoding."""
     settings = found.settings
     what = (
-        f"A prompt of {settings['length'] - settings['continued']:,} tokens is read, then {settings['continued']} more go "
-        f"through the cache one by one, as when text is written, {settings['windows']} times. Loss is that of these "
+        f"A prompt of {settings['length'] - settings['continued']:,} tokens is read, then {settings['continued']} more "
+        f"go through the cache one by one, as when text is written, {settings['windows']} times. Loss is that of these "
         "tokens; what is named with a budget was tried at several values of it."
     )
     stopped = "Stopped early: the figures are those of the mechanisms measured so far."
@@ -48,7 +48,9 @@ def curves(found: Decodings, cost: Callable[[Decoding], float]) -> list[Curve]:
         for name, group in groups.items()
     }
     best = on_front([Curve(name, 0, "other", dots) for name, dots in plain.items()])
-    roles = {name: "exact" if name == "exact" else "front" if best & set(dots) else "other" for name, dots in plain.items()}
+    roles = {
+        name: "exact" if name == "exact" else "front" if best & set(dots) else "other" for name, dots in plain.items()
+    }
     return [Curve(name, KEYS + number, roles[name], dots) for number, (name, dots) in enumerate(plain.items())]
 
 

@@ -33,6 +33,6 @@ def write_report(folder: Path) -> Path:
     if results is not None:
         return write_whole(folder / FILE, page(results, *sections))
     model = first.about["model"]
-    title = f"Attention for {model['name']} at {'length' in first.settings and f'{first.settings["length"]:,} tokens' or 'several lengths'}"
+    title = f"Attention for {model['name']} on long texts"
     said = first.about["text"]["source"]
     return write_whole(folder / FILE, html(title, tag("main", header(title, model, said, first.machine), *sections)))

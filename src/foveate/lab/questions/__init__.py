@@ -1,0 +1,1 @@
+"""Questions about a long text, asked of a pretrained model: needles, recall, variables, aggregation."""
