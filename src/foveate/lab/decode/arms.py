@@ -64,7 +64,7 @@ def arms(
     refused: list[Refusal] = []
     for text in _all() if asked is None else dict.fromkeys(asked):
         for one in _arms_of(text, length if sweep else None):
-            reason = one if isinstance(one, Refusal) else _objection(one, heads, kv_heads)
+            reason = one if isinstance(one, Refusal) else _objection(one, text, heads, kv_heads)
             if isinstance(one, Arm) and reason is None:
                 found.append(one)
             else:
@@ -124,9 +124,14 @@ def written(name: str, options: Mapping[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})" if options else name
 
 
-def _objection(arm: Arm, heads: int, kv_heads: int) -> Refusal | None:
-    """Why it does not apply to a model of these heads."""
+def _objection(arm: Arm, asked: str, heads: int, kv_heads: int) -> Refusal | None:
+    """Why it does not apply to a model of these heads; ValueError where not even what was asked for can be made."""
     if arm.assignment is not None or method_call(arm.name) is not None:
         return None
-    _, refused = enlist([arm.name], heads=heads, kv_heads=kv_heads)
+    try:
+        _, refused = enlist([arm.name], heads=heads, kv_heads=kv_heads)
+    except ValueError as error:
+        if arm.name == asked:
+            raise
+        return Refusal(arm.name, str(error))  # a budget too small for its other options
     return refused[0] if refused else None

@@ -198,5 +198,5 @@ class Run:
         return Cell(task, mechanism, length, depth, len(replies), ranked, written, round(nats, 4))
 
     def _beginnings(self, length: int) -> list[int]:
-        """Lines of the text that so many tokens follow."""
-        return [at for at in self.hay.starts if at + length <= len(self.hay.tokens)]
+        """Ends of lines of the text that so many tokens follow."""
+        return [at for at in self.hay.ends if at + length <= len(self.hay.tokens)]
