@@ -185,6 +185,35 @@ def test_compare_keeps_results_unless_forced(model: Path, tmp_path: Path) -> Non
     assert again.exit_code == 0 and "window(6)" in again.stdout and "No recommendation" in again.stdout
 
 
+def test_compare_decodes(model: Path, tmp_path: Path) -> None:
+    quick = ("--length", "48", "--next", "6", "--windows", "1", "--model", str(model), "--text", __file__)
+    asked = ("-m", "attention_sinks(window=8)", "-m", "gla")
+    result = foveate_command("compare", "--decode", *quick, *asked, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for said in ("exact", "attention_sinks(window=8)", "Not measured: gla", str(tmp_path / "report.html")):
+        assert said in result.stdout
+    assert (tmp_path / "decode.json").exists() and "Decoding" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_compare_asks_questions(model: Path, tmp_path: Path) -> None:
+    quick = ("--lengths", "128", "--depths", "0.5", "--samples", "1", "--model", str(model), "--text", __file__)
+    result = foveate_command("compare", "--task", "needle", *quick, "-m", "window(9)", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "needle" in result.stdout and "window(9)" in result.stdout and (tmp_path / "questions.json").exists()
+    said = refused("compare", "--task", "recall", *quick, "--out", str(tmp_path), "--resume")
+    assert "leaves no text of 128" in said  # a pretrained model is asked, and none is taught
+
+
+def test_options_of_other_tasks_are_refused() -> None:
+    assert "--lengths goes with --task needle" in refused("compare", "--lengths", "128")
+    assert "--next goes with --decode" in refused("compare", "--next", "8")
+    assert "not with --decode" in refused("compare", "--decode", "--repeats", "2")
+    assert "--length" in refused("compare", "--task", "needle", "--length", "64")
+    assert "--steps" in refused("compare", "--task", "ruler", "--steps", "64")
+    assert "whole numbers" in refused("compare", "--task", "needle", "--lengths", "12.5")
+    assert "--depths takes numbers" in refused("compare", "--task", "needle", "--depths", "deep")
+
+
 # ---- train, check, doctor ---------------------------------------------------------------------------------
 
 

@@ -42,8 +42,17 @@ def losses(curves: Sequence[Curve], start: float, end: float) -> Scale:
 
 
 def loss_ticks(y: Scale) -> list[Tick]:
-    values = [0.0, *LOSSES, *(-loss for loss in LOSSES)]
+    values = [0.0, *LOSSES[::-1], *(-loss for loss in LOSSES[::-1])]
     return [(value, round_percent(value, sign=True)) for value in values if y.holds(value)]
+
+
+def apart(ticks: Sequence[Tick], scale: Scale, room: float = 15.0) -> list[Tick]:
+    """Those ticks, the first ones first, that stand at least so many pixels from one another."""
+    kept: list[Tick] = []
+    for tick in ticks:
+        if all(abs(scale(tick[0]) - scale(other[0])) >= room for other in kept):
+            kept.append(tick)
+    return kept
 
 
 def on_front(curves: Sequence[Curve]) -> set[Dot]:
@@ -116,8 +125,9 @@ def panel(curve: Curve, y: Scale, width: int, height: int, option: str) -> Marku
         *(_circle(dot, x, own, small=True) for dot in curve.dots),
         class_=f"mark {curve.role} k{curve.key}",
     )
-    grid = [tag("path", d=f"M{frame.left} {own(at):.1f}H{frame.right}", class_="grid") for at, _ in loss_ticks(own)]
-    said = [text(frame.left - 6, own(at) + 4, word, anchor="end", class_="tick") for at, word in loss_ticks(own)]
+    ticks = apart(loss_ticks(own), own)
+    grid = [tag("path", d=f"M{frame.left} {own(at):.1f}H{frame.right}", class_="grid") for at, _ in ticks]
+    said = [text(frame.left - 6, own(at) + 4, word, anchor="end", class_="tick") for at, word in ticks]
     marks = [text(x(at), frame.bottom + 14, word, anchor="middle", class_="tick") for at, word in ends]
     name = text(frame.left + frame.width / 2, frame.bottom + 28, option, anchor="middle", class_="axis")
     best = percent(min(dot.y for dot in curve.dots), sign=True)

@@ -86,8 +86,8 @@ def _budgets(found: Decodings) -> Markup | None:
 
 
 COLUMNS = (
-    "Mechanism", "A token takes", "Speed-up", "Held", "A token holds", "A token reads", "Bits per byte",
-    "Change, 95 %", "Same top-1", "Pairs of the prompt",
+    "Mechanism", "A token takes", "Speed-up", "A token holds", "A token reads", "Bits per byte", "Change, 95 %",
+    "Same top-1", "Prompt's pairs",
 )  # fmt: skip
 
 
@@ -109,13 +109,15 @@ def _row(found: Decodings, one: Decoding, key: int) -> Markup:
     quality, took, speed = one.quality, found.seconds(one), found.speed(one)
     exact = one is found.exact
     interval = f"{percent(quality.change_low, sign=True)} to {percent(quality.change_high, sign=True)}"
-    aside = tag("small", f"{size(one.host_bytes)} in the host's memory") if one.host_bytes else None
+    aside = tag("small", f"{size(one.host_bytes)} on the host") if one.host_bytes else None
     back = tag("small", f"{size(one.fetched_bytes)} from the host") if one.fetched_bytes else None
     cells = [
         (took or 0.0, "-" if took is None else seconds(took)),
         (speed or 0.0, "-" if speed is None else "1×" if exact else f"{speed:.2f}×"),
-        (one.held_bytes, join(size(one.held_bytes), aside)),
-        (one.held_bytes / found.tokens, size(round(one.held_bytes / found.tokens))),
+        (
+            one.held_bytes,
+            join(size(round(one.held_bytes / found.tokens)), tag("small", f"{size(one.held_bytes)} in all"), aside),
+        ),
         (one.read_bytes, join(size(one.read_bytes), back)),
         (quality.loss, f"{quality.loss:.4f}"),
         (quality.change, "" if exact else join(percent(quality.change, sign=True), tag("small", interval))),
