@@ -168,6 +168,6 @@ def _install(part: Part, model: nn.Module) -> Any:
     from foveate.mixers.core import PromptCore
 
     if method_named(part.use) is not None:
-        return use(model, part.use, **({} if part.layers is None else {"layers": part.layers}))
+        return use(model, part.use) if part.layers is None else use(model, part.use, layers=part.layers)
     core = as_core(part.use)
     return use(model, PromptCore(core) if part.prompts else core, layers=part.layers, heads=part.heads)

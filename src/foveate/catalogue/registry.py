@@ -57,7 +57,7 @@ class Row(TierRow):
     @property
     def budget(self) -> Budget | None:
         """The option that says how much it spends, where there is one."""
-        return budget_of(self.name, getattr(self.mixer, "budget", None), self.core or self.mixer)
+        return budget_of(self.name, getattr(self.mixer, "spends", None), self.core or self.mixer)
 
 
 def register(

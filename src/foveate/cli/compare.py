@@ -198,7 +198,7 @@ def _compare_decoding(options: dict[str, Any], folder: Path) -> None:
     from foveate.lab.decode.table import table
 
     shared = ("model", "text", "length", "continued", "windows", "resume", "force", "device", "dtype")
-    given = {name: options[name] or None if name == "text" else options[name] for name in shared}
+    given: dict[str, Any] = {name: options[name] or None if name == "text" else options[name] for name in shared}
     with keeping(f"{folder} holds what was there before."):
         found = compare_decode(mechanisms=options["mechanism"] or None, out=folder, **given)
     out().print(table(found))
@@ -213,7 +213,7 @@ def _compare_on_questions(task: str, options: dict[str, Any], folder: Path) -> N
     from foveate.lab.questions.table import table
 
     shared = ("model", "text", "samples", "resume", "force", "device", "dtype")
-    given = {name: options[name] or None if name == "text" else options[name] for name in shared}
+    given: dict[str, Any] = {name: options[name] or None if name == "text" else options[name] for name in shared}
     lengths = (
         None if options["lengths"] is None else [int(n) for n in numbers(options["lengths"], "--lengths", whole=True)]
     )

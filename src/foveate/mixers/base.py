@@ -30,7 +30,7 @@ class Mixer(nn.Module):
     usual_supports: ClassVar[frozenset[Feature]] = frozenset()  # what rows of this kind support unless they say so
     tiny: ClassVar[dict[str, Any]] = {}  # options under which a few dozen tokens are already sparse
     full_budget: ClassVar[dict[str, Any] | None] = None  # options that make it plain attention, if any do
-    budget: ClassVar[Budget | str | None] = None  # the option that says how much it spends
+    spends: ClassVar[Budget | str | None] = None  # the option that says how much it spends
     grids: ClassVar[tuple[Layout, ...]] = ()  # layouts to test a grid mechanism on
     grid_axes: tuple[int, ...] = ()  # tokens live on a grid of as many axes, or of one of these; () for any layout
     one_by_one: ClassVar[bool] = False  # mixes documents of a pack, and sequences beside padding, one after the other

@@ -102,7 +102,7 @@ def _with_budgets(
     """The row with the options given, and with each value of its budget unless that is given."""
     budget, source = row.budget, row.source
     paper = ". ".join(filter(None, (source.authors.rstrip("."), source.title)))
-    about = {"family": row.family, "paper": paper, "url": source.url}
+    about: dict[str, Any] = {"family": row.family, "paper": paper, "url": source.url}
     if budget is None or budget.option in given or length is None:
         value = None if budget is None else given.get(budget.option)
         option = "" if budget is None else budget.option

@@ -32,7 +32,7 @@ def needle(depth: float, draw: random.Random) -> Question:
     """One line says the value of a name; the others are values that nothing said.
 
     >>> needle(0.5, random.Random(1)).ask
-    'zuvip_limit ='
+    'fuzapdovot ='
     """
     (name,), (value, *others) = _names(draw, 1), _values(draw, CANDIDATES)
     return _asked([f"{name} = {value}"], [depth], name, value, others)

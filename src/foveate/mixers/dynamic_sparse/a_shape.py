@@ -23,7 +23,7 @@ class AShape(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"sinks": 3, "window": 6}
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
-    budget: ClassVar[Budget | str | None] = "window"
+    spends: ClassVar[Budget | str | None] = "window"
 
     @staticmethod
     def pattern(*, sinks: int = 128, window: int = 1024) -> Pattern:

@@ -23,7 +23,7 @@ class BlockSparse(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"block": 4, "k": 3}
     full_budget: ClassVar[dict[str, Any] | None] = {"k": 1 << 20}
-    budget: ClassVar[Budget | str | None] = Budget("k", each="block")
+    spends: ClassVar[Budget | str | None] = Budget("k", each="block")
     exempt: ClassVar[dict[str, str]] = {"causality": AHEAD, **JUMPS}
 
     @staticmethod

@@ -167,7 +167,7 @@ class HyperAttention(AttentionMixer):
     core: HyperCore
     tiny: ClassVar[dict[str, Any]] = {"block": 8, "samples": 6, "bits": 3, "exact_below": 20}
     full_budget: ClassVar[dict[str, Any] | None] = {"samples": 1 << 20}
-    budget: ClassVar[Budget | str | None] = "samples"
+    spends: ClassVar[Budget | str | None] = "samples"
     exempt: ClassVar[dict[str, str]] = JUMPS
 
     def __init__(

@@ -25,7 +25,7 @@ class MoBA(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"block": 5, "k": 2}
     full_budget: ClassVar[dict[str, Any] | None] = {"k": 1 << 20}
-    budget: ClassVar[Budget | str | None] = Budget("k", each="block")
+    spends: ClassVar[Budget | str | None] = Budget("k", each="block")
     exempt: ClassVar[dict[str, str]] = JUMPS
 
     @staticmethod

@@ -23,7 +23,7 @@ class VerticalSlash(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"vertical": 4, "slash": 5, "last": 6, "first": 2, "near": 2}
     full_budget: ClassVar[dict[str, Any] | None] = {"vertical": 1 << 20}
-    budget: ClassVar[Budget | str | None] = "vertical"
+    spends: ClassVar[Budget | str | None] = "vertical"
     exempt: ClassVar[dict[str, str]] = {"causality": AHEAD, **JUMPS}
 
     @staticmethod

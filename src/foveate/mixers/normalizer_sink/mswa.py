@@ -43,7 +43,7 @@ class MSWA(AttentionMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"window": 8}
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
-    budget: ClassVar[Budget | str | None] = "window"
+    spends: ClassVar[Budget | str | None] = "window"
 
     def __init__(self, dim: int, heads: int = 8, *, window: int = 1024, **options: Unpack[RotaryOptions]) -> None:
         groups = 4 if heads % 4 == 0 else heads

@@ -55,7 +55,7 @@ class StreamingLLM(AttentionMixer):
     tiny: ClassVar[dict[str, Any]] = {"sinks": 2, "window": 6}
     one_by_one: ClassVar[bool] = True
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
-    budget: ClassVar[Budget | str | None] = "window"
+    spends: ClassVar[Budget | str | None] = "window"
 
     def __init__(
         self,

@@ -130,7 +130,7 @@ class DeltaAttention(AttentionMixer):
     one_by_one: ClassVar[bool] = True
     tiny: ClassVar[dict[str, Any]] = {"sinks": 1, "window": 4, "stride": 5}
     full_budget: ClassVar[dict[str, Any] | None] = {"stride": 1}
-    budget: ClassVar[Budget | str | None] = "window"
+    spends: ClassVar[Budget | str | None] = "window"
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ class PowerAttention(PatternMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"window": 3, "block": 2, "sinks": 1}
     full_budget: ClassVar[dict[str, Any] | None] = {"window": 1 << 20}
-    budget: ClassVar[Budget | str | None] = "window"
+    spends: ClassVar[Budget | str | None] = "window"
 
     @staticmethod
     def pattern(*, window: int = 256, block: int = 64, sinks: int = 4) -> Pattern:

@@ -53,7 +53,7 @@ class S2Attention(AttentionMixer):
 
     tiny: ClassVar[dict[str, Any]] = {"block": 3, "local": 2, "stride": 2}
     full_budget: ClassVar[dict[str, Any] | None] = {"stride": 1}
-    budget: ClassVar[Budget | str | None] = Budget("stride", levels=(32, 16, 8, 4, 2))
+    spends: ClassVar[Budget | str | None] = Budget("stride", levels=(32, 16, 8, 4, 2))
     exempt: ClassVar[dict[str, str]] = {"shared keys": "heads that share keys share a shard of the context as well"}
 
     def __init__(
