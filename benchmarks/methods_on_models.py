@@ -49,7 +49,7 @@ class Cell:
 def methods() -> list[MethodRow]:
     """Inference rows that are for text and have a full budget."""
     rows = [row for row in tiers.rows("inference") if isinstance(row, MethodRow)]
-    return [row for row in rows if row.full_budget is not None and not set(row.uses) & {"video", "image"}]
+    return [row for row in rows if row.full_budget is not None and row.inputs == "tokens"]
 
 
 @torch.no_grad()

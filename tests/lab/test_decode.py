@@ -128,7 +128,7 @@ def test_methods_are_tried_at_their_budgets_unless_one_is_given(tmp_path: Path) 
     assert names[5:10] == [f"moba(block=8, k={n})" for n in (2, 5, 10, 20, 40)]  # blocks of 8 tokens
     assert names[10:] == ["sample_attention(mass=0.5)", "window(3)"]
     assert found[0].method == "cake" and (found[0].option, found[0].value) == ("budget", 20)
-    assert [(one.name, one.reason) for one in refused] == [("jenga", "is for images or video, and here is text")]
+    assert [(one.name, one.reason) for one in refused] == [("jenga", "is for models that read video, and here is text")]
     whole, others = arms(None, length=640, heads=4, kv_heads=2)
     assert {"attention_sinks", "hip_attention", "streaming_llm", "lean_attention"} <= {one.method for one in whole}
     assert {"blindsight", "neighborhood_attention"} <= {one.name for one in others}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from foveate.catalogue.budget import MASS, Budget
 from foveate.catalogue.contracts import Method
 from foveate.catalogue.tiers import method
 from foveate.methods.core import CoreMethod
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     papers=("SpargeAttn",),
     tiny={"tau": 0.5, "theta": 0.0, "lam": -0.5, "q_block": 4, "k_block": 2, "rows": 2},
     full_budget={"tau": 1.0, "theta": 1.0, "lam": -math.inf},
+    budget=Budget("tau", levels=MASS),
     exempt={"decoding": FOR_PROMPTS, "causality": AHEAD},
     uses=("causal-lm", "encoder", "image", "video"),
 )

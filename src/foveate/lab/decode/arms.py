@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from foveate.catalogue.registry import Row
 
-OTHER_TOKENS = {"video", "image", "points"}
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -85,8 +83,8 @@ def _arms_of(text: str, length: int | None) -> list[Arm | Refusal]:
     if method is not None:
         row, options = method
         missing = [name for name, one in parameters_of(row.function).items() if one.default is one.empty]
-        if OTHER_TOKENS & set(row.uses):
-            return [Refusal(text, "is for images or video, and here is text")]
+        if row.inputs != "tokens":
+            return [Refusal(text, f"is for models that read {row.inputs}, and here is text")]
         if missing and not set(missing) <= set(options):
             return [Refusal(text, f"is asked for with options alone: {', '.join(missing)}")]
         return list(_with_budgets(row, options, parameters_of(row.function), length))
