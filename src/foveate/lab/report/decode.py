@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from foveate.lab.compare.words import percent, seconds, size
@@ -124,6 +125,7 @@ def _row(found: Decodings, one: Decoding, key: int) -> Markup:
         (quality.agreement, percent(quality.agreement)),
         (one.pairs, percent(one.pairs)),
     ]
-    head = tag("th", tag("div", tag("code", one.name)), scope="row", data_value=one.name)
+    parts = re.split(r"(?<=[_(,|&=])", one.name)
+    head = tag("th", tag("div", tag("code", join(*parts, by=str(tag("wbr"))))), scope="row", data_value=one.name)
     body = (tag("td", said, data_value=repr(float(value))) for value, said in cells)
     return tag("tr", head, *body, class_=f"{'exact' if exact else 'other'} k{key}")
