@@ -13,7 +13,7 @@ from foveate.attention.ranges import attend_ranges
 from foveate.cache import BlockCache, HeadsCache, KVCache, Share, chooses_blocks, keys_kept, shares_of, tokens_held
 from foveate.catalogue.registry import Feature
 from foveate.layers.rotary import rotate
-from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
+from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, key_heads, split_heads
 from foveate.mixers.core import Core, PatternCore, joined
 from foveate.patterns import Layout, Pattern, causal, window
 from foveate.patterns.rules.dynamic import BlockChoice
@@ -55,9 +55,7 @@ class AttentionMixer(Mixer):
     ) -> None:
         super().__init__(dim, causal=causal)
         self.rotary = rotary
-        self.heads, self.kv_heads = heads, kv_heads or heads
-        if heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
+        self.heads, self.kv_heads = heads, key_heads(heads, kv_heads)
         self.head_dim = head_dim or divided(dim, heads)
         self.core: Core = core or PatternCore()
         self.to_q = nn.Linear(dim, heads * self.head_dim, bias=False)

@@ -193,6 +193,13 @@ def join_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def key_heads(heads: int, kv_heads: int | None) -> int:
+    """How many heads of keys and values serve so many query heads: as many by default."""
+    if kv_heads and heads % kv_heads:
+        raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
+    return kv_heads or heads
+
+
 def divided(dim: int, heads: int) -> int:
     """Width of one head; refuses a width the heads do not divide."""
     if heads < 1 or dim % heads:

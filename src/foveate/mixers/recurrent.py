@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from foveate.catalogue.registry import Feature
 from foveate.layers.short_conv import ShortConv
-from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
+from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, key_heads, split_heads
 from foveate.mixers.stateful import Lengths, laid_end_to_end
 from foveate.patterns import Layout, Packed
 from foveate.recurrence import Recurrent, recur, step
@@ -118,9 +118,7 @@ class RecurrentMixer(Mixer):
         conv: int = 0,
     ) -> None:
         super().__init__(dim, causal=causal)
-        self.heads, self.kv_heads = heads, kv_heads or heads
-        if heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
+        self.heads, self.kv_heads = heads, key_heads(heads, kv_heads)
         self.head_dim, self.value_dim = type(self).widths(dim, heads, head_dim, value_dim)
         self.to_q = nn.Linear(dim, heads * self.head_dim, bias=False)
         self.to_k = nn.Linear(dim, self.kv_heads * self.head_dim, bias=False)

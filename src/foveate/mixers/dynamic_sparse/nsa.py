@@ -14,7 +14,7 @@ from foveate.cache import KVCache, Tokens, room_for
 from foveate.catalogue.registry import register
 from foveate.counting import lacks_numbers
 from foveate.mixers.attention import JUMPS, recent
-from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, split_heads
+from foveate.mixers.base import Mixer, StepOutput, divided, join_heads, key_heads, split_heads
 from foveate.mixers.dynamic_sparse.nsa_branches import BlockSelector, Compressor, Finished, num_blocks
 from foveate.patterns import Layout, boolean_mask
 from foveate.plain import traced
@@ -83,9 +83,7 @@ class NSA(Mixer):
         causal: bool = True,
     ) -> None:
         super().__init__(dim, causal=causal)
-        self.heads, self.kv_heads = heads, kv_heads or heads
-        if heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads; got {kv_heads} and {heads}")
+        self.heads, self.kv_heads = heads, key_heads(heads, kv_heads)
         self.head_dim = head_dim or divided(dim, heads)
         self.selector = BlockSelector(block, stride, select_block, select, initial, local)
         self.near = recent(window)

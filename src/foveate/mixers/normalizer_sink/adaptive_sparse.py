@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, pad
 
 from foveate.attention import Weights, entmax
 from foveate.catalogue.registry import register
-from foveate.mixers.attention import AttentionMixer
+from foveate.mixers.attention import AttentionMixer, RotaryOptions
 from foveate.mixers.base import Mixer, divided, join_heads, split_heads
 from foveate.patterns import Layout
 from foveate.precision import to_accum
@@ -29,17 +31,8 @@ class AdaptiveSparseAttention(AttentionMixer):
     The table of logits is formed: there are no row sums by which parts merge.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int = 8,
-        *,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        rotary: float | None = None,
-        causal: bool = True,
-    ) -> None:
-        super().__init__(dim, heads, kv_heads=kv_heads, head_dim=head_dim, rotary=rotary, causal=causal)
+    def __init__(self, dim: int, heads: int = 8, **options: Unpack[RotaryOptions]) -> None:
+        super().__init__(dim, heads, **options)
         self.sparsity = nn.Parameter(torch.randn(heads))
 
     def weights(self, num_keys: int) -> Weights:

@@ -16,7 +16,7 @@ from foveate.cache import KVCache
 from foveate.catalogue.tiers import Preset, model
 from foveate.layers.rotary import rotate
 from foveate.mixers.attention import recent
-from foveate.mixers.base import StepOutput, divided, join_heads, split_heads
+from foveate.mixers.base import StepOutput, divided, join_heads, key_heads, split_heads
 from foveate.mixers.core import joined
 from foveate.patterns import Pattern, causal, full
 
@@ -54,9 +54,7 @@ class SwitchedAttention(nn.Module):
         self, dim: int, heads: int, *, kind: LayerKind, kv_heads: int | None = None, head_dim: int | None = None
     ) -> None:
         super().__init__()
-        self.dim, self.kind, self.heads, self.kv_heads = dim, kind, heads, kv_heads or heads
-        if heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads; got {self.kv_heads} and {heads}")
+        self.dim, self.kind, self.heads, self.kv_heads = dim, kind, heads, key_heads(heads, kv_heads)
         if kind.trained is not None and kind.trained < 2:
             raise ValueError(f"trained is a length whose logarithm divides others, at least 2; got {kind.trained}")
         width = head_dim or divided(dim, heads)
