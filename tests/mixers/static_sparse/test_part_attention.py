@@ -71,7 +71,7 @@ def test_padding_of_ragged_clouds_changes_nothing() -> None:
     x[1, 30:] = torch.nan
     out = part(x, parts=parts, padding=padding)
     assert_close(out[1:, :30], part(x[1:, :30], parts=parts[1:, :30]))
-    assert_close(out[:1], part(x[:1], parts=parts[:1])), "the whole cloud beside it"
+    assert_close(out[:1], part(x[:1], parts=parts[:1]))  # the whole cloud beside it
     assert not out[1, 30:].any()
 
 
