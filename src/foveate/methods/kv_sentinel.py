@@ -57,7 +57,7 @@ def sentinel_inputs(tokens: Tensor, begin: Ids, end: Ids, padding: Tensor | None
     """
     real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding.bool()
     place = (real.long().cumsum(1) - 1).masked_fill(~real, FREE)
-    marks = marks_of(tokens, place, *(_as_ids(ids, tokens) for ids in (begin, end)))
+    marks = marks_of(tokens, place, _as_ids(begin, tokens), _as_ids(end, tokens))
     mask = sees(marks, marks, place, place)
     mask = mask | (torch.eye(tokens.shape[1], dtype=torch.bool, device=tokens.device) & ~real.unsqueeze(2))
     return SentinelInputs(mask.unsqueeze(1), marks.position, _labels(tokens, marks.kind, real))

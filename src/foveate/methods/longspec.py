@@ -152,7 +152,8 @@ class LongSpec:
     ) -> Tensor:
         from transformers import DynamicCache
 
-        drafting, prompt, cache = Round(model, draft, turn_of(model)), text[:, real], DynamicCache(config=model.config)
+        drafting, prompt = Round(model, draft, turn_of(model)), text[:, real]
+        cache: Any = DynamicCache(config=model.config)
         out = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
         drafting.remember(prompt)
         root = likeliest(processors, text, out.logits[:, -1])
