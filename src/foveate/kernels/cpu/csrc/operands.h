@@ -30,6 +30,35 @@ FOVEATE_INLINE void transpose_halves(uint16_t* to, const uint16_t* from, int64_t
 }
 #endif
 
+// Transposes of the tiles of keys that a thread met last, for the queries to come: a window sees each of them a few
+// times before it is gone, and transposes of all would be written to memory and read again. Only bfloat16 needs them.
+template <class A> class RecentTiles {
+  public:
+    using Element = typename A::Element;
+
+    // Room for so many tiles one after the other; 0: for none.
+    template <class Arena> RecentTiles(Arena& arena, int64_t tiles, int64_t dim) : count_(tiles), dim_(dim) {
+        held_ = arena.template take<int64_t>(tiles);
+        tiles_ = arena.template take<Element>(tiles * TILE * dim);
+    }
+    void begin() { std::fill_n(held_, count_, -1); }
+    explicit operator bool() const { return count_ > 0; }
+
+    // Tile `tile` of head `head`, made by transpose(to) unless it is there.
+    template <class Transpose> const Element* at(int64_t head, int64_t tile, int64_t tiles, Transpose transpose) {
+        const int64_t place = tile % count_, name = head * tiles + tile;
+        Element* found = tiles_ + place * TILE * dim_;
+        if (held_[place] != name) transpose(found);
+        held_[place] = name;
+        return found;
+    }
+
+  private:
+    const int64_t count_, dim_;
+    int64_t* held_;
+    Element* tiles_;
+};
+
 // Keys or values: rows of a chunk, or their transpose, as the left side of a product.
 template <class A> class Operand {
   public:
@@ -51,12 +80,18 @@ template <class A> class Operand {
     }
 
     // (dim, keys of the chunk), zero-padded to whole grains.
-    Left<Element> transposed(int64_t b, int64_t h, const Chunk& chunk, Element* buffer) const {
+    Left<Element> transposed(int64_t b, int64_t h, const Chunk& chunk, Element* buffer,
+                             RecentTiles<A>* recent = nullptr) const {
         if constexpr (A::PAIR == 1) {
             const Left<Element> rows = natural(b, h, chunk, buffer);
             return {rows.data, 1, rows.row};
         } else {
             if (packed_ && !chunk.columns) return {packed_ + packed_at(b, h, chunk.first), TILE, 1};
+            if (recent && *recent && !chunk.columns) {
+                const int64_t tile = chunk.first / TILE;
+                const auto transpose = [&](Element* to) { transpose_tile(to, b, h, tile, buffer); };
+                return {recent->at(b * x_.heads + h, tile, tiles(call_), transpose) + chunk.first % TILE, TILE, 1};
+            }
             transpose_chunk(buffer, b, h, chunk, buffer + TILE * padded_);
             return {buffer, TILE, 1};
         }
@@ -74,11 +109,7 @@ template <class A> class Operand {
             Buffer<Element> rows(TILE * padded_);
             queue.run([&](int64_t i) {
                 const int64_t tile = i % tiles(call_), h = i / tiles(call_) % x_.heads;
-                Chunk chunk;
-                chunk.first = tile * TILE;
-                chunk.count = std::min<int64_t>(num_slots(call_) - chunk.first, TILE);
-                chunk.columns = nullptr;
-                transpose_chunk(to + i * TILE * padded_, i / tiles(call_) / x_.heads, h, chunk, rows.get());
+                transpose_tile(to + i * TILE * padded_, i / tiles(call_) / x_.heads, h, tile, rows.get());
             });
         });
     }
@@ -111,6 +142,13 @@ template <class A> class Operand {
     }
     int64_t packed_at(int64_t b, int64_t h, int64_t slot) const {
         return ((b * x_.heads + h) * tiles(call_) + slot / TILE) * TILE * padded_ + slot % TILE;
+    }
+    void transpose_tile(Element* to, int64_t b, int64_t h, int64_t tile, Element* rows) const {
+        Chunk chunk;
+        chunk.first = tile * TILE;
+        chunk.count = std::min<int64_t>(num_slots(call_) - chunk.first, TILE);
+        chunk.columns = nullptr;
+        transpose_chunk(to, b, h, chunk, rows);
     }
     void transpose_chunk(Element* to, int64_t b, int64_t h, const Chunk& chunk, Element* rows) const {
         const bool readable = call_.dtype == A::DTYPE && x_.stride[3] == 1 && dim_ == padded_;
