@@ -35,6 +35,9 @@ class Dense:
     def biases(self, parameter: Tensor, n: int, m: int) -> Tensor:
         if self.bias == "dense":
             return parameter
+        if self.bias == "decay":  # the gates of the tokens behind the key, up to the query
+            gates = parameter.unsqueeze(2) * torch.ones(n, m, dtype=parameter.dtype).tril(m - n)
+            return gates.flip(-1).cumsum(-1).flip(-1) - gates
         if not self.dims:
             return self.by_distance(parameter, n, m)
         places = torch.cartesian_prod(*(torch.arange(size) for size in self.dims)).view(m, -1)

@@ -69,6 +69,10 @@ class Draw:
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64, device="cpu")
 
+    def wholes(self, low: int, high: int, *shape: int) -> Tensor:
+        """From low to high, both included."""
+        return torch.randint(low, high + 1, shape, generator=self.generator, device="cpu")
+
     def bits(self, share: float, *shape: int) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=torch.float32, device="cpu") < share
 

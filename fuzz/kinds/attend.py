@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,9 +44,9 @@ class Problem:
         return f"attend({tensors}, {self.pattern}, layout={self.layout}, {options}), {self.dense.bias} bias"
 
 
-def problem(draw: Draw, n: int, m: int, *, plain: bool = False, finite: bool = False) -> Problem:
-    """A call of about n queries and m keys."""
-    dtype, contents = draw.one(DTYPES), draw.contents()
+def problem(draw: Draw, n: int, m: int, *, plain: bool = False, finite: bool = False, exact: bool = False) -> Problem:
+    """A call of about n queries and m keys; an exact one has float64 tensors only."""
+    dtype, contents = torch.float64 if exact else draw.one(DTYPES), draw.contents()
     wide = not plain and draw.chance(WIDE)
     n, m, layout = (n, m, None) if plain else trees.layout(draw, n, m)
     if wide:
@@ -70,6 +71,8 @@ def problem(draw: Draw, n: int, m: int, *, plain: bool = False, finite: bool = F
     scale = draw.one((None, None, None, 0.3, 1.0))
     place = trees.Place(batch, heads, groups, n, m, layout)
     pattern = band(draw) if plain else trees.of_whole_tiles(draw) if wide else tree(draw, place)
+    decays = not plain and draw.chance(0.06) and may_decay(pattern, layout, n, m)
+    pattern = pattern & fv.causal if decays else pattern
     factor = dim**-0.5 if scale is None else scale
     mask = mask_of(pattern, Scene(n, m, layout or fv.Sequence(), q, k, factor))
     mask = mask.repeat_interleave(heads // mask.shape[1], 1) if mask.shape[1] > 1 else mask
@@ -78,7 +81,7 @@ def problem(draw: Draw, n: int, m: int, *, plain: bool = False, finite: bool = F
         options["layout"] = layout
     found = Problem(q, k, v, [q, k, v], pattern, Dense(mask, factor), layout, options)
     if not plain:
-        _extras(draw, found, dtype)
+        _extras(draw, found, dtype, decays=decays, exact=exact)
     _poison(draw, found, finite)
     _place(draw, found)
     return found
@@ -96,16 +99,22 @@ def band(draw: Draw) -> fv.Pattern:
     return draw.one((fv.full, fv.causal, fv.causal, fv.window(left) & fv.causal, fv.window(left, draw.whole(0, 9))))
 
 
-def _extras(draw: Draw, problem: Problem, dtype: torch.dtype) -> None:
+def may_decay(pattern: fv.Pattern, layout: Any, n: int, m: int) -> bool:
+    """Whether queries are among the keys, and no padding lies between tokens of one text."""
+    place = None if layout is not None and layout.num_axes else split(pattern, layout or fv.Sequence(), m)[1]
+    return 0 < n <= m and (place is None or place.keeps_distances)
+
+
+def _extras(draw: Draw, problem: Problem, dtype: torch.dtype, *, decays: bool, exact: bool) -> None:
     """Soft-cap, bias and weights."""
     dense, heads = problem.dense, problem.q.shape[1]
     if draw.chance(0.15):
         dense.softcap = problem.options["softcap"] = draw.one((0.5, 5.0, 30.0))
-    dense.bias = draw.one(("none",) * 6 + ("dense", "dense", "alibi", "table"))
-    wide = dtype if draw.chance(0.7) else torch.float32
+    dense.bias = "decay" if decays else draw.one(("none",) * 6 + ("dense", "dense", "alibi", "table"))
+    wide = dtype if exact or draw.chance(0.7) else torch.float32
     if dense.bias != "none":
         parameter, bias = _bias(draw, problem, wide)
-        if dense.bias != "dense" and not dense.dims:
+        if dense.bias in ("alibi", "table") and not dense.dims:
             _keep_distances(problem)
         problem.options["bias"] = bias
         problem.parameters.append(parameter)
@@ -138,6 +147,10 @@ def _bias(draw: Draw, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Any
         if draw.chance(0.2):
             parameter.masked_fill_(draw.bits(0.3, *shape), -INF)
         return parameter, parameter
+    if dense.bias == "decay":
+        rows = draw.one((1, batch)) or 1, draw.one((1, heads))
+        parameter = draw.placed(draw.uniform(*rows, m).mul(-draw.one((0.01, 1.0, 5.0))).to(dtype))
+        return parameter, fv.log_decay(parameter)
     if dense.bias == "alibi":
         parameter = draw.tensor(heads, dtype=dtype)
         return parameter, fv.alibi(parameter)
@@ -303,13 +316,7 @@ def backward(draw: Draw) -> None:
     """Gradients of q, k, v and of what bias and weights hold."""
     n, m = lengths(draw)
     found = problem(draw, min(n, 130), min(m, 130), finite=True)
-    names = [
-        "q",
-        "k",
-        "v",
-        *(["bias"] * (found.dense.bias != "none")),
-        *(["weights"] * (found.dense.weights != "softmax")),
-    ]
+    names = names_of(found)
     grad = draw.tensor(*found.q.shape[:3], found.v.shape[3], dtype=found.q.dtype)
     leaves = [found.q, found.k, found.v, *found.parameters]
     leaves = [x.detach().requires_grad_() for x in leaves]
@@ -336,12 +343,62 @@ def backward(draw: Draw) -> None:
     judged(["out", *(f"gradient of {name}" for name in names)], [out, *grads])
 
 
+@kind("attend_twice", 2)
+def twice(draw: Draw) -> None:
+    """Gradients of gradients, in float64: they sum up what cancels."""
+    n, m = lengths(draw)
+    found = problem(draw, min(n, 33), min(m, 33), finite=True, exact=True)
+    shape = (*found.q.shape[:3], found.v.shape[3])
+    grad = draw.tensor(*shape, dtype=found.q.dtype)
+    along = [draw.tensor(*x.shape, dtype=x.dtype) for x in found.clean]
+    leaves = [x.detach().requires_grad_() for x in (found.q, found.k, found.v, *found.parameters)]
+    options = rebuilt(found, leaves[3:])
+    try:
+        with anything(draw):
+            out = fv.attend(leaves[0], leaves[1], leaves[2], found.pattern, **options)
+            seconds = second(out, leaves, grad, along)
+    except NotImplementedError as reason:
+        if "Points" not in str(reason):
+            raise
+        raise Refused(str(reason)) from None
+
+    def definition(*tensors: Tensor) -> list[Tensor]:
+        inputs, (pull, *ways) = tensors[: len(leaves)], tensors[len(leaves) :]
+        inputs = tuple(x.detach().requires_grad_() for x in inputs)
+        out = found.dense(*inputs)[0] + 0 * sum(x.sum() for x in inputs if not x.numel())
+        return second(out, inputs, pull, ways)
+
+    def sizes(*tensors: Tensor) -> list[Tensor]:  # what adds up to nothing in one is of the size of others
+        found = definition(*tensors)
+        most = max([1.0, *(float(x.abs().max()) for x in found if x.numel())])
+        return [torch.full_like(x, most) for x in found]
+
+    judged = Judge(definition, [*found.clean, grad, *along], found.q.dtype, sizes)
+    judged([f"second gradient of {name}" for name in names_of(found)], seconds)
+
+
+def second(out: Tensor, leaves: Sequence[Tensor], grad: Tensor, along: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of: gradients of ``out`` by the leaves, each times a tensor, all summed."""
+    every = {"allow_unused": True, "materialize_grads": True}
+    firsts = torch.autograd.grad(out, leaves, grad, create_graph=True, **every)  # type: ignore[call-overload]
+    total = sum((first * way).sum() for first, way in zip(firsts, along, strict=True))
+    if not (isinstance(total, Tensor) and total.requires_grad):
+        return [torch.zeros_like(x) for x in leaves]
+    return list(torch.autograd.grad(total, leaves, **every))  # type: ignore[call-overload]
+
+
+def names_of(found: Problem) -> list[str]:
+    """Of the tensors that have gradients."""
+    more = [("bias", found.dense.bias != "none"), ("weights", found.dense.weights != "softmax")]
+    return ["q", "k", "v", *(name for name, given in more if given)]
+
+
 def rebuilt(found: Problem, parameters: list[Tensor]) -> dict[str, Any]:
     """The options with other tensors in bias and weights."""
     options, left = dict(found.options), list(parameters)
     if found.dense.bias != "none":
         new = left.pop(0)
-        bias = {"dense": lambda: new, "alibi": lambda: fv.alibi(new)}
+        bias = {"dense": lambda: new, "alibi": lambda: fv.alibi(new), "decay": lambda: fv.log_decay(new)}
         options["bias"] = bias.get(found.dense.bias, lambda: fv.relative_table(new, dims=found.dense.dims or None))()
     if found.dense.weights == "sink":
         options["weights"] = fv.softmax(sink=left.pop(0))

@@ -263,7 +263,7 @@ def log_decay(log_gates: Tensor) -> LogDecay:
         raise TypeError(f"log_decay takes a float tensor (B, H, M) of log gates; got {type(log_gates).__name__}")
     if log_gates.dim() != 3:
         raise ValueError(f"log_decay takes log gates (B, H, M); got {tuple(log_gates.shape)}")
-    return LogDecay(log_gates.cumsum(-1, dtype=torch.float64))
+    return LogDecay(log_gates.double().cumsum(-1))  # cumsum(dtype=...) would sum up gradients in the dtype of the gates
 
 
 def _check_heads(what: str, values: Tensor, heads: int) -> None:

@@ -56,8 +56,13 @@ def log_sum_exp(lse: Tensor) -> Tensor:
 def with_sink(partial: Partial, sink: Tensor) -> Partial:
     """Add a logit per head (H,) to the row sum that carries no value: an attention sink."""
     assert partial.lse is not None
-    lse = torch.logaddexp(partial.lse, sink.to(partial.lse.dtype).view(1, -1, 1).expand_as(partial.lse))
-    share = torch.exp(partial.lse - lse).to(partial.out.dtype)
+    sink, empty = sink.to(partial.lse.dtype).view(1, -1, 1), partial.lse.isneginf()
+    seen = torch.where(empty, 0.0, partial.lse)
+    apart = (
+        seen - sink
+    )  # not by logaddexp: of rows that see nothing, or far less than the sink, it has no second gradient
+    lse = torch.where(empty, sink, seen - torch.nn.functional.logsigmoid(apart))
+    share = torch.where(empty, 0.0, torch.sigmoid(apart)).to(partial.out.dtype)
     return Partial(partial.out * share.unsqueeze(-1), lse)
 
 
