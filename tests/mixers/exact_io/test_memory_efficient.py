@@ -115,6 +115,7 @@ def test_peak_memory_was_measured_to_grow_linearly() -> None:
         assert own[most]["bytes"]["chunked"] < table / 8
         assert own[most]["bytes"]["chunked"] <= 1.3 * most / least * own[least]["bytes"]["chunked"] + 2**22
         assert all(case["error"] < 1e-3 for case in own.values())
+        assert own[least]["seconds"]["chunked"] < 1.3 * own[least]["seconds"]["attend"]
 
 
 def test_documents_of_a_pack_are_kept_apart() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar, Unpack
 
 import torch
@@ -29,8 +30,9 @@ class ChunkedCore:
     """Attention over all keys, a chunk of queries and a chunk of keys at a time, recomputed in backward.
 
     What has been summed so far, the running output and log-sum-exp of a chunk of queries, is all that is kept between
-    chunks of keys. The sizes are those of the authors' code; a key chunk of None is the square root of the number of
-    keys, as in the paper's analysis. Rabe and Staats, Self-attention Does Not Need O(n^2) Memory, arXiv 2112.05682.
+    chunks of keys; where there is one such chunk it is not recomputed, since kernels keep no more of it themselves. The
+    sizes are those of the authors' code; a key chunk of None is the square root of the number of keys, as in the
+    paper's analysis. Rabe and Staats, Self-attention Does Not Need O(n^2) Memory, arXiv 2112.05682.
 
     >>> q = k = v = torch.randn(1, 2, 9, 4)
     >>> ChunkedCore(query_chunk=4, key_chunk=2)(q, k, v).shape
@@ -76,7 +78,7 @@ class ChunkedCore:
         def rows_of(q: Tensor, k: Tensor, v: Tensor, at: slice) -> Tensor:
             whole: Partial | None = None
             size = max(key_chunk, 1)  # split, whose gradient is one tensor; one of each slice would be as long as k
-            ks, vs = (k.split(size, 2), v.split(size, 2))
+            ks, vs = ((x.split(size, 2) if x.shape[2] > size else (x,)) for x in (k, v))
             for keys in parts.worth(at, cuts(k.shape[2], key_chunk)):
                 number = keys.start // size
                 chunk = chunk_of(q, ks[number], vs[number], at, keys)
@@ -84,8 +86,13 @@ class ChunkedCore:
             assert whole is not None
             return (whole if weights.sink is None else with_sink(whole, weights.sink)).out
 
+        def kept(at: slice) -> bool:
+            """Whether its only chunk keeps as little as what is computed again would: kernels keep out and lse."""
+            several = len(list(parts.worth(at, cuts(k.shape[2], key_chunk)))) > 1
+            return not (several or functions or dropout or weights.normalise)
+
         pieces = zip(q.split(self.query_chunk, 2), cuts(q.shape[2], self.query_chunk), strict=True)
-        rows = [recomputed(rows_of, some, k, v, at) for some, at in pieces]
+        rows = [(rows_of if kept(at) else partial(recomputed, rows_of))(some, k, v, at) for some, at in pieces]
         return torch.cat(rows, dim=2)
 
 
