@@ -84,7 +84,7 @@ class Dense:
 
     def sizes(self, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         out, *lse = self(q, k, v.abs(), *more)
-        if self.weights == "sigmoid":  # as exact as logits, which have several roundings even where a cap hides q and k
+        if self.weights in ("sigmoid", "sink"):  # as exact as logits: several roundings even where a cap hides q and k
             logits = self.logits(q, k, more[0] if self.bias != "none" else None)
             out = out * (1 + torch.where(self.mask, logits, 0).nan_to_num(0, 0, 0).abs().amax((2, 3), keepdim=True) / 2)
         return out, *(x.abs() + 1 for x in lse)
