@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch.nn.functional import layer_norm, mish, normalize, pad, pixel_shuffle,
 
 from foveate.catalogue.tiers import Preset, model
 from foveate.precision import to_accum
+
+MakeBlock = Callable[[int, int, float], nn.Module]
 
 
 class HistogramAttention(nn.Module):
@@ -96,7 +98,11 @@ class DualScaleFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = pixel_shuffle(self.to_hidden(x), 2).chunk(2, 1)
-        return self.to_out(pixel_unshuffle(mish(self.far(gate)) * self.near(value), 2))
+        return self.to_out(pixel_unshuffle(self.gated(mish(self.far(gate)) * self.near(value)), 2))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """What another network does with values behind their gates."""
+        return x
 
 
 class HistogramBlock(nn.Module):
@@ -118,7 +124,7 @@ def unit_pixels(x: Tensor) -> Tensor:
 
 
 class Histoformer(nn.Module):
-    """Images (B, channels, height, width) to restored images."""
+    """Images (B, channels, height, width) to restored images, by blocks of a kind (width, heads, ratio)."""
 
     def __init__(
         self,
@@ -128,6 +134,7 @@ class Histoformer(nn.Module):
         refinement: int,
         heads: Sequence[int],
         ratio: float,
+        block: MakeBlock,
     ) -> None:
         super().__init__()
         if len(depths) != len(heads) or len(depths) < 2:
@@ -137,7 +144,7 @@ class Histoformer(nn.Module):
         self.stem = nn.Conv2d(channels, dim, 3, padding=1, bias=False)
         self.head = nn.Conv2d(widths[1], channels, 3, padding=1, bias=False)
         self.encoders = nn.ModuleList(
-            blocks(width, depth, of, ratio) for width, depth, of in zip(widths, depths, heads, strict=True)
+            blocks(block, width, depth, of, ratio) for width, depth, of in zip(widths, depths, heads, strict=True)
         )
         self.downs = nn.ModuleList(nn.Conv2d(width, width // 2, 3, padding=1, bias=False) for width in widths[:-1])
         self.halves = nn.ModuleList(small_copy(channels) for _ in widths[:-1])
@@ -147,8 +154,8 @@ class Histoformer(nn.Module):
         self.narrow = nn.ModuleList(nn.Conv2d(2 * width, width, 1, bias=False) for width in widths[1:-1])
         decoders = [(widths[1], depths[0], heads[0])]
         decoders += list(zip(widths[1:-1], depths[1:-1], heads[1:-1], strict=True))
-        self.decoders = nn.ModuleList(blocks(width, depth, of, ratio) for width, depth, of in decoders)
-        self.refinement = blocks(widths[1], refinement, heads[0], ratio)
+        self.decoders = nn.ModuleList(blocks(block, width, depth, of, ratio) for width, depth, of in decoders)
+        self.refinement = blocks(block, widths[1], refinement, heads[0], ratio)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
@@ -170,8 +177,8 @@ class Histoformer(nn.Module):
         return self.head(self.refinement(x))
 
 
-def blocks(dim: int, depth: int, heads: int, ratio: float) -> nn.Sequential:
-    return nn.Sequential(*(HistogramBlock(dim, heads, ratio) for _ in range(depth)))
+def blocks(block: MakeBlock, dim: int, depth: int, heads: int, ratio: float) -> nn.Sequential:
+    return nn.Sequential(*(block(dim, heads, ratio) for _ in range(depth)))
 
 
 def small_copy(channels: int) -> nn.Sequential:
@@ -207,4 +214,4 @@ def histoformer(
     >>> model(torch.randn(2, 3, 19, 24)).shape
     torch.Size([2, 3, 19, 24])
     """
-    return Histoformer(channels, dim, depths, refinement, heads, ratio)
+    return Histoformer(channels, dim, depths, refinement, heads, ratio, HistogramBlock)
