@@ -90,7 +90,7 @@ def _listed(call: RangesCall, logits: Tensor | None) -> bytes | None:
     starts, ranges = _address(seen.starts), _address(seen.ranges)
     if not starts or (not ranges and len(seen.ranges)):
         return None
-    to = 0 if logits is None else logits.data_ptr()
+    to = 0 if logits is None else c.strided(logits, (torch.float32,), logits.shape)
     if bias is None:
         return SEEN.pack(seen.batches, seen.heads, starts, ranges, 0, 0, 0, 0, to)
     if bias.dtype != torch.float32 or (bias.requires_grad and torch.is_grad_enabled()) or not is_plain(bias):
