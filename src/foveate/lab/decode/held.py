@@ -33,9 +33,9 @@ def held_bytes(cache: object, model: nn.Module) -> Held:
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     found: dict[int, tuple[int, bool]] = {}
     for tensor, aside in _tensors(cache, set(), False):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = (storage.nbytes(), aside)
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            found[address] = (tensor.untyped_storage().nbytes(), aside)
     return Held(*(sum(size for size, aside in found.values() if aside is where) for where in (False, True)))
 
 
