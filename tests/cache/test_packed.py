@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.cache.memory import Look
-from foveate.cache.packed import PackedTokens, pack, unpack
+from foveate.cache.packed import PackedTokens
 from foveate.cache.zipped import Precision, ZipMemory, probe_rows
 
 GAP, D, DV = 12, 6, 5
@@ -29,14 +29,6 @@ def quantised(k: Tensor, v: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         low, step = even.min(), (even.max() - even.min()) / levels
         v_out[t] = (torch.round((even - low) / step) * step + low) * norm
     return k_out, v_out
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_codes_come_back(bits: int) -> None:
-    codes = torch.randint(2**bits, (3, 5, 13), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert packed.shape == (3, 5, -(-13 * bits // 8))
-    assert torch.equal(unpack(packed, bits, 13), codes)
 
 
 @pytest.mark.paper("ZipCache", "definition")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.attention import attend_partial, merge
-from foveate.cache.packed import pack, unpack
+from foveate.attention.stored import pack, unpack
 
 STORED = (2, 4, 8)  # bits that a code may have
 

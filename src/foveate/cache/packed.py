@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from foveate.attention import Partial
+from foveate.attention.stored import Codes, Scale, Segment, attend_stored, pack
 from foveate.cache.memory import Look
-from foveate.cache.scores import logits_of
 from foveate.cache.slots import FREE
-from foveate.counting import Cost, counted
+from foveate.precision import accum_dtype
 
 CHUNK = 64  # queries that meet packed keys at once
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (..., D) below 2 ** bits, ``8 // bits`` channels to a byte, D / 8 * bits apart; bits is 2 or 4.
-
-    >>> pack(torch.tensor([[1, 2, 3, 0, 2]], dtype=torch.uint8), 2)
-    tensor([[45,  2]], dtype=torch.uint8)
-    """
-    each = 8 // bits
-    planes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).chunk(each, -1)
-    packed = planes[0].clone()
-    for number, plane in enumerate(planes[1:], 1):
-        packed |= plane << bits * number
-    return packed
-
-
-def unpack(packed: Tensor, bits: int, dim: int) -> Tensor:
-    """The codes (..., dim) that `pack` packed.
-
-    >>> unpack(torch.tensor([[45, 2]], dtype=torch.uint8), 2, 5)
-    tensor([[1, 2, 3, 0, 2]], dtype=torch.uint8)
-    """
-    planes = [(packed >> bits * number) & (2**bits - 1) for number in range(8 // bits)]
-    return torch.cat(planes, -1)[..., :dim]
 
 
 @dataclass(frozen=True)
@@ -83,42 +60,45 @@ class PackedTokens:
         index = entries.to(self.k.device)
         return replace(self, **{each.name: getattr(self, each.name)[index] for each in fields(self)[:-1]})
 
+    @property
+    def codes(self) -> tuple[Codes, Codes]:
+        """Keys (B, G, S, D) and values (B, G, S, Dv) as they are stored."""
+        token = Scale(self.v_step.squeeze(3), self.v_least.squeeze(3))
+        return (
+            Codes(self.k, self.k_step.shape[3], self.bits, channel=Scale(self.k_step, self.k_least)),
+            Codes(self.v, self.v_norm.shape[3], self.bits, channel=Scale(self.v_norm), token=token),
+        )
+
     def dequantised(self) -> tuple[Tensor, Tensor]:
         """Keys (B, G, S, D) and values (B, G, S, Dv) as numbers again."""
-        k = unpack(self.k, self.bits, self.k_step.shape[3]).to(self.k_step.dtype)
-        v = unpack(self.v, self.bits, self.v_norm.shape[3]).to(self.v_step.dtype)
-        return k * self.k_step + self.k_least, (v * self.v_step + self.v_least) * self.v_norm
+        k, v = self.codes
+        return k.numbers(self.k_step.dtype), v.numbers(self.v_step.dtype)
 
-    @counted("attend", lambda packed, q, look: packed.cost(q, look))
-    def attend(self, q: Tensor, look: Look) -> Partial:
-        """Attention of queries (B, H, N, D) to these tokens alone, from the codes: scales are applied to q and out."""
-        parts = [self._attend(q[:, :, at : at + CHUNK], look, at) for at in range(0, q.shape[2], CHUNK)]
-        outs, sums = zip(*parts, strict=True)
-        return Partial(torch.cat(outs, 2), torch.cat(sums, 2))
+    def seen(self, q: Tensor, look: Look) -> Segment:
+        """These tokens as queries (B, H, N, D) see them that come after all of them."""
+        bias = self._bias(q, look) if look.padded or look.width or look.options.get("bias") is not None else None
+        lengths = None if bias is not None else (self.position != FREE).sum(2)  # what is FREE lies behind the tokens
+        return Segment(*self.codes, lengths=lengths, bias=bias)
 
-    def cost(self, q: Tensor, look: Look) -> Cost:
-        """Operations of `attend`, which reads all codes for every ``CHUNK`` queries."""
-        seen = int(look.visible(self.position.long()).sum()) if self.k.shape[2] else 0
-        pairs = seen * q.shape[1] // self.k.shape[1]
-        channels = q.shape[3] + self.v_norm.shape[3]
-        return Cost(2 * channels * pairs, pairs, pairs, self.nbytes * -(-q.shape[2] // CHUNK))
+    def _bias(self, q: Tensor, look: Look) -> Tensor:
+        position = self.position.long()
+        bias = look.options_at(position).get("bias")
+        seen = look.visible(position).repeat_interleave(q.shape[1] // position.shape[1], dim=1)
+        given = torch.zeros((), dtype=accum_dtype(q), device=q.device) if bias is None else bias.to(accum_dtype(q))
+        return torch.where(seen, given, float("-inf"))
 
-    def _attend(self, q: Tensor, look: Look, at: int) -> tuple[Tensor, Tensor]:
-        few = Look(look.position[:, at : at + q.shape[2]], look.options, look.width, slopes=look.slopes)
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        heads = (self.k.shape[1], q.shape[1] // self.k.shape[1])
-        rows = q.to(dtype).unflatten(1, heads).flatten(2, 3)  # (B, G, r N, D)
-        codes = unpack(self.k, self.bits, q.shape[3]).to(dtype)
-        products = (rows * self.k_step.to(dtype)) @ codes.mT + rows @ self.k_least.to(dtype).mT
-        products = products.unflatten(2, (heads[1], -1)).flatten(1, 2)
-        logits = logits_of(products, self.position.long(), few, q.shape[3])
-        total = torch.cat([logits, torch.full_like(logits[..., :1], float("-inf"))], 3).logsumexp(3)
-        weights = (logits - torch.where(total.isinf(), 0.0, total).unsqueeze(3)).exp()
-        weights = weights.unflatten(1, heads).flatten(2, 3)
-        codes = unpack(self.v, self.bits, self.v_norm.shape[3]).to(dtype)
-        out = (weights * self.v_step.to(dtype).mT) @ codes + weights @ self.v_least.to(dtype)
-        out = (out * self.v_norm.to(dtype)).unflatten(2, (heads[1], -1)).flatten(1, 2)
-        return out.to(q.dtype), total
+
+def attend_packed(q: Tensor, groups: Sequence[PackedTokens], look: Look) -> Partial:
+    """Attention of queries (B, H, N, D) to packed tokens alone, read as they are packed; all come before them."""
+    parts = [_attend(q[:, :, at : at + CHUNK], groups, look, at) for at in range(0, q.shape[2], CHUNK)]
+    outs, sums = zip(*parts, strict=True)
+    return Partial(torch.cat(outs, 2), torch.cat(sums, 2))
+
+
+def _attend(q: Tensor, groups: Sequence[PackedTokens], look: Look, at: int) -> Partial:
+    few = replace(look, position=look.position[:, at : at + q.shape[2]])
+    scale, softcap = (look.options.get(name) for name in ("scale", "softcap"))
+    return attend_stored(q, [group.seen(q, few) for group in groups], causal=False, scale=scale, softcap=softcap)
 
 
 def _quantised(x: Tensor, bits: int, axis: int, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.attention import Weights, attend_partial, merge
 from foveate.attention.partial import with_sink
 from foveate.cache.memory import LayerMemory, Look
-from foveate.cache.packed import PackedTokens
+from foveate.cache.packed import PackedTokens, attend_packed
 from foveate.cache.scores import of_key_heads, rows_of, weights_of_rows
 from foveate.cache.slots import FREE, Slots
 from foveate.patterns import boolean_mask
@@ -58,7 +58,7 @@ class ZipMemory(LayerMemory):
         options = look.options_at(self.slots.position) | {"weights": "softmax"}
         seen = look.visible(self.slots.position).repeat_interleave(q.shape[1] // self.slots.k.shape[1], 1)
         own = attend_partial(q, self.slots.k, self.slots.v, boolean_mask(seen), **options)
-        joined = merge([own, *(group.attend(q, look) for group in self.packed)])
+        joined = merge([own, attend_packed(q, self.packed, look)])
         weights = look.options.get("weights")
         sink = weights.sink if isinstance(weights, Weights) else None
         return (joined if sink is None else with_sink(joined, sink)).out
@@ -103,8 +103,7 @@ class ZipMemory(LayerMemory):
         few, at = rows_of(q, look, rows)
         at = replace(at, position=at.position.masked_fill(unused, FREE))
         k, position = self.slots.k, self.slots.position
-        sums = [part.lse for part in (group.attend(few, at) for group in self.packed)]
-        beside = torch.stack([x for x in sums if x is not None]).logsumexp(0) if sums else None
+        beside = attend_packed(few, self.packed, at).lse if self.packed else None
         weights = of_key_heads(weights_of_rows(few, k, position, at, beside), k.shape[1])
         seeing = at.visible(position).sum(2).clamp_min(1)
         return weights.sum(2) / seeing
