@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,9 +77,11 @@ class PackedTokens:
 
     def seen(self, q: Tensor, look: Look) -> Segment:
         """These tokens as queries (B, H, N, D) see them that come after all of them."""
-        bias = self._bias(q, look) if look.padded or look.width or look.options.get("bias") is not None else None
-        lengths = None if bias is not None else (self.position != FREE).sum(2)  # what is FREE lies behind the tokens
-        return Segment(*self.codes, lengths=lengths, bias=bias)
+        return self._whole if sees_all(look) else Segment(*self.codes, bias=self._bias(q, look))
+
+    @cached_property
+    def _whole(self) -> Segment:
+        return Segment(*self.codes, lengths=(self.position != FREE).sum(2))  # what is FREE lies behind the tokens
 
     def _bias(self, q: Tensor, look: Look) -> Tensor:
         position = self.position.long()
@@ -86,6 +89,11 @@ class PackedTokens:
         seen = look.visible(position).repeat_interleave(q.shape[1] // position.shape[1], dim=1)
         given = torch.zeros((), dtype=accum_dtype(q), device=q.device) if bias is None else bias.to(accum_dtype(q))
         return torch.where(seen, given, float("-inf"))
+
+
+def sees_all(look: Look) -> bool:
+    """Whether queries see all tokens before them, none more than another."""
+    return not look.padded and look.width is None and look.options.get("bias") is None
 
 
 def attend_packed(q: Tensor, groups: Sequence[PackedTokens], look: Look) -> Partial:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from foveate.attention import Weights, attend_partial, merge
+from foveate.attention import Partial, Weights, attend_partial, merge
 from foveate.attention.partial import with_sink
+from foveate.attention.stored import Segment, attend_stored
 from foveate.cache.memory import LayerMemory, Look
-from foveate.cache.packed import PackedTokens, attend_packed
+from foveate.cache.packed import PackedTokens, attend_packed, sees_all
 from foveate.cache.scores import of_key_heads, rows_of, weights_of_rows
 from foveate.cache.slots import FREE, Slots
 from foveate.patterns import boolean_mask
@@ -55,13 +56,24 @@ class ZipMemory(LayerMemory):
         if not self.packed:
             return super().look(q, look)
         assert self.slots is not None
+        weights = look.options.get("weights")
+        sink = weights.sink if isinstance(weights, Weights) else None
+        if q.shape[2] == 1 and sees_all(look):
+            joined = self._attend_all(q, look)
+            return (joined if sink is None else with_sink(joined, sink)).out
         options = look.options_at(self.slots.position) | {"weights": "softmax"}
         seen = look.visible(self.slots.position).repeat_interleave(q.shape[1] // self.slots.k.shape[1], 1)
         own = attend_partial(q, self.slots.k, self.slots.v, boolean_mask(seen), **options)
         joined = merge([own, attend_packed(q, self.packed, look)])
-        weights = look.options.get("weights")
-        sink = weights.sink if isinstance(weights, Weights) else None
         return (joined if sink is None else with_sink(joined, sink)).out
+
+    def _attend_all(self, q: Tensor, look: Look) -> Partial:
+        """One query over all tokens, in one call."""
+        assert self.slots is not None
+        segments = [group.seen(q, look) for group in self.packed]
+        segments += [Segment(self.slots.k, self.slots.v)] if self.slots.count else []
+        scale, softcap = (look.options.get(name) for name in ("scale", "softcap"))
+        return attend_stored(q, segments, scale=scale, softcap=softcap)
 
     def settle(self, q: Tensor, look: Look) -> None:
         assert self.slots is not None
