@@ -40,10 +40,10 @@ def segment(format: str, form: str, tokens: int) -> Segment:
     else:
         stored = quantise(x, format, by="channel", group=PAGE), quantise(x, format)
     if form == "contiguous":
-        return Segment(*stored)
+        return Segment(stored[0], stored[1])
     share = torch.linspace(0.5, 1, HEADS) if form == "ragged" else torch.ones(HEADS)
     lengths = (share * tokens).long().unsqueeze(0)
-    return Segment(*stored, pages=torch.randperm(HEADS * pages).view(1, HEADS, pages), lengths=lengths)
+    return Segment(stored[0], stored[1], pages=torch.randperm(HEADS * pages).view(1, HEADS, pages), lengths=lengths)
 
 
 def bytes_read(one: Segment) -> int:

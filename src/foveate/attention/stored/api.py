@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ def stored_cost(q: Tensor, stored: Sequence[Segment], **_: Any) -> Cost:
         tokens = one.batch * one.heads * one.slots if one.lengths is None else int(one.counts.sum())
         pairs = tokens * q.shape[1] // max(one.heads, 1) * q.shape[2]
         flops = 2 * (one.k.shape[3] + one.v.shape[3]) * pairs
-        cost = Cost(cost.flops + flops, cost.pairs + pairs, cost.computed + pairs)
+        room = max(math.prod(one.k.shape[:3]), 1)  # tokens of one head, as many as all pages hold
+        read = tokens * (one.k.nbytes + one.v.nbytes) // room
+        cost = Cost(cost.flops + flops, cost.pairs + pairs, cost.computed + pairs, cost.read + read)
     return cost
 
 
@@ -35,7 +38,7 @@ def empty_stored(q: Tensor, stored: Sequence[Segment], **_: Any) -> Partial:
     return Partial(q.new_empty(*shape, stored[0].v.shape[3]), q.new_empty(shape, dtype=lse_dtype(q)))
 
 
-@counted("attend_stored", stored_cost, empty_stored)
+@counted("attend", stored_cost, empty_stored)
 def attend_stored(
     q: Tensor,
     stored: Sequence[Segment],
