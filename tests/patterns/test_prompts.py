@@ -115,41 +115,57 @@ def chunks_by_hand(k: Tensor, chunk: int) -> list[int]:
 
 
 @pytest.mark.paper("DHSA", "definition")
+@pytest.mark.paper("DHSA", "works_when")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("keys", "chunk", "given"), [(9, 6, False), (20, 9, False), (13, 1, True), (1, 8, False)])
-def test_chunks_are_taken_by_their_pooled_scores_until_the_budget_is_spent(
+def test_each_query_keeps_a_budget_of_keys_by_the_scores_of_their_chunks(
     shape: tuple[int, int], keys: int, chunk: int, given: bool
 ) -> None:
-    q, k, v = inputs(shape)
+    q, k, v = (x.requires_grad_() for x in inputs(shape))
     starts = [0, 2, 3, 11, 12, 30, 51] if given else None
     offset = shape[1] - shape[0]
     seen = torch.zeros(2, 4, *shape, dtype=torch.bool)
     for b in range(2):
-        begins = [s for s in starts or chunks_by_hand(k[b], chunk) if s < shape[1]]
+        begins = [s for s in starts or chunks_by_hand(k[b].detach(), chunk) if s < shape[1]]
         ends = [*begins[1:], shape[1]]
         for h in range(4):
-            for row, (first, end) in enumerate(zip(begins, ends, strict=True)):
+            for first, end in zip(begins, ends, strict=True):
                 mine = [i for i in range(shape[0]) if first <= i + offset < end]
                 if not mine:
                     continue
-                mean = q[b, h, mine].mean(0) * len(mine) ** 0.5
-                score = [
-                    float(mean @ k[b, h // 2, a:z].mean(0)) * (z - a) ** 0.5 for a, z in zip(begins, ends, strict=True)
+                mean = q[b, h, mine].detach().mean(0) * len(mine) ** 0.5
+                pooled = [
+                    k[b, h // 2, a:z].detach().mean(0) * (z - a) ** 0.5 for a, z in zip(begins, ends, strict=True)
                 ]
-                left, kept = keys, set()
-                for c in sorted(range(row + 1), key=lambda c: -score[c]):
-                    taken = min(left, ends[c] - begins[c])
-                    kept |= set(range(begins[c], begins[c] + taken))
-                    left -= taken
+                upsampled = [
+                    float(mean @ own) for own, a, z in zip(pooled, begins, ends, strict=True) for _ in range(a, z)
+                ]
                 for i in mine:
-                    for j in range(i + offset + 1):
-                        seen[b, h, i, j] = j in kept
+                    best = sorted(range(i + offset + 1), key=lambda j, s=upsampled: -s[j])[:keys]
+                    assert len(best) == min(keys, i + offset + 1)
+                    seen[b, h, i, best] = True
     pattern = chunk_budget(keys, chunk=chunk, starts=starts)
-    assert torch.equal(pattern.select(q, k).to_dense().expand_as(seen), seen)
-    want = torch.nan_to_num(scores_of(q, k).masked_fill(~seen, float("-inf")).softmax(-1)) @ v.repeat_interleave(2, 1)
-    torch.testing.assert_close(attend(q, k, v, pattern), want)
+    for tile in (64, 8):  # the native builder, and that in torch
+        assert torch.equal(pattern.select(q, k, tile=tile).to_dense().expand_as(seen), seen)
+    want = scores_of(q, k).masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(2, 1)
+    out = attend(q, k, v, pattern)
+    torch.testing.assert_close(out, want)
+    towards = torch.randn_like(out)
+    for one, other in zip(*(torch.autograd.grad(y, (q, k, v), towards) for y in (out, want)), strict=True):
+        torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(("length", "keys", "chunk"), [(700, 90, 13), (333, 150, 70), (260, 40, 300)])
+def test_longer_texts_have_the_same_chunks_in_tiles_of_either_builder(length: int, keys: int, chunk: int) -> None:
+    q, k = torch.randn(2, 2, length, 8, dtype=torch.float64), torch.randn(2, 1, length, 8, dtype=torch.float64)
+    found = [chunk_budget(keys, chunk=chunk).select(q[:, :, 7:], k, tile=tile) for tile in (64, 8)]
+    native, plain = (one.to_dense() for one in found)
+    assert torch.equal(native, plain)
+    place = torch.arange(7, length) + 1
+    assert torch.equal(native.sum(-1), place.clamp(max=keys).expand_as(native[..., 0]))
+
+
+@pytest.mark.paper("DHSA", "works_when")
 def test_attention_to_chosen_chunks_forms_few_pairs_besides() -> None:
     q, k, v = torch.randn(3, 1, 1, 2048, 16).unbind(0)
     with count_operations() as sparse:
@@ -240,6 +256,7 @@ def test_ranges_are_halved_and_the_best_kept(shape: tuple[int, int], keys: int, 
 @pytest.mark.paper("AnchorAttention", "works_when")
 @pytest.mark.paper("ProxyAttn", "works_when")
 @pytest.mark.paper("HiP", "works_when")
+@pytest.mark.paper("DHSA", "works_when")
 def test_all_of_the_budget_is_causal_attention(pattern: Pattern) -> None:
     q, k, v = inputs((77, 90))
     torch.testing.assert_close(attend(q, k, v, pattern), attend(q, k, v, causal))

@@ -198,6 +198,64 @@ class Distances(Line):
         return mix_hash(boxes.batch, boxes.head, boxes.position.q_lo - boxes.position.k_lo)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ChunkTable(Decided):
+    """Keys in an order of their chunks, as many as the budget; the own chunk counts as far as a query sees of it.
+
+    An entry of the table is twice the number of keys in other chunks that come before this chunk, plus 1 if the own
+    chunk does.
+    """
+
+    table: Tensor  # (B, H, C, C) int64
+    number: Tensor  # (B, M): the chunk of each key, and of the query that stands there
+    budget: int
+
+    text = "chunk_table(...)"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.table, self.number)
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """The place (B, M) of each key in its chunk."""
+        at = torch.arange(self.number.shape[1], device=self.number.device)
+        begins = pad(self.number.diff(dim=1) != 0, (1, 0), value=True)
+        return at - torch.where(begins, at, 0).cummax(1).values
+
+    @cached_property
+    def cells(self) -> Cells:
+        lengths = torch.zeros_like(self.table[:, 0, 0]).scatter_add_(1, self.number, torch.ones_like(self.number))
+        some = self._rank(self.table, 0, 0) < self.budget
+        own, other = (lengths[:, None, :, None] - 1, lengths[:, None, None] - 1)
+        return Cells.of(some, self._rank(self.table, own, other) < self.budget)
+
+    @staticmethod
+    def _rank(entry: Tensor, q_inside: Tensor | int, k_inside: Tensor | int) -> Tensor:
+        """How many keys come before one at a place in its chunk, for a query at a place in its own."""
+        return entry // 2 + k_inside + entry % 2 * (q_inside + 1)
+
+    def _at(self, tensor: Tensor, batch: Index, position: Tensor) -> Tensor:
+        row = batch if len(tensor) > 1 else 0
+        return tensor[row, position.clamp(0, tensor.shape[1] - 1)]
+
+    def visible(self, batch: Index, head: Index, q: Tensor, k: Tensor) -> Tensor:
+        rows, columns = self._at(self.number, batch, q), self._at(self.number, batch, k)
+        q_inside, k_inside = self._at(self.inside, batch, q), self._at(self.inside, batch, k)
+        seen = self._rank(self.read(batch, head, rows, columns), q_inside, k_inside) < self.budget
+        return seen.expand(torch.broadcast_shapes(seen.shape, q.shape, k.shape))
+
+    def bounds(self, boxes: Boxes) -> Bounds:
+        at = Interval(*(self._at(self.number, boxes.batch, edge) for edge in boxes.position))
+        some, every = self.cells.bounds(boxes.batch, boxes.head, at)
+        entry = self.read(boxes.batch, boxes.head, at.q_lo, at.k_lo)
+        one = (at.q_lo == at.q_hi) & (at.k_lo == at.k_hi)
+        inside = Interval(*(self._at(self.inside, boxes.batch, edge) for edge in boxes.position))
+        first = self._rank(entry, inside.q_lo, inside.k_lo) < self.budget
+        last = self._rank(entry, inside.q_hi, inside.k_hi) < self.budget
+        return Bounds(torch.where(one, first, some), torch.where(one, last, every))
+
+
 class Picks(NamedTuple):
     """The words of 64 keys in which queries chose any, ascending by code."""
 

@@ -44,6 +44,7 @@ class Operation(IntEnum):
     PLACED = 17
     LOCAL_BLOCKS = 18
     EVERY_BLOCK = 19
+    CHUNK_TABLE = 20
 
 
 class Program:
@@ -133,6 +134,21 @@ def _block_table(program: Program, pattern: decided.BlockTable) -> list[int]:
     return [Operation.BLOCK_TABLE, table, *pattern.table.shape, *places]
 
 
+def _chunk_table(program: Program, pattern: decided.ChunkTable) -> list[int]:
+    tables = pattern.table, pattern.number, pattern.inside
+    addresses = [program.address(table, torch.int64, *table.shape) for table in tables]
+    *planes, count, _ = pattern.table.shape
+    return [
+        Operation.CHUNK_TABLE,
+        *addresses,
+        *planes,
+        len(pattern.number),
+        count,
+        pattern.number.shape[1],
+        pattern.budget,
+    ]
+
+
 COMPOUNDS = {
     compound.And: Operation.ALL,
     compound.Or: Operation.ANY,
@@ -157,4 +173,5 @@ LEAVES: dict[type[Pattern], Callable[[Program, Any], list[int]]] = {
     decided.Columns: lambda program, p: [Operation.COLUMNS, *program.line(p.table, p.before)],
     decided.Distances: lambda program, p: [Operation.DISTANCES, *program.line(p.table, p.before)],
     decided.BlockTable: _block_table,
+    decided.ChunkTable: _chunk_table,
 }

@@ -8,7 +8,7 @@ namespace foveate::selection {
 
 enum Operation : int64_t {
     ALL, ANY, NOT, PER_HEAD, BAND, STRIDED, SINKS, PREFIX, BLOCKS, POWER_OF_TWO, DOCUMENTS, GLOBAL_TOKENS,
-    RANDOM_BLOCKS, COLUMNS, DISTANCES, BLOCK_TABLE, MOVED, PLACED, LOCAL_BLOCKS, EVERY_BLOCK,
+    RANDOM_BLOCKS, COLUMNS, DISTANCES, BLOCK_TABLE, MOVED, PLACED, LOCAL_BLOCKS, EVERY_BLOCK, CHUNK_TABLE,
 };
 
 class Program {
@@ -36,6 +36,7 @@ class Program {
             case COLUMNS: return made(Columns{line()});
             case DISTANCES: return made(Distances{line()});
             case BLOCK_TABLE: return made(BlockTable{table<uint64_t>(), block_shape()});
+            case CHUNK_TABLE: return made(ChunkTable{table<int64_t>(), table<int64_t>(), table<int64_t>(), chunk_shape()});
             case MOVED: return made(Moved{number(), number(), pattern()});
             case PLACED: return made(Placed{places(), placed_parts()});
         }
@@ -53,6 +54,7 @@ class Program {
     BlockTable::Shape block_shape() {
         return {plane(), number(), number(), number(), number(), number(), number()};
     }
+    ChunkTable::Shape chunk_shape() { return {plane(), number(), number(), number(), number()}; }
     Placed::Tables places() {
         return {table<int64_t>(), table<int64_t>(), table<int64_t>(), table<int64_t>(), number(), number()};
     }

@@ -107,6 +107,87 @@ class BlockTable : public Pattern {
     const Divisor row_, block_, word_;
 };
 
+// Keys in an order of chunks of them, as many as a budget, the own chunk counted as far as the query sees of it.
+class ChunkTable : public Pattern {
+  public:
+    struct Shape {
+        Plane plane;
+        int64_t texts, num_chunks, num_slots, budget;
+    };
+    // ahead (planes, num_chunks, num_chunks): twice the keys of other chunks before this one, plus 1 after the own chunk;
+    // number and inside (texts, num_slots): the chunk of each token, and its place there.
+    ChunkTable(const int64_t* ahead, const int64_t* number, const int64_t* inside, const Shape& shape)
+        : ahead_(ahead), number_(number), inside_(inside), shape_(shape) {}
+
+    Bound bounds(const Box& box) const override {
+        const int64_t text = text_of(box);
+        const int64_t rows[2] = {number_[text + slot(box.q_low)], number_[text + slot(box.q_high)]};
+        const int64_t columns[2] = {number_[text + slot(box.k_low)], number_[text + slot(box.k_high)]};
+        if (rows[0] != rows[1] || columns[1] - columns[0] >= MOST_CHUNKS) return in_runs(box);
+        return of_row(box, rows[0], slot(box.q_low), slot(box.q_high));
+    }
+
+    void fill(const Box& tile, Square& square) const override {
+        const int64_t text = text_of(tile), *plane = plane_of(tile);
+        set_all(square, 0);
+        for (int64_t begin = tile.k_low, end; begin < tile.k_low + TILE; begin = end) {
+            const int64_t column = number_[text + slot(begin)];
+            for (end = begin + 1; end < tile.k_low + TILE && number_[text + slot(end)] == column;) ++end;
+            for (int64_t i = 0; i < TILE; ++i) {
+                const int64_t at = text + slot(tile.q_low + i);
+                const int64_t entry = plane[number_[at] * shape_.num_chunks + column];
+                const int64_t left = shape_.budget - rank(entry, inside_[at], inside_[text + slot(begin)]);
+                const int64_t seen = std::min(std::max<int64_t>(left, 0), end - begin);
+                if (seen > 0) square.rows[i] |= span(begin - tile.k_low, begin - tile.k_low + seen - 1);
+            }
+        }
+    }
+
+  private:
+    static constexpr int64_t MOST_CHUNKS = 16;  // that a bound looks at one by one
+
+    int64_t text_of(const Box& box) const { return (shape_.texts > 1 ? box.batch : 0) * shape_.num_slots; }
+    const int64_t* plane_of(const Box& box) const {
+        return ahead_ + shape_.plane.of(box) * shape_.num_chunks * shape_.num_chunks;
+    }
+    int64_t slot(int64_t at) const { return std::min(std::max<int64_t>(at, 0), shape_.num_slots - 1); }
+    static int64_t rank(int64_t entry, int64_t q_inside, int64_t k_inside) {
+        return (entry >> 1) + k_inside + (entry & 1) * (q_inside + 1);
+    }
+    // Of queries of one chunk, from the first to the last slot.
+    Bound of_row(const Box& box, int64_t row, int64_t q_first, int64_t q_last) const {
+        const int64_t text = text_of(box), *entries = plane_of(box) + row * shape_.num_chunks;
+        bool some = false, every = true;
+        for (int64_t begin = box.k_low, end; begin <= box.k_high; begin = end) {
+            const int64_t column = number_[text + slot(begin)];
+            for (end = begin + 1; end <= box.k_high && number_[text + slot(end)] == column;) ++end;
+            const int64_t first = inside_[text + slot(begin)], last = inside_[text + slot(end - 1)];
+            some |= rank(entries[column], inside_[text + q_first], first) < shape_.budget;
+            every &= rank(entries[column], inside_[text + q_last], last) < shape_.budget;
+        }
+        return bound(some, every);
+    }
+    // Of queries of several chunks: chunk by chunk where the box is small.
+    Bound in_runs(const Box& box) const {
+        if (box.num_queries() > TILE || box.num_keys() > TILE) return Bound::SOME;
+        const int64_t text = text_of(box);
+        bool some = false, every = true;
+        for (int64_t begin = box.q_low, end; begin <= box.q_high; begin = end) {
+            const int64_t row = number_[text + slot(begin)];
+            for (end = begin + 1; end <= box.q_high && number_[text + slot(end)] == row;) ++end;
+            const Bound known = of_row(box, row, slot(begin), slot(end - 1));
+            some |= known != Bound::NONE;
+            every &= known == Bound::EVERY;
+        }
+        return bound(some, every);
+    }
+
+    const int64_t* const ahead_;
+    const int64_t* const number_;
+    const int64_t* const inside_;
+    const Shape shape_;
+};
+
 // Marks along one number of a pair, with their running count.
 class Line {
   public:
