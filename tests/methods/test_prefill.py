@@ -120,6 +120,7 @@ def test_in_six_architectures_with_all_of_the_budget_nothing_changes(method: str
 @pytest.mark.paper("AnchorAttention", "works_when")
 @pytest.mark.paper("ProxyAttn", "works_when")
 @pytest.mark.paper("HiP", "works_when")
+@pytest.mark.paper("DHSA", "works_when")
 def test_recall_sparsity_and_time_of_long_prompts_were_measured() -> None:
     found = json.loads(MEASURED.read_text(encoding="utf-8"))
     assert found["length"] >= 16384
@@ -135,3 +136,4 @@ def test_recall_sparsity_and_time_of_long_prompts_were_measured() -> None:
         assert mean(method, "share_of_pairs") < 0.5
         assert mean(method, "seconds") < mean(method, "dense")
     assert mean("hip_attention", "seconds") < 0.25 * mean("hip_attention", "dense")
+    assert mean("dhsa", "share_of_pairs") < 0.3 and mean("dhsa", "seconds") < 0.6 * mean("dhsa", "dense")
