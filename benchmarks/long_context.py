@@ -14,6 +14,7 @@ reading its window anew. Densities are counted in ours; a mechanism that only sk
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
@@ -74,7 +75,7 @@ class Line:
     lengths: tuple[int, ...]
     dense: tuple[float, ...]
     sparse: tuple[float, ...]
-    densities: tuple[float, ...]
+    densities: tuple[float | None, ...]
     exponents: tuple[float, float]
     at_length: float
     measured: bool
@@ -156,7 +157,7 @@ CLAIMS = (
     Claim("NSA", "9.0", 1 << 16, "forward kernel, A100, against FlashAttention-2 in Triton",
           "whole mixers of the paper's blocks, 4 query heads to a key head, projections included", nsa),
     Claim("HyperAttention", "5", 1 << 17, "one causal layer, A100", "blocks of 256 and 256 samples, 4096 exact",
-          beside_causal(lambda _: HyperCore()), lengths=(8192, 16384, 32768)),
+          beside_causal(lambda _: HyperCore()), lengths=(8192, 16384)),
     Claim("SpargeAttn", "2.5 to 5", 1 << 17, "kernels with 8-bit products, several models",
           "46 % of causal blocks, chosen; float32 (the density is not verified)", beside_causal(sparge)),
     Claim("Radial Attention", "3.7", 128 * 3600, "a whole video model at 4 times its length",
@@ -200,14 +201,14 @@ def measured(claim: Claim, lengths: Sequence[int], repeats: int, tick: Run) -> L
     )  # fmt: skip
 
 
-def density(runs: tuple[Run, Run]) -> float:
-    """Pairs of the mechanism over those of dense attention."""
+def density(runs: tuple[Run, Run]) -> float | None:
+    """Pairs of the mechanism over those of dense attention; None where these are not counted."""
     counts = []
     for run in runs:
         with count_operations(torch_too=False) as counted:
             run()
         counts.append(counted.pairs)
-    return counts[1] / counts[0] if counts[0] else math.nan
+    return counts[1] / counts[0] if counts[0] else None
 
 
 def seconds(run: Run) -> float:
@@ -231,7 +232,7 @@ def show(lines: Sequence[Line]) -> None:
     for line in lines:
         ratios = [f"{d / s:.1f} at {short(n)}" for n, d, s in zip(line.lengths, line.dense, line.sparse, strict=True)]
         how = "measured" if line.measured else "extrapolated"
-        seen = "-" if math.isnan(line.densities[-1]) else f"{line.densities[-1]:.1%}"
+        seen = "-" if line.densities[-1] is None else f"{line.densities[-1]:.1%}"
         exponents = " / ".join(f"{p:.2f}" for p in line.exponents)
         table.add_row(line.paper, line.of, short(line.length), f"{line.ratio}x", f"{line.at_length:.1f}x",
                       f"{how}: {line.ours}", "\n".join(ratios), seen, exponents)  # fmt: skip
@@ -247,24 +248,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--paper", nargs="+", default=[claim.paper for claim in CLAIMS], help="some of the papers")
+    parser.add_argument("--keep", action="store_true", help="keep what --out has of other papers")
     parser.add_argument("--out", type=Path, default=RESULTS / "long_context.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     chosen = [(claim, list(claim.lengths or options.lengths)) for claim in CLAIMS if claim.paper in options.paper]
     if not chosen:
         raise SystemExit(f"papers are {', '.join(claim.paper for claim in CLAIMS)}; got {', '.join(options.paper)}")
-    lines = []
+    settings = {"lengths": options.lengths, "repeats": options.repeats, "heads": HEADS, "dim": DIM, "threads": 1}
+    lines = kept(options.out, settings) if options.keep else {}
     with Progress(transient=True) as progress:
         for claim, lengths in chosen:
             task = progress.add_task(claim.paper, total=options.repeats * len(lengths))
-            lines.append(measured(claim, lengths, options.repeats, partial(progress.advance, task)))
-    show(lines)
-    settings = {"lengths": options.lengths, "repeats": options.repeats, "heads": HEADS, "dim": DIM, "threads": 1}
-    record = {"settings": settings, "machine": machine.describe(), "load": os.getloadavg()[0]}
-    lines_written = [
-        asdict(line) | {"densities": [None if math.isnan(d) else d for d in line.densities]} for line in lines
-    ]
-    print("written to", write_json(options.out, record | {"lines": lines_written}))
+            lines[claim.paper] = measured(claim, lengths, options.repeats, partial(progress.advance, task))
+            record = {"settings": settings, "machine": machine.describe(), "load": os.getloadavg()[0]}
+            write_json(options.out, record | {"lines": [asdict(line) for line in lines.values()]})
+    show(list(lines.values()))
+    print("written to", options.out)
+
+
+def kept(file: Path, settings: dict[str, Any]) -> dict[str, Line]:
+    """Lines of a file that were measured with the same settings, by their papers."""
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {one["paper"]: Line(**one) for one in record.get("lines", ()) if record["settings"] == settings}
 
 
 if __name__ == "__main__":
