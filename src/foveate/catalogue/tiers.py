@@ -247,11 +247,13 @@ def method(
     read = inputs or ("video" if "grid" in tiny else "tokens")
     if read not in get_args(MethodInput):
         raise ValueError(f"inputs of {name} are one of {', '.join(get_args(MethodInput))}; got {inputs!r}")
-    own = {"full_budget": full_budget, "keeps": keeps, "inputs": read}
+    spent = Budget(budget) if isinstance(budget, str) else budget
+    own = {"full_budget": full_budget, "keeps": keeps, "inputs": read, "budget": spent}
+    adding = _adding(MethodRow, name, papers, more | {"tiny": tiny}, **own)
 
     def added(function: Made) -> Made:
-        spent = budget_of(name, budget, function)
-        return _adding(MethodRow, name, papers, more | {"tiny": tiny}, **own, budget=spent)(function)
+        budget_of(name, spent, function)
+        return adding(function)
 
     return added
 
