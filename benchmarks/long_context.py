@@ -204,7 +204,7 @@ def ratio_at(
     sparse: Sequence[float],
     densities: Sequence[float | None],
 ) -> float:
-    """The ratio at the paper's length: measured, or the fits', but never beyond what the pairs that are left out can give.
+    """The ratio at the paper's length: measured, or the fits', never beyond what pairs left out can give.
 
     Where short lengths are ruled by what does not grow with them, fits alone would promise any ratio.
     """
