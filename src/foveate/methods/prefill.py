@@ -129,7 +129,7 @@ def hip_attention(
 def dhsa(
     keys: int = 2048, chunk: int = 64, starts: Sequence[int] | None = None, layers: Layers | None = None
 ) -> Method:
-    """Prompts and written tokens see ``keys`` keys each, those of the chunks whose pooled keys suit best.
+    """DHSA: each query attends to ``keys`` keys, those of the chunks of unequal lengths with the best pooled scores.
 
     Chunks begin at ``starts``, or where keys change most, ``chunk`` long on average: the paper has a small network
     trained for that. Its own budget was not verified. Xiong et al., DHSA, arXiv 2510.24606.
