@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
+from torch import nn
 
 from foveate.adapt.hf.layers import attention_layers
 from foveate.adapt.swap import Change, use
@@ -23,7 +24,7 @@ from foveate.mixers.dynamic_sparse.drafted import (
 from foveate.patterns import Pattern, full
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 SAMPLED = 64  # queries of a sample whose weights are compared
 
@@ -51,7 +52,7 @@ class SpecAttnMethod:
 
     def install(self, model: nn.Module) -> Speculating:
         """Let a transformers model verify so what this draft model proposes."""
-        draft = self.draft if hasattr(self.draft, "parameters") else self.draft()
+        draft = self.draft if isinstance(self.draft, nn.Module) else self.draft()
         of_draft, of_target = (_numbers(one) for one in (draft, model))
         given = self.layers
         if given is None:
@@ -63,7 +64,8 @@ class SpecAttnMethod:
             )
         drafted = Drafted()
         change = Speculating(drafted, tuple(given))
-        cores: list[tuple[nn.Module, int, Core]] = [(draft, one, DraftingCore(one, drafted)) for one in of_draft]
+        cores: list[tuple[nn.Module, int, Core]] = []
+        cores += [(draft, one, DraftingCore(one, drafted)) for one in of_draft]
         cores += [(model, one, VerifyingCore(own, self.p, drafted)) for one, own in zip(of_target, given, strict=True)]
         try:
             for owner, number, core in cores:
