@@ -96,3 +96,9 @@ def test_words_that_there_are_not_and_nowhere_to_go_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             token_maps(q, k, **options)
+
+
+@pytest.mark.parametrize("sinks", [(5,), (-1,), tuple(range(5))])
+def test_sinks_are_some_of_the_words(sinks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="some of the words"):
+        refam(2, 3, words=5, sinks=sinks)

@@ -164,3 +164,23 @@ def test_refusals_in_words() -> None:
             row.make(segment=4).install(model)
     finally:
         change.undo()
+
+
+def test_models_do_not_share_what_is_known_of_segments() -> None:
+    """One method object in two models: each reads what its own compressor makes of a context."""
+    method = tiers.row("compllm").make(segment=6, rate=2)
+    contexts, question = [torch.arange(1, 13)], torch.arange(3, 6).view(1, 3)
+    first, second = small_model("llama"), small_model("qwen3")
+    changes = [method.install(model) for model in (first, second)]
+    writes = [
+        model.generate(question, context=contexts, max_new_tokens=5, min_new_tokens=5) for model in (second, first)
+    ]
+    assert all(out.shape == (1, 5) for out in writes)
+    for model in (first, second):
+        model.__dict__["generate"].args[2].clear()
+    again = [
+        model.generate(question, context=contexts, max_new_tokens=5, min_new_tokens=5) for model in (second, first)
+    ]
+    for one, other, change in zip(writes, again, changes, strict=True):
+        assert torch.equal(one, other)
+        change.undo()

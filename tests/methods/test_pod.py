@@ -100,3 +100,11 @@ def test_a_group_saves_the_distant_keys_of_all_layers_but_its_lowest() -> None:
 def test_a_layer_is_in_one_group() -> None:
     with pytest.raises(ValueError, match="one group"):
         tiers.row("pod").make(groups=[[0, 1], [1, 2]])
+
+
+def test_a_model_has_the_layers_of_its_groups() -> None:
+    model = small_model("llama")
+    change = tiers.row("pod").make(groups=[[0, 99]]).install(model)
+    with pytest.raises(ValueError, match="layers 0 to 1"):
+        model(torch.arange(1, 5).view(1, 4))
+    change.undo()

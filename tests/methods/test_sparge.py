@@ -132,7 +132,7 @@ def test_both_stages_are_the_papers_loop_for_each_head_its_numbers(
     torch.testing.assert_close(found.tiles, torch.tensor(first, dtype=torch.double))
     torch.testing.assert_close(found.values, torch.tensor(second, dtype=torch.double))
     assert second[3] == 0
-    assert shape[0] == 1 or (max(first) > 0.1 and max(second) > 0.02)
+    assert max(first) > 0.1 and (shape != SHAPES[1] or max(second) > 0.02)
 
 
 @pytest.mark.paper("SpargeAttn", "works_when")
@@ -192,7 +192,7 @@ def test_tuned_numbers_keep_to_the_error_asked_for_and_skip(within: object) -> N
         torch.testing.assert_close(found.errors.float(), apart)
         whole = 1 - (1 - found.skipped.tiles) * (1 - found.skipped.values)
         skipped.append(float(whole.mean()))
-    assert skipped[1] > skipped[0] > 0 and skipped[1] > 0.2
+    assert skipped[1] >= skipped[0] > 0 and skipped[1] > 0.2
 
 
 @pytest.mark.paper("SpargeAttn", "works_when")

@@ -103,7 +103,7 @@ def test_clusters_of_like_tokens_lose_less_than_blocks_of_places() -> None:
     kinds, codes = torch.randint(12, (512,)), 3 * torch.randn(12, 32, dtype=torch.float64)
     q, k = (codes[kinds] + 0.3 * torch.randn(1, 2, 512, 32, dtype=torch.float64) for _ in range(2))
     v = torch.randn(1, 2, 512, 32, dtype=torch.float64)
-    core = SVG2((8, 8, 8), q_clusters=16, k_clusters=32, mass=0.9, least=0.0, dense_steps=0)
+    core = SVG2((8, 8, 8), q_clusters=48, k_clusters=64, mass=0.9, least=0.0, dense_steps=0)
     core.clock.advance()
     seen = core.mask(q, k, v, 32**-0.5)
     weights = torch.softmax(q @ k.mT * 32**-0.5, -1)

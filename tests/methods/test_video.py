@@ -160,6 +160,7 @@ CARVED = [((3, 6, 6), 0, 6, 0.2, 0.0), ((7, 5, 3), 5, 4, 0.2, 0.1), ((2, 11, 9),
 
 
 @pytest.mark.paper("Jenga", "definition")
+@pytest.mark.paper("Jenga", "works_when")
 @pytest.mark.parametrize(("dims", "text", "block", "mass", "least"), CARVED)
 def test_blocks_of_the_curve_see_likely_adjacent_and_text_blocks(
     dims: tuple[int, int, int], text: int, block: int, mass: float, least: float

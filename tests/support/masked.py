@@ -14,9 +14,10 @@ def masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None = 
     q (B, H, N, D), k and v (B, G, M, D): query heads share keys in order.
     """
     k, v = (one.repeat_interleave(q.shape[1] // one.shape[1], 1) for one in (k, v))
-    logits = q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)
-    weights = torch.where(seen, torch.exp(logits - logits.amax(-1, keepdim=True).detach()), 0.0)
-    return weights @ v / weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    logits = (q @ k.mT * (q.shape[3] ** -0.5 if scale is None else scale)).masked_fill(~seen, float("-inf"))
+    numbers = torch.finfo(logits.dtype)
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True).detach().clamp_min(numbers.min))
+    return weights @ v / weights.sum(-1, keepdim=True).clamp_min(numbers.tiny)
 
 
 def masked_mixer(mixer: Any, x: Tensor, seen: Tensor) -> Tensor:

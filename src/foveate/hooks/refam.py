@@ -25,6 +25,8 @@ def refam(height: int = 64, width: int = 64, words: int = 64, sinks: Sequence[in
     attention from the whole image (`global_sinks` finds them). `token_maps` returns what each word is given.
     Kukleva et al., RefAM: Attention Magnets for Zero-Shot Referral Segmentation, arXiv 2509.22650; sizes are ours.
     """
+    if not set(sinks) < set(range(words)):
+        raise ValueError(f"sinks are some of the words, numbered from 0 to {words - 1}; got {list(sinks)}")
     seen = torch.ones(words, dtype=torch.bool)
     seen[list(sinks)] = False
     pattern = boolean_mask(seen.expand(height * width, -1))

@@ -103,8 +103,8 @@ class CompLLM:
             raise ValueError("another method has put a generate of its own into this model: undo it first")
         made = {"segment": self.segment, "rate": self.rate}
         compressor = SegmentCompressor(model, **made) if self.compressor is None else self.compressor
-        self.known.clear()
-        model.__dict__["generate"] = partial(self.generate, model, compressor)
+        self.known = known = {}
+        model.__dict__["generate"] = partial(self.generate, model, compressor, known)
         return Undo(model)
 
     @torch.no_grad()
@@ -112,6 +112,7 @@ class CompLLM:
         self,
         model: Any,
         compressor: SegmentCompressor,
+        known: dict[tuple[int, ...], Tensor],
         inputs: Tensor | None = None,
         *,
         context: Sequence[Tensor] | Tensor | None = None,
@@ -123,7 +124,7 @@ class CompLLM:
             return plain(inputs, **options)
         if inputs is None or len(context) != len(inputs):
             raise ValueError("pass the questions as inputs (B, M), and as many contexts")
-        rows = [compressor.embed(model, one, self.known) for one in context]
+        rows = [compressor.embed(model, one, known) for one in context]
         longest = max(len(row) for row in rows)
         concepts = torch.stack([nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         there = torch.stack([torch.arange(longest, device=inputs.device) >= longest - len(row) for row in rows]).long()

@@ -60,6 +60,8 @@ def pod(
     lowest = {number: min(group) for group in found for number in group}
 
     def memory(facts: LayerFacts) -> LayerMemory:
+        if numbers and max(numbers) >= facts.total:
+            raise ValueError(f"the model has layers 0 to {facts.total - 1}; got groups {found}")
         anchor = facts.below.get(lowest.get(facts.number, facts.number))
         return PodMemory(sinks, window, anchor, scores) if isinstance(anchor, SharedKeysMemory) else SharedKeysMemory()
 

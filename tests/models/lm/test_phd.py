@@ -120,7 +120,7 @@ def test_it_learns_from_one_pass_over_all_copies() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.75 * losses[0]
+    assert sum(losses[-5:]) / 5 < 0.9 * losses[0]
 
 
 def test_refusals_in_words() -> None:

@@ -131,7 +131,7 @@ def test_who_knows_the_regions_restores_better_than_who_does_not() -> None:
         model = rat(1, dim=8, encoders=(), decoders=(), middle=(1,), heads=2, window=2)
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
         losses = []
-        for _ in range(60):
+        for _ in range(90):
             regions = torch.randint(4, (8, 8, 8))
             clean = torch.randn(8, 4).gather(1, regions.flatten(1)).view(8, 1, 8, 8)
             restored = model(clean + torch.randn_like(clean), regions if knows else None)

@@ -72,7 +72,7 @@ class Drafted:
     def of(self, layer: int, queries: int, keys: int) -> list[Tensor] | None:
         """The rows of the drafted tokens that so many last queries verify; None if these are no such tokens."""
         own, wanted = self.rows.get(layer, {}), range(keys - queries, keys - 1)
-        if queries < 2 or any(position not in own for position in wanted):
+        if not 2 <= queries < keys or any(position not in own for position in wanted):
             return None
         self.rows[layer] = {position: own[position] for position in wanted}  # earlier ones have had their turn
         return [own[position] for position in wanted]

@@ -33,6 +33,7 @@ class Memories(NamedTuple):
     papers=("MC-ViT",),
     formula="o_t = attention of q_t to (M_{t-1}, k_t), M_t = (M_{t-1}, K memories of segment t), of T segments",
     supports={"causal", "decode", "gqa"},
+    notes="Causal by segments only: tokens see all of their own. A language model of it has segments of one token.",
 )
 class MemoryConsolidation(AttentionMixer):
     """Attention of each segment's tokens to all of the segment, and to ``memory`` memories of each segment before it.
