@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ BY_DISTANCE = ("bloom", "mpt")
 @cache
 def small_model(name: str) -> Any:
     """One of them; the same object each time, so whoever changes it puts it back."""
-    import transformers as hf
-
+    hf: Any = import_module("transformers")
     torch.manual_seed(11)
     one_each = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "vocab_size": 50, "initializer_range": 0.25}

@@ -103,7 +103,8 @@ class CompLLM:
             raise ValueError("another method has put a generate of its own into this model: undo it first")
         made = {"segment": self.segment, "rate": self.rate}
         compressor = SegmentCompressor(model, **made) if self.compressor is None else self.compressor
-        self.known = known = {}
+        known: dict[tuple[int, ...], Tensor] = {}
+        self.known = known
         model.__dict__["generate"] = partial(self.generate, model, compressor, known)
         return Undo(model)
 
