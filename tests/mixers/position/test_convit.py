@@ -94,3 +94,9 @@ def test_it_lives_on_a_grid_of_two_axes() -> None:
     for layout in (None, Grid(3, 5, 1)):
         with pytest.raises(ValueError, match="grid of 2 axes"):
             layer(torch.randn(1, 15, DIM), layout=layout)
+
+
+def test_other_weights_begin_small() -> None:
+    layer = mixer("gpsa", 288, heads=9)
+    for part in (layer.to_q, layer.to_k, layer.to_out):
+        assert 0.019 < part.weight.std() < 0.021

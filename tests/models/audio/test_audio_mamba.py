@@ -70,3 +70,9 @@ def test_it_learns_what_scans_in_one_direction_cannot() -> None:
             model.body.mixers[layer] = kind(16, state=4)
         found.append(accuracy_after(model, alike((8, 20), rows), steps=100, lr=3e-3))
     assert found[0] > 0.9 and found[1] < 0.65
+
+
+def test_the_class_token_begins_small() -> None:
+    model = audio_mamba_classifier(10, dim=4096, depth=0)
+    for part in (model.token, model.token_place, model.head.weight):
+        assert 0.0185 < part.std() < 0.0215

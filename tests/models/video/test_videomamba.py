@@ -68,3 +68,8 @@ def test_counted_work_of_the_classifier_grows_linearly() -> None:
     for frames, side in ((32, 16), (64, 16), (64, 32)):
         counted.append(work(lambda: model(torch.randn(1, 3, frames, side, side))))  # noqa: B023
     assert 1.9 < counted[1] / counted[0] < 2.1 and 3.8 < counted[2] / counted[1] < 4.2
+
+
+def test_the_head_begins_small() -> None:
+    model = videomamba_classifier(400, depth=0)
+    assert 0.019 < model.head.weight.std() < 0.021 and not model.head.bias.any()
