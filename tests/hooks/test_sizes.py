@@ -26,6 +26,7 @@ SIZES = {  # heads, head_dim, queries where they are not the keys, keys, batch
     "mocha_speech": (16, 64, 32 * 240, 128, 1),
     "motion_i2v": (8, 40, 16, 2 * 16, 1024),
     "poster_v2": (2, 32, None, 28 * 28, 1),
+    "refam": (24, 64, 64 * 64, 64, 1),
     "saits": (4, 64, None, 48, 1),
     "seedvr2": (20, 128, None, 108_000, 1),
     "through_the_mask": (8, 64, None, 16 * 256, 1),

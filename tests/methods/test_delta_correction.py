@@ -138,3 +138,8 @@ def test_pairs_seen_are_those_of_the_base_and_of_every_query_at_the_stride() -> 
     pattern = DeltaCore(PatternCore(sinks(1) | window(3, 0)), stride).pattern & causal
     q = torch.randn(1, 1, length, 4)
     assert torch.equal(pattern.select(q, q, tile=8).to_dense()[0, 0], seen)
+
+
+def test_unless_told_otherwise_it_corrects_streaming_of_four_sinks_and_a_window_of_2048() -> None:
+    core = tiers.row("delta_correction").make().core
+    assert (str(core.base.pattern), core.stride, core.tail) == ("sinks(4) | window(2047, 0)", 64, 128)

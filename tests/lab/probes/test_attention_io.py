@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 
 from foveate import attend, full
 from foveate.attention.impl import tiles as implementation
+from foveate.catalogue import tiers
 from foveate.catalogue.tiers import row
 from foveate.lab.probes.attention_io import Memory, Tiles, accesses, attend_counted, choose_tiles
 
@@ -103,3 +106,12 @@ def test_the_tiles_of_attend_move_what_the_model_says(tokens: int, dim: int, mon
         out = attend(q, k, v, full, impl="tiles")
     size = implementation.TILE
     assert q.numel() + sum(moved) + out.numel() == accesses(tokens, dim, Tiles("flash", size, size))
+
+
+@pytest.mark.parametrize("error", [-1e-6, 1e-6])
+def test_inexact_outputs_refute_it(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("foveate.lab.probes.attention_io")
+    counted = module.attend_counted
+    monkeypatch.setattr(module, "attend_counted", lambda *args: counted(*args) + error)
+    sizes: dict[str, Any] = tiers.row("attention_io").tiny
+    assert module.attention_io(**sizes).verdict == "refuted"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -74,3 +75,10 @@ def test_both_designs_learn_and_gain_from_longer_text() -> None:
     found = row.run(0)
     assert found.verdict == "confirmed", found.figures
     assert min(found.figures["local, all"], found.figures["hierarchy, all"]) > 0.8, found.figures
+
+
+@pytest.mark.parametrize(("quarter", "verdict"), [(0.55, "refuted"), (0.45, "confirmed")])
+def test_a_gain_is_a_tenth_of_the_documents(quarter: float, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("foveate.lab.probes.long_documents")
+    monkeypatch.setattr(module, "accuracy", lambda model, length, read, *_: 0.58 if read == length else quarter)
+    assert module.long_documents(0).verdict == verdict

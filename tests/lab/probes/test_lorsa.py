@@ -7,18 +7,21 @@ import math
 import pytest
 import torch
 from tests.support.formulas import follows
+from tests.support.heads import turned
 from torch import Tensor
 
 from foveate.catalogue.tiers import row
 from foveate.lab.probes.lorsa import Layer, LowRankSparseAttention, explained, of_random, reconstruct
 
-DIM, HEADS, GROUPS, WIDTH, ACTIVE = 6, 8, 2, 3, 3
+DIM, HEADS, GROUPS, WIDTH, ACTIVE = 6, 8, 2, 4, 3
 
 
 def formula(lorsa: LowRankSparseAttention, x: Tensor, *, active: int | None) -> Tensor:
     """Head by head: a scalar value, weights of its group, a direction; the longest few of each token."""
     batch, length, _ = x.shape
     q, k = ((x @ w.weight.T + w.bias).view(batch, length, GROUPS, WIDTH) for w in (lorsa.to_q, lorsa.to_k))
+    if lorsa.rotary is not None:
+        q, k = (turned(y.transpose(1, 2), torch.arange(length), lorsa.rotary).transpose(1, 2) for y in (q, k))
     v = x @ lorsa.to_v.weight.T + lorsa.to_v.bias
     rows = []
     for b in range(batch):
@@ -36,9 +39,12 @@ def formula(lorsa: LowRankSparseAttention, x: Tensor, *, active: int | None) -> 
 
 @pytest.mark.paper("Lorsa", "definition")
 @pytest.mark.paper("Lorsa", "works_when")
-@pytest.mark.parametrize("active", [None, ACTIVE])
-def test_it_is_many_heads_of_one_direction_with_shared_queries_and_keys_and_few_at_work(active: int | None) -> None:
-    lorsa = LowRankSparseAttention(DIM, heads=HEADS, groups=GROUPS, width=WIDTH, active=active).double()
+@pytest.mark.parametrize(("active", "rotary"), [(None, None), (ACTIVE, None), (ACTIVE, 20.0)])
+def test_it_is_many_heads_of_one_direction_with_shared_queries_and_keys_and_few_at_work(
+    active: int | None, rotary: float | None
+) -> None:
+    sizes = {"heads": HEADS, "groups": GROUPS, "width": WIDTH, "active": active}
+    lorsa = LowRankSparseAttention(DIM, **sizes, rotary=rotary).double()
     x = torch.randn(2, 7, DIM, dtype=torch.float64, requires_grad=True)
     follows(lorsa, lambda: lorsa(x), lambda: formula(lorsa, x, active=active), x)
     writing = (lorsa.activations(x) != 0).sum(-1)

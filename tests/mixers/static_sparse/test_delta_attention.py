@@ -8,7 +8,7 @@ from tests.support.heads import agree, heads, qkv
 
 from foveate import Packed, alibi, attend, causal
 from foveate.mixers.normalizer_sink.streaming_llm import streaming_core
-from foveate.mixers.static_sparse.delta_attention import DeltaCore
+from foveate.mixers.static_sparse.delta_attention import DeltaCore, EveryQuery
 
 
 @pytest.mark.paper("Delta Attention", "definition")
@@ -33,3 +33,8 @@ def test_delta_correction_keeps_packed_sequences_apart() -> None:
     q, k, v = torch.randn(3, 1, 2, 23, 8, dtype=torch.float64)
     parts = [core(*each, within=causal) for each in zip(*(x.split(lengths, 2) for x in (q, k, v)), strict=True)]
     torch.testing.assert_close(core(q, k, v, within=causal, layout=Packed(lengths)), torch.cat(parts, 2))
+
+
+def test_queries_at_the_stride_see_all_that_is_earlier() -> None:
+    mask = (EveryQuery(3) & causal).mask(8)[0, 0]
+    assert torch.equal(mask, torch.ones(8, 8).tril().bool() & (torch.arange(8) % 3 == 0).unsqueeze(1))

@@ -80,7 +80,9 @@ def test_decoding_keeps_original_keys_and_the_window(plan: tuple[int, int, int |
 
 @pytest.mark.paper("PHD-Transformer", "works_when")
 @pytest.mark.parametrize(
-    ("plan", "computed"), [((3, 4, 4), 3), ((3, 0, None), 1), ((3, 5, None), 23)], ids=["CSWA", "PHD", "SWA"]
+    ("plan", "computed"),
+    [((3, 4, 4), 3), ((4, 4, 4), 3), ((3, 0, None), 1), ((3, 5, None), 23)],
+    ids=["CSWA", "CSWA of four", "PHD", "SWA"],
 )
 def test_a_prompt_needs_hidden_tokens_in_its_last_chunk_alone(
     plan: tuple[int, int, int | None], computed: int, monkeypatch: pytest.MonkeyPatch
