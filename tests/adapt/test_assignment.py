@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,3 +180,18 @@ def test_what_cannot_be_assigned_is_refused_in_words(tmp_path: Path) -> None:
             Assignment.load(tmp_path / "a.json")
     with pytest.raises(ValueError, match="cannot read an assignment"):
         Assignment.load(tmp_path / "nowhere.json")
+
+
+def test_what_was_saved_stays_where_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Assignment.of({0: "window(8)"})
+    before.save(tmp_path)
+    write = Path.write_text
+
+    def half(path: Path, text: str, **options: Any) -> int:
+        write(path, text[: len(text) // 2], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        Assignment.of({0: "window(9)"}).save(tmp_path)
+    assert Assignment.load(tmp_path) == before and len(list(tmp_path.iterdir())) == 1

@@ -72,10 +72,18 @@ class Assignment:
         ]
 
     def save(self, place: str | Path) -> Path:
-        """Write it as JSON: to a file, or into the folder of a model as ``foveate_assignment.json``."""
+        """Write it as JSON: to a file, or into the folder of a model as ``foveate_assignment.json``.
+
+        What is there already is replaced when all is written, and stays where writing fails.
+        """
         file = Path(place) / FILE if Path(place).is_dir() else Path(place)
         lines = ",\n  ".join(json.dumps(part) for part in self.plain())
-        file.write_text(f'{{"format": "{FORMAT}",\n "parts": [\n  {lines}\n ]}}\n', encoding="utf-8")
+        unfinished = file.with_name(f"{file.name}.unfinished")
+        try:
+            unfinished.write_text(f'{{"format": "{FORMAT}",\n "parts": [\n  {lines}\n ]}}\n', encoding="utf-8")
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return file
 
     @classmethod
